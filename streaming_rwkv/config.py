@@ -1,0 +1,119 @@
+"""Typed configuration: a YAML file and `key=value` overrides, merged by OmegaConf, validated by pydantic.
+
+A component declares its own `Config` beside its code; the front ends only compose them. Errors name the file, the
+key and the nearest valid key, since a misspelt key that is silently ignored costs a training run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(ValueError):
+    """Something outside this program is wrong; its text says where, what was found, what is allowed, what to do.
+
+    Front ends print the text alone. Anything else that is raised is our own mistake and keeps its traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration file or an override that cannot be used."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read `path`, apply `key=value` overrides (dots for nesting), validate.
+
+    Raises:
+        ConfigError: unreadable file, malformed override, unknown key, or a value of the wrong kind.
+    """
+    path = Path(path)
+    malformed = [override for override in overrides if "=" not in override or override.startswith("=")]
+    if malformed:
+        raise ConfigError(f"command line: {malformed[0]!r} is not an override; write key=value, e.g. seed=17")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "yaml":
+            raise
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
+    return validate(config_type, values, where=str(path), overrides=overrides)
+
+
+def validate(
+    config_type: type[ConfigT], values: dict[str, Any], *, where: str, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Build `config_type` from plain values; every problem becomes one line of the error.
+
+    Raises:
+        ConfigError: one line for each unknown, missing or wrong key.
+    """
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        from_command_line = {override.partition("=")[0] for override in overrides}
+        lines = []
+        for problem in error.errors():
+            location = tuple(problem["loc"])
+            key = ".".join(str(part) for part in location)
+            place = "command line" if key in from_command_line else where
+            lines.append(f"{place}: {_explain(config_type, location, key, problem)}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(config_type: type[Config], location: tuple[int | str, ...], key: str, problem: Any) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            valid = _valid_keys(config_type, location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed here: {', '.join(sorted(valid))}"
+            return f"{key}: unknown key; {hint}"
+        case "missing":
+            return f"{key}: required, but not given"
+        case "value_error":
+            text = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+            return f"{key}: {text}" if key else text
+        case _:
+            return f"{key}: found {problem['input']!r}; {problem['msg']}"
+
+
+def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:
+    """The field names of the configuration that lies at `location` below `config_type`."""
+    candidates: list[type[Config]] = [config_type]
+    for part in location:
+        below: list[type[Config]] = []
+        for candidate in candidates:
+            field = candidate.model_fields.get(str(part))
+            if field is not None:
+                below += _configs_within(field.annotation)
+        # A list index, a mapping key or the tag of a union: the same configurations, one level down.
+        candidates = below or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _configs_within(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [config for argument in get_args(annotation) for config in _configs_within(argument)]

@@ -1,0 +1,253 @@
+"""THE ON-DISK CONTRACT: what `prep` writes, what training reads, and how either knows that it is whole.
+
+    {out}/manifest.json                      written last; its hash is the data set's fingerprint
+    {out}/tokenizer/                         the tokenizer's own files: a data set is complete in itself
+    {out}/{split}/{source}/{bucket}/         one stream: index.json and shard.NNNNN.mds.zstd, as Streaming has it
+
+One MDS sample is one *pack*: pieces of documents of one bucket of one source, at most `pack_tokens` inputs.
+
+    column    type               meaning, P = pieces in the pack
+    tokens    (S,) uint16|uint32 the stored tokens of all pieces, one after another, unpadded
+    lengths   (P,) uint32        stored tokens of each piece; they add up to S
+    starts    (P,) uint32        where in its document the piece's first input stands; 0 where a document begins
+    bytes     (P,) uint32        UTF-8 bytes of text behind the targets of each piece
+    keys      (P,) uint64        stable key of the document (source, file, row)
+
+A document of text tokens t1 … tn is stored as [bos, t1 … tn, eos]. A piece with m stored tokens gives m - 1 inputs
+(all but its last) and m - 1 targets (all but its first). Consecutive pieces of a long document share one token,
+so every text token and one end per document is a target exactly once. docs/contract.md has a worked example.
+
+This module imports neither torch nor streaming: `prep`'s workers and training both stand on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import field_validator
+
+from streaming_rwkv.config import Config, ConfigError, UserError, validate
+
+FORMAT = "streaming-rwkv/1"
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.json"
+TOKENIZER_FOLDER = "tokenizer"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+class DataError(UserError):
+    """A data set that is missing, incomplete, corrupt, or not the one that was asked for."""
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The narrowest stored type that holds every token id below `vocab_size`."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def columns(vocab_size: int) -> dict[str, str]:
+    """MDS column encodings, sorted by name as MDSWriter sorts them."""
+    return {
+        "bytes": "ndarray:uint32",
+        "keys": "ndarray:uint64",
+        "lengths": "ndarray:uint32",
+        "starts": "ndarray:uint32",
+        "tokens": f"ndarray:{np.dtype(token_dtype(vocab_size)).name}",
+    }
+
+
+def bucket_name(lower: int, upper: int) -> str:
+    """Folder of the bucket that holds lengths `lower` … `upper`, both included."""
+    return f"{lower}-{upper}"
+
+
+def bucket_bounds(edges: Sequence[int]) -> list[tuple[int, int]]:
+    """[(1, 256), (257, 512), …] from the upper edges [256, 512, …]."""
+    return [(previous + 1, edge) for previous, edge in zip([0, *edges[:-1]], edges, strict=True)]
+
+
+def stream_path(split: str, source: str, bucket: str) -> str:
+    """Folder of a stream below the data set, with forward slashes as object keys have them."""
+    return f"{split}/{source}/{bucket}"
+
+
+class ShardRecord(Config):
+    """One shard file: the compressed bytes as they lie on disk, and what they expand to."""
+
+    basename: str
+    bytes: int
+    sha256: str
+    raw_bytes: int
+    packs: int
+
+    @field_validator("basename")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        # A reader joins this with its cache folder: `../` or an absolute path would write outside it.
+        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError(f"found {name!r}, expected a plain file name without folders")
+        return name
+
+
+class StreamRecord(Config):
+    """One folder of shards: a bucket of a source in a split."""
+
+    split: Split
+    source: str
+    lower: int
+    upper: int
+    documents: int  # that begin here: a long document is counted with its first piece
+    pieces: int
+    targets: int  # = inputs: the tokens that a model is trained on
+    bytes: int
+    packs: int
+    index_sha256: str
+    shards: list[ShardRecord]
+
+    @property
+    def bucket(self) -> str:
+        return bucket_name(self.lower, self.upper)
+
+    @property
+    def path(self) -> str:
+        return stream_path(self.split, self.source, self.bucket)
+
+    @property
+    def targets_per_pack(self) -> float:
+        return self.targets / self.packs
+
+
+class TokenizerRecord(Config):
+    """Which tokenizer made the tokens; `sha256` is over what decides the ids."""
+
+    kind: Literal["huggingface", "rwkv-world"]
+    name: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+
+class SourceBooks(Config):
+    """Where every document and every target of a source went; `targets` counts text tokens and ends."""
+
+    documents_read: int
+    documents: dict[Split, int]
+    duplicates: int
+    rejected: dict[str, int]  # by reason
+    targets_read: int  # of the documents that were tokenized
+    targets: dict[Split, int]
+    targets_cut: int  # by `long_documents: truncate`; 0 otherwise
+
+    def imbalance(self) -> str | None:
+        """What does not add up, or None."""
+        documents = sum(self.documents.values()) + self.duplicates + sum(self.rejected.values())
+        if documents != self.documents_read:
+            return f"{self.documents_read} documents read, {documents} accounted for"
+        targets = sum(self.targets.values()) + self.targets_cut
+        if targets != self.targets_read:
+            return f"{self.targets_read} targets read, {targets} accounted for"
+        return None
+
+
+class Manifest(Config):
+    """What a data set holds. Written last: where it stands, the data set is whole."""
+
+    format: str
+    pack_tokens: int
+    edges: list[int]
+    tokenizer: TokenizerRecord
+    config: dict[str, Any]  # the prep configuration, as far as it decides the output
+    books: dict[str, SourceBooks]  # by source
+    streams: list[StreamRecord]
+
+    def to_json(self) -> bytes:
+        """The canonical bytes: equal manifests are equal files."""
+        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical bytes: names this data set in checkpoints and errors."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def select(self, split: Split) -> list[StreamRecord]:
+        return [stream for stream in self.streams if stream.split == split]
+
+
+def parse_manifest(content: bytes, *, where: str) -> Manifest:
+    """Check and build a manifest from its bytes.
+
+    Raises:
+        DataError: not JSON, another format, or fields that are missing, unknown or of the wrong kind.
+    """
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: not valid JSON ({error}); rebuild the data set with `python -m prep build`"
+        ) from None
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{where}: format {found!r}, this version reads {FORMAT!r}; rebuild with `python -m prep build`"
+        )
+    try:
+        return validate(Manifest, values, where=where)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a local data set.
+
+    Raises:
+        DataError: none there (nothing was built, or the build did not finish), or not valid.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{path}: no manifest, so no finished data set here; build it with `python -m prep build`, "
+            "or run the same command again if it was interrupted"
+        ) from None
+    return parse_manifest(content, where=str(path))
+
+
+def sha256_of_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def piece_bounds(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """(P + 1,) offsets of the pieces within `tokens`."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, where: str) -> None:
+    """Refuse a pack that breaks the contract: its numbers would reach the model as noise.
+
+    Raises:
+        DataError: columns of different length, lengths that do not add up, a piece without a target, too many inputs.
+    """
+    lengths, tokens = sample["lengths"], sample["tokens"]
+    pieces = len(lengths)
+    if any(len(sample[name]) != pieces for name in ("starts", "bytes", "keys")):
+        raise DataError(f"{where}: columns disagree on the number of pieces; the shard was not written by prep")
+    if int(lengths.sum()) != len(tokens) or (pieces and int(lengths.min()) < 2):
+        raise DataError(f"{where}: lengths {lengths.tolist()} do not describe {len(tokens)} stored tokens")
+    if len(tokens) - pieces > pack_tokens:
+        raise DataError(f"{where}: {len(tokens) - pieces} inputs in a pack, the manifest allows {pack_tokens}")
