@@ -1,0 +1,613 @@
+"""One face for every tokenizer: Hugging Face's (fast ids through fastokens) and RWKV World's.
+
+`load_tokenizer` takes what a user writes in a YAML: `rwkv-world`, a folder, a `tokenizer.json`, Llama 3's
+`tokenizer.model`, or a name on the Hugging Face hub. What it returns encodes *text only*: neither bos nor eos is
+added, and a text that spells a special token out ("<|end_of_text|>") is encoded as the characters it consists of,
+so no document can smuggle in a false end. `save` writes a folder that is complete in itself: it loads here again
+as the same tokenizer, and with `transformers.AutoTokenizer` for the Hugging Face kind.
+
+Nothing here imports torch or transformers, except to convert a hub repository that has no tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import hashlib
+import itertools
+import json
+import logging
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import TokenizerRecord, sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+WORLD_NAME = "rwkv-world"
+WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
+RECORD_NAME = "record.json"
+_HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be read, or that lacks what the on-disk contract needs of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """The ids of N texts, one after another: text i is `ids[offsets[i]:offsets[i + 1]]`."""
+
+    ids: NDArray[np.uint32]  # (offsets[-1],)
+    offsets: NDArray[np.int64]  # (N + 1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> NDArray[np.uint32]:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: every id is below it; what a model's embedding needs.
+        bos_id, eos_id: what a stored document begins and ends with; equal where the vocabulary has one of them.
+        sha256: over all that decides the ids.
+    """
+
+    kind: Literal["huggingface", "rwkv-world"]
+    name: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> NDArray[np.uint32]:
+        """(vocab_size,) UTF-8 bytes of text behind each id; 0 where no text stands behind it (bos, eos, unused).
+
+        Exact where the vocabulary is byte-level. Elsewhere (a normalizer, SentencePiece's marked spaces) it is the
+        weight by which a document's bytes are shared out among its pieces.
+        """
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
+        """The ids of each text, without bos and eos, in one buffer."""
+
+    @abstractmethod
+    def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The same ids from the implementation that defines them; slow, to audit `encode_batch` on a sample."""
+
+    @abstractmethod
+    def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
+        """The text behind `ids`. bos and eos stand for no text; a character that is cut at an end becomes U+FFFD."""
+
+    @abstractmethod
+    def _write_files(self, folder: Path) -> None: ...
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return self.encode_batch([text]).ids
+
+    def record(self) -> TokenizerRecord:
+        return TokenizerRecord(
+            kind=self.kind,
+            name=self.name,
+            sha256=self.sha256,
+            vocab_size=self.vocab_size,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write all files into `folder` (made if missing), from which `load_tokenizer` gives this tokenizer again."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_files(folder)
+        (folder / RECORD_NAME).write_bytes(orjson.dumps(self.record().model_dump(), option=orjson.OPT_INDENT_2))
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, bos_token: str | None = None, eos_token: str | None = None
+) -> Tokenizer:
+    """The tokenizer that `name_or_path` stands for.
+
+    Args:
+        name_or_path: `rwkv-world`; a folder (of a data set, of transformers, or with Llama 3's `tokenizer.model`);
+            one of these files itself; or a name on the Hugging Face hub such as `meta-llama/Llama-3.1-8B`.
+        bos_token, eos_token: for a Hugging Face tokenizer whose files do not name them, or to choose others.
+
+    Raises:
+        TokenizerError: nothing readable there, no eos, or files that are not what their record says.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) == WORLD_NAME:
+        import pyrwkv_tokenizer
+
+        vocabulary = Path(pyrwkv_tokenizer.__file__).parent / WORLD_VOCABULARY
+        return WorldTokenizer(vocabulary, name=WORLD_NAME)
+    if path.is_dir():
+        return _load_folder(path, bos_token=bos_token, eos_token=eos_token)
+    if path.is_file():
+        return _load_file(
+            path, name=path.name, named=_special_names(path.parent), bos_token=bos_token, eos_token=eos_token
+        )
+    name = str(name_or_path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in (".json", ".model", ".txt"):
+        raise TokenizerError(
+            f"tokenizer {name!r}: no such file or folder; give {WORLD_NAME!r}, a folder with a tokenizer.json, "
+            "or a name on the Hugging Face hub"
+        )
+    return _load_from_hub(name, bos_token=bos_token, eos_token=eos_token)
+
+
+def _load_folder(folder: Path, *, bos_token: str | None, eos_token: str | None) -> Tokenizer:
+    record = _read_record(folder / RECORD_NAME)
+    name = record.name if record else folder.resolve().name
+    tokenizer: Tokenizer
+    if (folder / WORLD_VOCABULARY).is_file():
+        tokenizer = WorldTokenizer(folder / WORLD_VOCABULARY, name=name)
+    else:
+        file = next((file for name in ("tokenizer.json", "tokenizer.model") if (file := folder / name).is_file()), None)
+        if file is None:
+            raise TokenizerError(
+                f"{folder}: found no tokenizer.json, tokenizer.model or {WORLD_VOCABULARY} in it; save one with "
+                "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
+            )
+        tokenizer = _load_file(file, name=name, named=_special_names(folder), bos_token=bos_token, eos_token=eos_token)
+    if record and record.sha256 != tokenizer.sha256 and not (bos_token or eos_token):
+        raise TokenizerError(
+            f"{folder}: its files give {tokenizer.sha256}, its {RECORD_NAME} says {record.sha256}; they were changed "
+            f"after they were saved: restore them, or delete {RECORD_NAME} if the change is meant"
+        )
+    return tokenizer
+
+
+def _load_file(
+    file: Path, *, name: str, named: dict[str, str], bos_token: str | None, eos_token: str | None
+) -> Tokenizer:
+    """`named`: the special tokens that files beside this one name."""
+    if file.name == WORLD_VOCABULARY:
+        return WorldTokenizer(file, name=WORLD_NAME)
+    if file.suffix == ".model":
+        definition = llama3_definition(read_tiktoken(file))
+        named = {"bos_token": _LLAMA3_BOS, "eos_token": _LLAMA3_EOS} | named
+    else:
+        try:
+            definition = orjson.loads(file.read_bytes())
+        except ValueError as error:
+            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
+    if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
+        raise TokenizerError(f"{file}: no Hugging Face tokenizer: it has no 'model'")
+    return HuggingFaceTokenizer(
+        definition,
+        name=name,
+        bos_token=bos_token or named.get("bos_token"),
+        eos_token=eos_token or named.get("eos_token"),
+        where=str(file),
+    )
+
+
+def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -> Tokenizer:
+    import tempfile
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    unreachable = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except unreachable as error:
+        raise TokenizerError(
+            f"tokenizer {name!r}: neither a local folder nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {_first_line(error)}); check the name, run `huggingface-cli login` if it is "
+            "gated, or give a local folder"
+        ) from error
+    named = _special_names(folder)
+    if (folder / "tokenizer.json").is_file():
+        return _load_file(folder / "tokenizer.json", name=name, named=named, bos_token=bos_token, eos_token=eos_token)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise TokenizerError(
+            f"tokenizer {name!r}: the hub has no tokenizer.json for it; install transformers, which can convert it"
+        ) from None
+    with tempfile.TemporaryDirectory() as converted:
+        AutoTokenizer.from_pretrained(name).save_pretrained(converted)
+        file = Path(converted) / "tokenizer.json"
+        if not file.is_file():
+            raise TokenizerError(f"tokenizer {name!r}: transformers has no fast tokenizer for it; choose another")
+        return _load_file(file, name=name, named=_special_names(file.parent), bos_token=bos_token, eos_token=eos_token)
+
+
+def _read_record(file: Path) -> TokenizerRecord | None:
+    if not file.is_file():
+        return None
+    try:
+        return TokenizerRecord.model_validate(orjson.loads(file.read_bytes()))
+    except ValueError as error:
+        raise TokenizerError(f"{file}: not a tokenizer record ({_first_line(error)}); delete it") from None
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token as transformers' files in `folder` name them."""
+    named: dict[str, str] = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        if not file.is_file():
+            continue
+        try:
+            values = orjson.loads(file.read_bytes())
+        except ValueError as error:
+            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
+        for key in ("bos_token", "eos_token"):
+            value = values.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                named[key] = value
+    return named
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """What a `tokenizer.json` defines. Ids come from fastokens where it supports the definition."""
+
+    kind = "huggingface"
+
+    def __init__(
+        self, definition: dict[str, Any], *, name: str, bos_token: str | None, eos_token: str | None, where: str
+    ) -> None:
+        """`definition`: the parsed tokenizer.json; `where`: what errors call it."""
+        self.name = name
+        self._where = where
+        ids = _vocabulary(definition)
+        if not ids:
+            raise TokenizerError(f"{where}: its vocabulary is empty")
+        if eos_token is None:
+            raise TokenizerError(
+                f"{where}: no end-of-text token is named, and every document ends with one; set `eos_token:` to one of "
+                f'{_examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
+            )
+        bos_token = eos_token if bos_token is None else bos_token
+        for key, token in (("bos_token", bos_token), ("eos_token", eos_token)):
+            if token not in ids:
+                raise TokenizerError(f"{where}: {key} {token!r} is not in its vocabulary; try {_examples(definition)}")
+        self.bos_id, self.eos_id = ids[bos_token], ids[eos_token]
+        self.vocab_size = max(ids.values()) + 1
+        self._bos_token, self._eos_token = bos_token, eos_token
+        self._definition = definition | {
+            "truncation": None,
+            "padding": None,
+            "added_tokens": _with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
+        }
+        if self._fast is None:
+            self._reference  # noqa: B018  # what neither can read must show here, not in the middle of a corpus
+
+    @cached_property
+    def _content(self) -> bytes:
+        return orjson.dumps(self._definition, option=orjson.OPT_SORT_KEYS)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self._content + f"\n{self.bos_id} {self.eos_id}".encode()).hexdigest()
+
+    @cached_property
+    def _fast(self) -> Any | None:
+        import fastokens
+
+        try:
+            return fastokens.Tokenizer.from_json_str(self._content.decode())
+        except ValueError as error:
+            logger.warning(
+                "tokenizer %s: fastokens does not support it (%s); using Hugging Face's own, some twenty times slower",
+                self.name,
+                _first_line(error),
+            )
+            return None
+
+    @cached_property
+    def _reference(self) -> Any:
+        import tokenizers
+
+        try:
+            reference = tokenizers.Tokenizer.from_str(self._content.decode())
+        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
+            raise TokenizerError(
+                f"{self._where}: Hugging Face tokenizers {tokenizers.__version__} cannot read it ({_first_line(error)})"
+            ) from None
+        reference.encode_special_tokens = True
+        return reference
+
+    def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
+        if self._fast is None:
+            return _join(self.encode_reference(texts))
+        ids, offsets = self._fast.encode_batch_flat(list(texts), False, True)
+        return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
+
+    def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        decoder = self._definition.get("decoder") or {}
+        return any(step.get("type") == "ByteLevel" for step in [decoder, *decoder.get("decoders", [])])
+
+    @cached_property
+    def _text_bytes(self) -> list[bytes]:
+        """The bytes of text behind each id."""
+        table = [b""] * self.vocab_size
+        to_bytes = _byte_level_bytes if self._byte_level else _marked_bytes
+        for token, index in _vocabulary(self._definition, added=False).items():
+            table[index] = to_bytes(token)
+        for added in self._definition["added_tokens"]:
+            table[added["id"]] = added["content"].encode()
+        table[self.bos_id] = table[self.eos_id] = b""
+        return table
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.uint32]:
+        return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
+
+    def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
+        if self._byte_level:
+            return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+        text: str = self._reference.decode(
+            [int(index) for index in ids if index not in (self.bos_id, self.eos_id)], skip_special_tokens=False
+        )
+        return text
+
+    def _write_files(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_bytes(self._content)
+        special = {"bos_token": self._bos_token, "eos_token": self._eos_token}
+        config = special | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+            (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class WorldTokenizer(Tokenizer):
+    """RWKV World's vocabulary: greedy longest match in a trie of bytes. Id 0 stands for no text: bos and eos."""
+
+    kind = "rwkv-world"
+    vocab_size = 65536  # the World models' embeddings have it; the highest id in the vocabulary is 65529
+    bos_id = 0
+    eos_id = 0
+
+    def __init__(self, vocabulary: Path, *, name: str) -> None:
+        self.name = name
+        self._vocabulary = vocabulary
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256_of_file(self._vocabulary)
+
+    @cached_property
+    def _text_bytes(self) -> list[bytes]:
+        """The bytes of text behind each id."""
+        table = [b""] * self.vocab_size
+        for number, line in enumerate(self._vocabulary.read_text(encoding="utf-8").splitlines(), start=1):
+            index, _, rest = line.partition(" ")  # a line is `id repr length`
+            literal, _, length = rest.rpartition(" ")
+            try:
+                simple = literal[:1] == "'" and "\\" not in literal
+                token = literal[1:-1] if simple else ast.literal_eval(literal)
+                table[int(index)] = token if isinstance(token, bytes) else token.encode()
+                valid = len(table[int(index)]) == int(length)
+            except (ValueError, SyntaxError, IndexError, AttributeError):
+                valid = False
+            if not valid:
+                raise TokenizerError(f"{self._vocabulary}:{number}: found {line[:40]!r}, expected `id repr length`")
+        return table
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.uint32]:
+        return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
+
+    @cached_property
+    def _trie(self) -> Any:
+        import pyrwkv_tokenizer
+
+        self._text_bytes  # noqa: B018  # checks the file: the Rust constructor panics on what is not a vocabulary
+        return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
+
+    def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
+        lists = self._trie.encode_batch(list(texts))
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, lists), np.int64, count=len(lists)), out=offsets[1:])
+        ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, count=int(offsets[-1]))
+        return TokenBatch(ids=ids, offsets=offsets)
+
+    @cached_property
+    def _greedy(self) -> Callable[[bytes], list[int]]:
+        """BlinkDL's definition, without a trie: at each place the longest token that the text goes on with."""
+        tokens = {token: index for index, token in enumerate(self._text_bytes) if token}
+        longest: dict[bytes, int] = {}  # by the first two bytes, so that few lengths are tried
+        for token in tokens:
+            longest[token[:2]] = max(longest.get(token[:2], 0), len(token))
+
+        def encode(text: bytes) -> list[int]:
+            ids, at = [], 0
+            while at < len(text):
+                size = longest.get(text[at : at + 2], 1)
+                while text[at : at + size] not in tokens:
+                    size -= 1
+                ids.append(tokens[text[at : at + size]])
+                at += len(text[at : at + size])
+            return ids
+
+        return encode
+
+    def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [np.array(self._greedy(text.encode()), np.uint32) for text in texts]
+
+    def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
+        return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+
+    def _write_files(self, folder: Path) -> None:
+        shutil.copyfile(self._vocabulary, folder / WORLD_VOCABULARY)
+
+
+def _join(arrays: list[NDArray[np.uint32]]) -> TokenBatch:
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(ids) for ids in arrays], out=offsets[1:])
+    return TokenBatch(ids=np.concatenate([np.empty(0, np.uint32), *arrays]), offsets=offsets)
+
+
+def _vocabulary(definition: dict[str, Any], *, added: bool = True) -> dict[str, int]:
+    """Token to id; Unigram models list [token, score] pairs in the order of their ids."""
+    vocabulary = definition["model"].get("vocab", {})
+    ids = {token: index for index, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])} if added else ids
+
+
+def _examples(definition: dict[str, Any]) -> str:
+    special = [token["content"] for token in definition.get("added_tokens", []) if token.get("special")]
+    return ", ".join(special[:4]) if special else "the tokens of its vocabulary"
+
+
+def _with_special(added: list[dict[str, Any]], ids: dict[str, int], special: tuple[str, str]) -> list[dict[str, Any]]:
+    """Mark bos and eos as special: only then does a text that spells them out keep to ordinary tokens."""
+    known = {token["content"] for token in added}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    missing = [{"id": ids[token], "content": token, **plain} for token in dict.fromkeys(special) if token not in known]
+    return [{**token, "special": token.get("special") or token["content"] in special} for token in [*added, *missing]]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself if it is printable in Latin-1, else the next from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+_CHARACTER_BYTE = {character: bytes([byte]) for byte, character in _byte_characters().items()}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return b"".join([_CHARACTER_BYTE.get(character) or character.encode() for character in token])
+
+
+def _marked_bytes(token: str) -> bytes:
+    """SentencePiece marks spaces with U+2581 and writes a byte without a token of its own as <0xNN>."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.removeprefix("##").replace("▁", " ").encode()
+
+
+# Llama 3 ships a bare tiktoken file; its pattern and special tokens are in Meta's llama-models, not in the file.
+_LLAMA3_RANKS = 128_000
+_LLAMA3_BOS, _LLAMA3_EOS = "<|begin_of_text|>", "<|end_of_text|>"
+_LLAMA3_SPECIAL = [
+    _LLAMA3_BOS,
+    _LLAMA3_EOS,
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *[f"<|reserved_special_token_{number}|>" for number in range(3, 248)],
+]
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def read_tiktoken(file: Path) -> dict[bytes, int]:
+    """The ranks in a tiktoken file: lines of `base64 rank`.
+
+    Raises:
+        TokenizerError: another kind of file (a SentencePiece `tokenizer.model`, say).
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise TokenizerError(
+                f"{file}:{number}: no tiktoken file (`base64 rank` lines); convert a SentencePiece model with "
+                "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder) and give that folder"
+            ) from None
+    return ranks
+
+
+def llama3_definition(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """A tokenizer.json's content that gives the ids of Llama 3's tiktoken vocabulary.
+
+    Raises:
+        TokenizerError: not Llama 3's number of ranks; another model's pattern is unknown, and a guess is not ids.
+    """
+    if len(ranks) != _LLAMA3_RANKS:
+        raise TokenizerError(
+            f"tokenizer.model: {len(ranks)} ranks, only Llama 3's with {_LLAMA3_RANKS} can be converted (the file does "
+            "not say how to split words); give a folder with a tokenizer.json"
+        )
+    return tiktoken_definition(ranks, pattern=_LLAMA3_PATTERN, special=_LLAMA3_SPECIAL)
+
+
+def tiktoken_definition(ranks: dict[bytes, int], *, pattern: str, special: Sequence[str]) -> dict[str, Any]:
+    """A tokenizer.json's content with the ids of a tiktoken encoding.
+
+    tiktoken merges the adjacent pair whose *joined* bytes have the lowest rank; a BPE model merges the pair that
+    comes first in its list. Every way to split a token into two tokens, in the order of the tokens' ranks, says the
+    same.
+    """
+    characters = _byte_characters()
+    spelled = {token: "".join([characters[byte] for byte in token]) for token in ranks}
+    merges: list[list[str]] = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        splits = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [[spelled[left], spelled[right]] for left, right in known]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": content, **plain} for index, content in enumerate(special, start=len(ranks))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True, "add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
