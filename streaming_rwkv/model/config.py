@@ -1,0 +1,121 @@
+"""The shape of an RWKV-7 model, what it costs, and the sizes that BlinkDL released."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from streaming_rwkv.config import Config
+
+Preset = Literal["0.1B", "0.4B", "1.5B", "2.9B"]
+
+# BlinkDL's World models. Their LoRA ranks are of older formulas than the one below (the 0.4B model's of none), so they
+# are written out; the parameter counts of the RWKV-7 paper confirm them.
+_PRESET_FIELDS = ("num_layers", "hidden_size", "decay_rank", "a_rank", "v_rank", "gate_rank", "head_size", "ffn_size")
+PRESETS: dict[Preset, dict[str, int]] = {
+    "0.1B": dict(zip(_PRESET_FIELDS, (12, 768, 64, 64, 32, 128, 64, 3072), strict=True)),
+    "0.4B": dict(zip(_PRESET_FIELDS, (24, 1024, 64, 64, 32, 128, 64, 4096), strict=True)),
+    "1.5B": dict(zip(_PRESET_FIELDS, (24, 2048, 96, 96, 64, 256, 64, 8192), strict=True)),
+    "2.9B": dict(zip(_PRESET_FIELDS, (32, 2560, 96, 96, 64, 320, 64, 10240), strict=True)),
+}
+
+
+def _rank(factor: float) -> Any:
+    """A LoRA rank as the reference trainer chooses it: factor · √C, rounded to 32."""
+
+    def from_hidden_size(fields: dict[str, Any]) -> int:
+        # Absent where the hidden size itself was refused: that error is the one to show.
+        return max(32, round(factor * fields.get("hidden_size", 0) ** 0.5 / 32) * 32)
+
+    return Field(default_factory=from_hidden_size)
+
+
+class RWKV7Config(Config):
+    """Shape and memory options of a model; give `preset`, or `hidden_size` and `num_layers`.
+
+    Fields:
+        preset: a released size; it decides everything of the shape but the vocabulary.
+        vocab_size: rows of embedding and head, V.
+        hidden_size: C, a multiple of the head size.
+        num_layers: L.
+        head_size: N; the released models, and the fused kernels, have 64.
+        ffn_size: width of the channel mixing, 4·C in every released model.
+        decay_rank, a_rank, v_rank, gate_rank: LoRA ranks; by default the reference trainer's formula.
+        activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
+        loss_chunk_tokens: how many tokens' logits exist at once when the loss is computed.
+    """
+
+    preset: Preset | None = None
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    head_size: PositiveInt = 64
+    ffn_size: PositiveInt = Field(default_factory=lambda fields: 4 * fields.get("hidden_size", 1))
+    decay_rank: PositiveInt = _rank(2.5)
+    a_rank: PositiveInt = _rank(2.5)
+    v_rank: PositiveInt = _rank(1.7)
+    gate_rank: PositiveInt = _rank(5.0)
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: PositiveInt = 2048
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        preset = PRESETS[values["preset"]]
+        for name, value in preset.items():
+            if values.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: found {values[name]!r}, but preset {values['preset']!r} has {value}; leave it out, or "
+                    "set preset to null and give hidden_size and num_layers"
+                )
+        return {**values, **preset}
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> RWKV7Config:
+        if self.hidden_size % self.head_size:
+            raise ValueError(
+                f"hidden_size: found {self.hidden_size}, which is no multiple of head_size {self.head_size}; "
+                f"the nearest is {max(1, round(self.hidden_size / self.head_size)) * self.head_size}"
+            )
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_size
+
+
+def parameter_count(config: RWKV7Config) -> int:
+    """Trained parameters, embedding and head included.
+
+    BlinkDL's files also store `att.v0`, `v1` and `v2` of layer 0, which no token ever meets: C·(2·v_rank + 1) more.
+    """
+    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    norms_and_mixes = 6 + 1 + 4 + 2 + 3 + 2  # x_*, ffn.x_k; ln1, ln2; ln_x; k_k, k_a, r_k; w0, a0
+    matrices = 4 * width * width + 2 * width * ffn
+    ranks = config.decay_rank + config.a_rank + config.gate_rank
+    per_layer = matrices + width * (norms_and_mixes + 2 * ranks)
+    value_residual = width * (2 * config.v_rank + 1)
+    return (
+        2 * config.vocab_size * width + 4 * width + layers * per_layer + (layers - 1) * value_residual
+    )  # ln0 and ln_out: 4·C
+
+
+def flops_per_token(config: RWKV7Config) -> int:
+    """Floating-point operations of one trained token, forward and backward, a multiply-add counting as two.
+
+    6 per weight of every matrix that a token is multiplied by, and 27·N·C per layer for the recurrence. The
+    embedding is a look-up and costs nothing; recomputation (activation checkpointing) is not useful work either.
+    """
+    width, layers = config.hidden_size, config.num_layers
+    matrices = layers * (4 * width * width + 2 * width * config.ffn_size)
+    loras = 2 * width * (layers * (config.decay_rank + config.a_rank + config.gate_rank) + (layers - 1) * config.v_rank)
+    head = width * config.vocab_size
+    return 6 * (matrices + loras + head) + 27 * config.head_size * width * layers
+
+
+def flops_per_token_6n(config: RWKV7Config) -> int:
+    """6 · (parameters), the convention of BlinkDL's README: it counts the embedding and leaves out the recurrence."""
+    return 6 * parameter_count(config)
