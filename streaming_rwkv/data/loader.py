@@ -1,0 +1,222 @@
+"""Packs of this rank's and this worker's steps, on top of StreamingDataset's shards, cache and readers.
+
+What is replaced, and why (mosaicml-streaming 0.13.0, pinned in pyproject):
+- the order: from a pure function of the step (`mixture.Plan`) instead of an epoch's permutation in shared memory;
+- the iteration: Streaming's ends silently, or hangs, when a shard cannot be prepared; ours fetches ahead on a best
+  effort, and whoever needs the shard raises;
+- failures: a shard that fails goes back to 'remote', so that no other worker waits for it for ever;
+- lock files: in the cache, not in the temporary folder, where each run would leave some.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from composer.core import DataSpec
+from filelock import FileLock
+from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
+from streaming.base.shared import SharedArray
+from streaming.base.shared.prefix import _get_path
+from torch.utils.data import DataLoader
+
+from streaming_rwkv.data.batch import blank_pack, collate, count_packs, count_tokens, split_batch
+from streaming_rwkv.data.mixture import Plan
+from streaming_rwkv.data.order import Ints
+from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
+from streaming_rwkv.processes import die_with_parent
+from streaming_rwkv.shards import StreamRecord, check_pack, token_dtype
+
+logger = logging.getLogger(__name__)
+
+CHUNK_SLOTS = 1 << 15  # slots of the plan that are worked out at a time: some ten milliseconds
+FETCH_THREADS = 4
+
+
+class PackDataset(StreamingDataset):
+    """Packs in the order of `batches`: (start, stop) → (stop - start, batch_packs) ids, of which -1 is a blank pack."""
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        records: list[StreamRecord],
+        *,
+        batches: Callable[[int, int], Ints],
+        num_batches: int,
+        batch_packs: int,
+        fetch_ahead: int,
+        cache_limit: str | int | None,
+        download_attempts: int,
+        timeout_seconds: float,
+    ) -> None:
+        super().__init__(
+            streams=shard_set.streams(records, download_attempts=download_attempts, timeout_seconds=timeout_seconds),
+            cache_limit=cache_limit,
+            predownload=fetch_ahead,
+            # Not used by our iteration, but set, so that no default of Streaming's can decide anything.
+            batch_size=batch_packs,
+            num_canonical_nodes=1,
+            shuffle=False,
+            batching_method="random",
+        )
+        self.records = records
+        self.manifest = shard_set.manifest
+        self.batches = batches
+        self.num_batches = num_batches
+        self.batch_packs = batch_packs
+        self.first_batch = 0
+        self.rank, self.num_ranks = self._unique_rank_world.rank, self._unique_rank_world.num_ranks
+        if batch_packs % self.num_ranks:
+            raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
+        self._first_pack = self.sample_offset_per_stream
+        self._cache_filelock_path = str(shard_set.cache / f".{records[0].split}.lock")
+        self._verified = SharedArray(self.num_shards, np.uint8, _get_path(self._shm_prefix_int, VERIFIED))
+        if self._unique_rank_world.is_local_leader:
+            self._verified[:] = 0
+        self._blank = blank_pack(self.manifest.tokenizer.bos_id, token_dtype(self.manifest.tokenizer.vocab_size))
+
+    def __len__(self) -> int:
+        """Packs for this rank in the whole run."""
+        return self.num_batches * self.batch_packs // self.num_ranks
+
+    def start_at(self, batch: int) -> None:
+        """The next iteration begins with this batch."""
+        self.first_batch = batch
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        raise NotImplementedError("the order is a function of the step; `start_at` is all there is to resume")
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        raise NotImplementedError("the order is a function of the step; `start_at` is all there is to resume")
+
+    def _ids(self) -> Iterator[int]:
+        """This worker's packs, one batch after another: DataLoader gives batch n to worker n modulo workers."""
+        world = self._unique_rank_world.detect_workers()
+        worker, workers = world.worker_of_rank, world.workers_per_rank
+        per_rank = self.batch_packs // self.num_ranks
+        mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        chunk = max(1, CHUNK_SLOTS // self.batch_packs)
+        for start in range(self.first_batch, self.num_batches, chunk):
+            stop = min(start + chunk, self.num_batches)
+            first = start + (worker - (start - self.first_batch)) % workers
+            rows = self.batches(start, stop)[first - start :: workers, mine]
+            yield from rows.ravel().tolist()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        ids = self._ids()
+        window: deque[int] = deque()
+        in_window: Counter[int] = Counter()
+        with ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch") as executor:
+            try:
+                for pack in ids:
+                    window.append(pack)
+                    if pack >= 0:
+                        shard = int(self.spanner[pack][0])
+                        in_window[shard] += 1
+                        if in_window[shard] == 1:
+                            executor.submit(self._fetch_ahead, shard)
+                    if len(window) > self.predownload:
+                        yield self._next(window, in_window)
+                while window:
+                    yield self._next(window, in_window)
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self, window: deque[int], in_window: Counter[int]) -> dict[str, Any]:
+        pack = window.popleft()
+        if pack >= 0:
+            shard = int(self.spanner[pack][0])
+            in_window[shard] -= 1
+            if not in_window[shard]:
+                del in_window[shard]
+        return self[pack]
+
+    def _fetch_ahead(self, shard: int) -> None:
+        if self._shard_states[shard] == _ShardState.LOCAL:
+            return
+        try:
+            self.prepare_shard(shard, blocking=False)
+        except Exception as error:  # noqa: BLE001 - whoever needs the shard tries again, and raises
+            logger.warning("fetching ahead failed: %s", error)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """As Streaming's, but a failure is not left behind as 'in preparation', for which others would wait."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+        if self._shard_states[shard_id] == _ShardState.LOCAL and not self._verified[shard_id]:
+            self._verify(shard_id)
+
+    def _verify(self, shard: int) -> None:
+        """Compare a shard that lay in the cache before this run with its hash, once on this node."""
+        with FileLock(self._cache_filelock_path):
+            if self._verified[shard]:
+                return
+            stream = self.streams[self.stream_per_shard[shard]]
+            assert isinstance(stream, VerifiedStream)
+            change = stream.drop_if_bad(self.shards[shard].raw_data)
+            if change:
+                self.cache_usage += change
+                self._shard_states[shard] = _ShardState.REMOTE
+            else:
+                self._verified[shard] = 1
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A pack by its global id, checked against the contract; -1 gives the blank pack."""
+        if sample_id < 0:
+            return self._blank
+        shard = int(self.spanner[sample_id][0])
+        if not self._verified[shard]:
+            self.prepare_shard(shard)
+        sample = super().get_item(sample_id, retry)
+        stream = int(np.searchsorted(self._first_pack, sample_id, side="right")) - 1
+        check_pack(
+            sample, pack_tokens=self.manifest.pack_tokens, where=f"{self.streams[stream].remote}, pack {sample_id}"
+        )
+        sample["stream"] = stream
+        return sample
+
+
+def evaluation_batches(packs: int, *, batch_packs: int) -> tuple[Callable[[int, int], Ints], int]:
+    """Every pack once, in order; the last batch is filled up with blank packs."""
+    num_batches = -(-packs // batch_packs)
+    ids = np.full(num_batches * batch_packs, -1, np.int64)
+    ids[:packs] = np.arange(packs)
+    table = ids.reshape(num_batches, batch_packs)
+    return lambda start, stop: table[start:stop], num_batches
+
+
+def training_batches(plan: Plan) -> tuple[Callable[[int, int], Ints], int]:
+    return plan.packs, plan.steps
+
+
+def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:
+    """A loader of this rank's batches, with the counts that Composer needs."""
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        dataset,
+        batch_size=dataset.batch_packs // dataset.num_ranks,
+        collate_fn=collate,
+        num_workers=workers,
+        # A worker that neither delivers nor fails must stop the run too.
+        timeout=timeout_seconds if workers else 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_init_worker if workers else None,
+        persistent_workers=False,
+    )
+    return DataSpec(
+        loader,
+        split_batch=split_batch,
+        get_num_samples_in_batch=count_packs,
+        get_num_tokens_in_batch=count_tokens,
+    )
+
+
+def _init_worker(worker: int) -> None:
+    die_with_parent()

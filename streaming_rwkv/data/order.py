@@ -1,0 +1,81 @@
+"""One stream's walk: every pack once a pass, shuffled within blocks of shards.
+
+A permutation of all packs would touch every shard all the time, and a cache of a few shards would download each of
+them thousands of times a pass. So the shards are permuted, cut into blocks, and packs are permuted within a block:
+each shard is needed during one short stretch of the pass and never again before the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def permutation(size: int, *, key: str) -> Ints:
+    """A permutation of range(size) that depends on `key` alone.
+
+    Philox's raw output is a published algorithm; `Generator.permutation` may change between numpy versions, and with
+    it the packs that a resumed run would see.
+    """
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
+    draws = np.random.Philox(key=seed).random_raw(size)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def fraction(*, key: str) -> float:
+    """A number in [1/16, 15/16) that depends on `key` alone."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return 1 / 16 + 7 / 8 * (seed / 2**64)
+
+
+class StreamOrder:
+    """The packs of one stream in the order in which they are trained on, pass after pass.
+
+    Args:
+        packs_per_shard: packs in each shard, in the order of the index.
+        key: what the order depends on (seed and the stream's name).
+        block_shards: shards that are mixed with each other.
+    """
+
+    def __init__(self, packs_per_shard: list[int], *, key: str, block_shards: int) -> None:
+        self.packs_per_shard = np.asarray(packs_per_shard, np.int64)
+        self.first_pack = np.cumsum(self.packs_per_shard) - self.packs_per_shard
+        self.packs = int(self.packs_per_shard.sum())
+        self.key = key
+        self.block_shards = block_shards
+        self._layout = lru_cache(maxsize=2)(self._compute_layout)
+        # A chunk of steps rarely spans more than the end of one block and the beginning of the next.
+        self._block = lru_cache(maxsize=2)(self._compute_block)
+
+    def _compute_layout(self, pass_number: int) -> tuple[list[Ints], Ints]:
+        """Shards of each block, and where each block begins within the pass."""
+        shards = permutation(len(self.packs_per_shard), key=f"{self.key}/pass {pass_number}/shards")
+        blocks = [shards[i : i + self.block_shards] for i in range(0, len(shards), self.block_shards)]
+        sizes = [int(self.packs_per_shard[block].sum()) for block in blocks]
+        return blocks, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def _compute_block(self, pass_number: int, block: int) -> Ints:
+        shards = self._layout(pass_number)[0][block]
+        packs = np.concatenate([self.first_pack[s] + np.arange(self.packs_per_shard[s]) for s in shards])
+        return packs[permutation(len(packs), key=f"{self.key}/pass {pass_number}/block {block}")]
+
+    def take(self, start: int, stop: int) -> Ints:
+        """Packs (indices within the stream) at positions start … stop - 1; positions count on through the passes."""
+        parts = list(self._parts(start, stop))
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _parts(self, start: int, stop: int) -> Iterator[Ints]:
+        while start < stop:
+            pass_number, position = divmod(start, self.packs)
+            bounds = self._layout(pass_number)[1]
+            block = int(np.searchsorted(bounds, position, side="right")) - 1
+            count = min(stop - start, int(bounds[block + 1]) - position)
+            offset = position - int(bounds[block])
+            yield self._block(pass_number, block)[offset : offset + count]
+            start += count
