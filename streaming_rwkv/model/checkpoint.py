@@ -1,0 +1,385 @@
+"""Weights in and out: BlinkDL's `.pth`, Hugging Face folders, and our own training checkpoints.
+
+Every reader gives a *state*: a dict of CPU tensors under the model's own names (BlinkDL's), from which the shape of
+the model is inferred. No reader runs code from a file: pickles are read for tensors and plain values alone.
+
+    format               what it is
+    BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
+    Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
+    Composer's           one file (state → model → …), or a folder of shards with a `.metadata`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.model.composer_files import SAFE_GLOBALS, read_sharded
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
+
+State = dict[str, Tensor]
+
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
+_CONFIG_NAME = "config.json"
+_SAFETENSORS_NAME = "model.safetensors"
+_SAFETENSORS_INDEX = "model.safetensors.index.json"
+_LAYER_NORM_EPS = 1e-5  # torch's default, and what every RWKV has
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model it is to be loaded into."""
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
+    """The model that a checkpoint of any known format holds, on the CPU.
+
+    Args:
+        path: a `.pth`, a Composer `.pt`, a `.safetensors`, a Hugging Face folder, or a folder of sharded checkpoint.
+        dtype: of the parameters.
+        options: of `RWKV7Config`, for what weights do not tell: activation_checkpointing, loss_chunk_tokens.
+    Raises:
+        CheckpointError: see `read_state` and `infer_config`.
+    """
+    state = read_state(path)
+    config = infer_config(state, where=str(path))
+    with torch.device("meta"):
+        model = RWKV7(config.model_copy(update=options))
+    model = model.to(dtype).to_empty(device="cpu")
+    load_state(model, state, where=str(path))
+    return model
+
+
+@torch.no_grad()
+def load_state(model: RWKV7, state: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy `state` into `model`, in place, rounding to its type. The model lies on the CPU, before it is sharded.
+
+    Raises:
+        CheckpointError: a parameter is missing, unknown, or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(name for name in state if name not in parameters and not _UNUSED.fullmatch(name))
+    missing = sorted(name for name in parameters if name not in state)
+    if unknown or missing:
+        problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
+        raise CheckpointError(
+            f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown); found a model of "
+            f"{_layers(state)} layers, this one has {model.config.num_layers}"
+        )
+    for name, parameter in parameters.items():
+        value = state[name]
+        # Some files store [1, 1, C] vectors as [C].
+        if value.squeeze().shape != parameter.squeeze().shape:
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(value.shape)}, this model's is {tuple(parameter.shape)}; give the model "
+                "the checkpoint's shape, or leave the shape out where it is inferred"
+            )
+        parameter.copy_(value.reshape(parameter.shape))
+
+
+def model_state(model: RWKV7) -> State:
+    """The state of a model that is not sharded; the tensors are its parameters, not copies."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
+    """The shape of the model whose weights `state` holds: released RWKV-7 models follow several rank formulas.
+
+    Raises:
+        CheckpointError: not an RWKV-7 model.
+    """
+
+    def shape(name: str, dimensions: int) -> torch.Size:
+        if name not in state:
+            raise CheckpointError(f"{where}: not an RWKV-7 model, it has no {name}; found {_some_names(state)}")
+        if state[name].ndim != dimensions:
+            raise CheckpointError(f"{where}: {name} is {tuple(state[name].shape)}, expected {dimensions} dimensions")
+        return state[name].shape
+
+    vocab_size, hidden_size = shape("emb.weight", 2)
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": _layers(state),
+        "head_size": shape("blocks.0.att.r_k", 2)[1],
+        "ffn_size": shape("blocks.0.ffn.key.weight", 2)[0],
+        "decay_rank": shape("blocks.0.att.w1", 2)[1],
+        "a_rank": shape("blocks.0.att.a1", 2)[1],
+        "gate_rank": shape("blocks.0.att.g1", 2)[1],
+    }
+    # Layer 0 needs no value residual and early files have none there.
+    value_lora = "blocks.1.att.v1" if fields["num_layers"] > 1 else "blocks.0.att.v1"
+    if fields["num_layers"] > 1 or value_lora in state:
+        fields["v_rank"] = shape(value_lora, 2)[1]
+    try:
+        return RWKV7Config(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not an RWKV-7 model: {error}") from None
+
+
+def _layers(state: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
+
+
+def _some_names(state: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(map(str, state))[:3]) or "nothing"
+
+
+# Reading
+
+
+def read_state(path: str | Path) -> State:
+    """The weights of a checkpoint of any known format, memory-mapped where the format allows it.
+
+    Raises:
+        CheckpointError: no such file, damaged, another kind of file, or a pickle that holds more than weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / _CONFIG_NAME).is_file():
+            return read_huggingface(path)
+        if (path / ".metadata").is_file():
+            return _of_model(_guarded(read_sharded, path), where=path)
+        raise CheckpointError(
+            f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors) or "
+            "a sharded checkpoint (.metadata, *.distcp)"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")
+    if path.suffix == ".safetensors":
+        return _guarded(safetensors.torch.load_file, path)
+    content = _guarded(_read_torch_file, path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of weights by name")
+    match content.get("state"):
+        case {"model": dict(weights)}:
+            return _of_model(weights, where=path)
+    strangers = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if strangers:
+        raise CheckpointError(f"{path}: {strangers[0]!r} is no tensor; expected a flat dict of weights, as BlinkDL has")
+    return content
+
+
+def _read_torch_file(path: Path) -> Any:
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        # Files of the old, not zipped kind can be read but not mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
+    """Run a reader; what it finds wrong with the file becomes an error that names the file."""
+    try:
+        return read(path)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: refused, since reading it whole would run code that it brings ({reason}). Only weights are read "
+            "here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: damaged or no checkpoint ({reason}); copy it again from its source") from error
+
+
+def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:
+    """Weights of a training checkpoint: the network is a child of what Composer trains, so names have a prefix."""
+    prefixes = [name.removesuffix("emb.weight") for name in weights if name.endswith("emb.weight")]
+    if len(prefixes) != 1:
+        raise CheckpointError(f"{where}: not an RWKV-7 training checkpoint; found {_some_names(weights)}")
+    return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
+
+
+def read_huggingface(folder: str | Path) -> State:
+    """The weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files.
+
+    Raises:
+        CheckpointError: another kind of model, options that RWKV-7 as BlinkDL trains it does not have, or damage.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / _CONFIG_NAME)
+    if config.get("model_type") != "rwkv7":
+        raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, expected 'rwkv7'")
+    head_size = config.get("head_dim") or 64
+    expected = {
+        "norm_eps": _LAYER_NORM_EPS,
+        "norm_bias": True,
+        "norm_first": True,
+        "hidden_act": "sqrelu",
+        "attn": None,
+    }
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{folder}/{_CONFIG_NAME}: {key} is {config[key]!r}, BlinkDL's RWKV-7 has {value!r}")
+    _check_group_norm(head_size, where=f"{folder}/{_CONFIG_NAME}: head_dim")
+    if (folder / _SAFETENSORS_INDEX).is_file():
+        files = sorted(set(_read_json(folder / _SAFETENSORS_INDEX)["weight_map"].values()))
+    else:
+        files = [_SAFETENSORS_NAME]
+    state: State = {}
+    for file in files:
+        if not (folder / file).is_file() or Path(file).name != file:
+            raise CheckpointError(f"{folder}: has no file {file!r}; weights as safetensors are needed, copy them again")
+        for name, value in _guarded(safetensors.torch.load_file, folder / file).items():
+            own_name = from_huggingface_name(name)
+            if own_name is None:
+                raise CheckpointError(f"{folder}/{file}: unknown parameter {name}")
+            state[own_name] = value.T if _is_transposed(name) else value
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: found a {type(values).__name__}, expected a mapping")
+    return values
+
+
+def _check_group_norm(head_size: int, *, where: str) -> None:
+    # There the GroupNorm's epsilon is head_dim · norm_eps; BlinkDL's is 64e-5 for every head size.
+    if abs(head_size * _LAYER_NORM_EPS - GROUP_NORM_EPS) > 1e-9:
+        raise CheckpointError(
+            f"{where}: found {head_size}; Hugging Face implementations agree with BlinkDL's for head size 64 alone"
+        )
+
+
+# Writing
+
+
+def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write BlinkDL's format, which `rwkv`, RWKV-Runner and his trainers load.
+
+    The file appears whole or not at all. His trainers want `v0`, `v1` and `v2` in layer 0 too; they are written as
+    zeros, since nothing ever reads them.
+    """
+    path = Path(path)
+    config = infer_config(state, where=str(path))
+    complete = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
+    width, rank = config.hidden_size, config.v_rank
+    for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
+        complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # A parameter read from a mapped file is a view of the whole: without a copy, its file would be stored with it.
+    torch.save({name: value.clone() for name, value in complete.items()}, partial)
+    os.replace(partial, path)
+
+
+def write_huggingface(
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+) -> None:
+    """Write a folder that `fla` and `rwkv7_hf` load: config.json and model.safetensors. config.json comes last.
+
+    The tokenizer's files are not written: `tokenizer.save(folder)` puts them beside these.
+
+    Raises:
+        CheckpointError: a head size for which those implementations compute something else.
+    """
+    folder = Path(folder)
+    config = infer_config(state, where=str(folder))
+    _check_group_norm(config.head_size, where=f"{folder}: head size")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, value in state.items():
+        if _UNUSED.fullmatch(name):
+            continue
+        their_name = to_huggingface_name(name)
+        value = value.detach().to("cpu", dtype)
+        value = value.T if _is_transposed(their_name) else value
+        value = value.flatten() if their_name.endswith(_FLAT) else value
+        weights[their_name] = value.contiguous().clone()
+    partial = folder / (_SAFETENSORS_NAME + ".partial")
+    safetensors.torch.save_file(weights, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / _SAFETENSORS_NAME)
+    values = {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "attn_mode": "chunk",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "head_dim": config.head_size,
+        "num_heads": config.num_heads,
+        "intermediate_size": config.ffn_size,
+        "hidden_ratio": config.ffn_size / config.hidden_size,
+        "decay_low_rank_dim": config.decay_rank,
+        "a_low_rank_dim": config.a_rank,
+        "v_low_rank_dim": config.v_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": _LAYER_NORM_EPS,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
+
+
+# Names: ours (BlinkDL's) ↔ fla's and rwkv7_hf's
+
+_OUTER_NAMES = {
+    "emb.weight": "model.embeddings.weight",
+    "ln_out.weight": "model.norm.weight",
+    "ln_out.bias": "model.norm.bias",
+    "head.weight": "lm_head.weight",
+}
+_LORA_NAMES = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
+_BLOCK_NAMES = {
+    **{f"{ours}.{end}": f"{theirs}.{end}"
+       for ours, theirs in {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm", "att.ln_x": "attn.g_norm"}.items()
+       for end in ("weight", "bias")},
+    **{f"att.{ours}.weight": f"attn.{theirs}.weight"
+       for ours, theirs in {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}.items()},
+    **{f"att.{letter}{part}": f"attn.{letter}_lora.lora.{end}"
+       for letter in "wavg" for part, end in _LORA_NAMES.items() if (letter, part) != ("g", "0")},
+    **{f"att.{name}": f"attn.{name}" for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k")},
+    **{f"ffn.{name}": f"ffn.{name}" for name in ("x_k", "key.weight", "value.weight")},
+}  # fmt: skip
+_FROM_OUTER = {theirs: ours for ours, theirs in _OUTER_NAMES.items()}
+_FROM_BLOCK = {theirs: ours for ours, theirs in _BLOCK_NAMES.items()}
+_FLAT = ("lora.2.bias", ".k_k", ".k_a", "ffn.x_k")  # (C,) there, (1, 1, C) here
+
+
+def to_huggingface_name(name: str) -> str:
+    """ "blocks.3.att.w1" → "model.layers.3.attn.w_lora.lora.0.weight". Raises KeyError for a name we do not have."""
+    if not name.startswith("blocks."):
+        return _OUTER_NAMES[name]
+    _, layer, rest = name.split(".", 2)
+    return f"model.layers.{layer}.{_BLOCK_NAMES[rest]}"
+
+
+def from_huggingface_name(name: str) -> str | None:
+    """The inverse of `to_huggingface_name`; None for a name without one."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if not found:
+        return _FROM_OUTER.get(name)
+    rest = _FROM_BLOCK.get(found[2])
+    return None if rest is None else f"blocks.{found[1]}.{rest}"
+
+
+def _is_transposed(huggingface_name: str) -> bool:
+    """LoRA factors multiply from the right here, and are `Linear` weights there."""
+    return "_lora.lora." in huggingface_name and huggingface_name.endswith(".weight")
