@@ -1,0 +1,350 @@
+"""Training checkpoints: written whole or not at all, chosen by their completion mark, read without running code.
+
+    {save_folder}/checkpoints/step-00000500/          weights and optimizer, sharded (torch.distributed.checkpoint)
+    {save_folder}/checkpoints/step-00000500/complete.json   written last: what the run was, and each file's sha256
+    {save_folder}/checkpoints/step-00000750.writing/  an interrupted write; never read, removed by the next write
+
+A folder gets its name by a rename after its mark was written, so there is no moment at which half a checkpoint looks
+whole. A folder with a checkpoint's name that is not whole is damage, and stops the run: starting afresh beside it, or
+from an older one, has to be decided by a person.
+
+Only tensors are kept in the sharded files, and everything else in the mark as JSON. The one pickle left, the index of
+the sharded files, goes through an unpickler that knows its few classes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "streaming-rwkv-checkpoint/1"
+MARK = "complete.json"
+WRITING = ".writing"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, or is not of this run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint and what its mark says."""
+
+    path: Path
+    mark: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.mark["step"])
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint below `root`, or None where none was ever finished.
+
+    Raises:
+        CheckpointError: there are checkpoints, but the newest of them, or all, are damaged.
+    """
+    found = sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True)
+    problems: list[str] = []
+    for path in found:
+        problem = find_problem(path)
+        if problem is None:
+            if problems:
+                logger.warning("going back to %s: %s", path, "; ".join(problems))
+            return Checkpoint(path=path, mark=read_mark(path))
+        problems.append(f"{path.name}: {problem}")
+    if problems:
+        raise CheckpointError(
+            f"{root}: no checkpoint here is whole ({'; '.join(problems)}); restore one, or move the folder away to "
+            "start the run again from its beginning"
+        )
+    return None
+
+
+def find_problem(path: Path) -> str | None:
+    """What is missing or of another size than its mark says, or None; contents are compared when they are read."""
+    try:
+        mark = read_mark(path)
+    except CheckpointError as error:
+        return str(error)
+    for name, record in mark["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size != record["bytes"]:
+            return f"{name} has {size} bytes instead of {record['bytes']}"
+    return None
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The completion mark of a checkpoint.
+
+    Raises:
+        CheckpointError: none there, or not one of this format.
+    """
+    try:
+        mark = json.loads((path / MARK).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no completion mark ({MARK}); not a finished checkpoint of this program"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / MARK}: not valid JSON ({error})") from None
+    if not isinstance(mark, dict) or mark.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MARK}: not of the format {FORMAT!r}")
+    return mark
+
+
+def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
+    """Refuse to go on with other data, another mixture or batch size than the checkpoint was made with.
+
+    Raises:
+        CheckpointError: names each key that differs, with both values.
+    """
+    before = checkpoint.mark["run"]
+    differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
+    if differing:
+        lines = [
+            f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
+        ]
+        raise CheckpointError(
+            f"{checkpoint.path}: made by a run with other settings; steps already taken would not be those of this "
+            "run.\n  " + "\n  ".join(lines) + "\nGive the run another `save_folder`, set the value back, or, if the "
+            f"change is meant, say checkpoint.allow_changed=[{','.join(differing)}]"
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def save_checkpoint(
+    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, mark: dict[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint with all ranks together, then keep the `keep` newest on disk (0: all).
+
+    Args:
+        mark: what the completion mark shall carry beside the files: JSON values.
+    """
+    final, writing = root / step_name(step), root / (step_name(step) + WRITING)
+    if is_leader():
+        if final.exists():  # damaged, or this step would not be written again
+            final.rename(final.with_name(final.name + ".replaced" + WRITING))
+        for left_over in root.glob(f"step-*{WRITING}"):
+            shutil.rmtree(left_over)
+        writing.mkdir(parents=True)
+    barrier()
+    writer = FileSystemWriter(writing, sync_files=True)
+    save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
+    barrier()
+    if is_leader():
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            for path in sorted(writing.iterdir())
+        }
+        content = json.dumps({"format": FORMAT, "step": step, **mark, "files": files}, indent=1, ensure_ascii=False)
+        write_durably(writing / MARK, content.encode())
+        _sync_folder(writing)
+        writing.rename(final)
+        _sync_folder(root)
+        prune(root, keep=keep)
+    barrier()
+    return final
+
+
+def prune(root: Path, *, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, whichever start of the run wrote them."""
+    if keep <= 0:
+        return
+    for path in sorted(path for path in root.glob("step-*") if NAME.fullmatch(path.name))[:-keep]:
+        # Renamed first: killed in between, this must not leave a checkpoint with files missing.
+        leaving = path.with_name(path.name + WRITING)
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill model and optimizer with the checkpoint's tensors, resharding where the world has another size.
+
+    Raises:
+        CheckpointError: a file does not have its hash, or the tensors are not those of this model.
+    """
+    _check_hashes(checkpoint)
+    state = _tensors(model, optimizer)
+    reader = CheckedReader(checkpoint.path)
+    _check_shapes(reader.read_metadata(), state, checkpoint.path)
+    load_sharded(state, storage_reader=reader, no_dist=not _distributed())
+    # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = state["optimizer"][name]
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The model's tensors alone, whole, by one process: for export and generation.
+
+    Raises:
+        CheckpointError: damaged, or not a checkpoint of this program.
+    """
+    problem = find_problem(path)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
+    checkpoint = Checkpoint(path=path, mark=read_mark(path))
+    _check_hashes(checkpoint, everything=True)
+    reader = CheckedReader(path)
+    entries = reader.read_metadata().state_dict_metadata
+    weights = {
+        key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load_sharded({"model": weights}, storage_reader=reader, no_dist=True)
+    return weights
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Weights and AdamW's moments by parameter name; moments are made where the optimizer has not stepped yet."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter) or {}
+        moments[name] = {
+            "step": state.get("step", torch.zeros((), dtype=torch.float32)),
+            "exp_avg": state.get("exp_avg", torch.zeros_like(parameter.detach())),
+            "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(parameter.detach())),
+        }
+    return {"model": {name: parameter.detach() for name, parameter in model.named_parameters()}, "optimizer": moments}
+
+
+def _check_hashes(checkpoint: Checkpoint, *, everything: bool = False) -> None:
+    """Each rank compares its part of the files; together they compare all."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() and not everything else (0, 1)
+    for name, record in sorted(checkpoint.mark["files"].items())[rank::world]:
+        if sha256_of_file(checkpoint.path / name) != record["sha256"]:
+            raise CheckpointError(
+                f"{checkpoint.path / name}: its content is not what was written; move {checkpoint.path} away to go on "
+                "from the checkpoint before it"
+            )
+
+
+def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Path) -> None:
+    wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+    found = {
+        key: tuple(entry.size)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    for key in sorted({*wanted, *found}):
+        if wanted.get(key) != found.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is {found.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in "
+                "this model; the `model:` section differs"
+            )
+
+
+class CheckedReader(FileSystemReader):
+    """DCP's reader, with the index unpickled by `_IndexUnpickler`: torch's own runs whatever the file says."""
+
+    def read_metadata(self) -> Metadata:
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata = load_index(content, where=f"{self.path}/.metadata")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch": {
+        "Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+        "strided", "contiguous_format", "preserve_format",
+    },
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
+        return super().find_class(module, name)
+
+
+def load_index(content: bytes, *, where: str) -> Metadata:
+    """Unpickle a DCP index, refusing everything but the classes that one is made of.
+
+    Raises:
+        CheckpointError: anything else in it: the file was not written by torch, and may want to run code.
+    """
+    try:
+        metadata = _IndexUnpickler(io.BytesIO(content)).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: not an index of a checkpoint ({error}); it was not loaded") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{where}: holds a {type(metadata).__name__}, not the index of a checkpoint")
+    return metadata
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace `path` in one step, on the disk before anyone sees it."""
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_leader() -> bool:
+    return not _distributed() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if _distributed():
+        dist.barrier()

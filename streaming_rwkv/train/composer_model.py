@@ -1,0 +1,78 @@
+"""RWKV-7 as Composer trains and evaluates it: one loss, summed by stream on the way.
+
+Shapes: T targets in a microbatch, K packs, S streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+from torchmetrics import Metric
+
+from streaming_rwkv.data.batch import NO_STREAM, Batch
+from streaming_rwkv.model.rwkv7 import RWKV7
+
+
+class RWKV7ForTraining(ComposerModel):
+    """The network as the only child, so that FSDP2 wraps it as a whole and each of its blocks."""
+
+    def __init__(self, network: RWKV7, *, num_streams: int, flops_per_token: int) -> None:
+        super().__init__()
+        self.network = network
+        self.num_streams = num_streams
+        self.flops_per_token = flops_per_token
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """nll: (1, T) negative log-likelihood of each target, 0 where there is none; pack_nll: (K,) its sums."""
+        nll = self.network(batch["tokens"], cu_seqlens=batch["cu_seqlens"], targets=batch["targets"])
+        running = torch.nn.functional.pad(nll.detach()[0].double().cumsum(0), (1, 0))
+        starts = batch["pack_starts"].long()
+        return {"nll": nll, "pack_nll": running[starts[1:]] - running[starts[:-1]]}
+
+    def loss(self, outputs: dict[str, Tensor], batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """The mean over the microbatch's targets; Composer weights microbatches and ranks by their targets."""
+        return outputs["nll"].sum() / max(1, batch["num_targets"])
+
+    def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
+        return outputs if outputs is not None else self(batch)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        return {} if is_train else {"loss": LossByStream(self.num_streams)}
+
+    def update_metric(self, batch: Batch, outputs: dict[str, Tensor], metric: Metric) -> None:
+        metric.update(outputs["pack_nll"], batch)
+
+    def flops_per_batch(self, batch: Batch) -> int:
+        return self.flops_per_token * batch["tokens"].numel()
+
+
+def add_by_stream(sums: Tensor, values: Tensor, streams: Tensor) -> None:
+    """Add (K,) `values` of packs to (S,) `sums` of their streams; blank packs to none."""
+    counted = streams != NO_STREAM
+    # Blank packs are added as zeros to stream 0: selecting them away would ask the device for their number.
+    sums.index_add_(0, streams.clamp(min=0), torch.where(counted, values.to(sums.dtype), 0))
+
+
+class LossByStream(Metric):
+    """Sums of loss, targets and text bytes for each stream, over all ranks; the value is the loss of all together."""
+
+    full_state_update = False
+
+    def __init__(self, num_streams: int) -> None:
+        super().__init__(dist_sync_on_step=False)
+        for name in ("nll", "targets", "text_bytes"):
+            self.add_state(name, default=torch.zeros(num_streams, dtype=torch.float64), dist_reduce_fx="sum")
+        self.totals: dict[str, list[float]] = {}
+
+    def update(self, pack_nll: Tensor, batch: Batch) -> None:
+        add_by_stream(self.nll, pack_nll, batch["streams"])
+        add_by_stream(self.targets, batch["pack_starts"].diff(), batch["streams"])
+        add_by_stream(self.text_bytes, batch["text_bytes"], batch["streams"])
+
+    def compute(self) -> Tensor:
+        # Called with the sums of all ranks in place; they are kept for the report by stream.
+        self.totals = {name: getattr(self, name).tolist() for name in ("nll", "targets", "text_bytes")}
+        return self.nll.sum() / self.targets.sum().clamp(min=1)

@@ -1,0 +1,104 @@
+"""One YAML for a run: data and mixture, model, optimizer, evaluation, checkpoints, logs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from streaming_rwkv.config import Config
+from streaming_rwkv.data.mixture import StageConfig
+from streaming_rwkv.model.config import Preset
+from streaming_rwkv.train.optimizer import OptimizerConfig
+
+
+class DataConfig(Config):
+    """Where the packs come from, and which of them a step sees."""
+
+    path: str
+    """Data set that `prep` built: a folder, or s3://bucket/prefix."""
+    cache: str | None = None
+    """Folder for downloaded and expanded shards; by default below the save folder."""
+    cache_limit: str | int | None = None
+    """At most so much on disk ('200gb'), at least 4 of the largest shards; by default everything is kept."""
+    stages: list[StageConfig] = Field(min_length=1)
+    cycles: PositiveInt = 1
+    """Go through all stages so many times, each time with its share of their tokens."""
+    max_repeats: PositiveFloat = 4.0
+    """Warn where a stream is seen more often than this."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens of a step, rounded to whole packs for every process."""
+    batch_packs: PositiveInt | None = None
+    """Packs of a step, over all processes."""
+    shuffle_block_shards: PositiveInt = 4
+    workers: int = Field(default=2, ge=0)
+    """Loader processes for each rank; 0 loads in the training process."""
+    fetch_ahead: PositiveInt = 64
+    """Packs that each worker looks ahead for shards to download."""
+    download_attempts: PositiveInt = 3
+    timeout_seconds: PositiveFloat = 120.0
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> DataConfig:
+        if (self.batch_tokens is None) == (self.batch_packs is None):
+            raise ValueError("give either `batch_tokens` or `batch_packs`")
+        return self
+
+
+class ModelConfig(Config):
+    """Shape of the network; give `preset`, or `hidden_size` and `num_layers`. See `model.config.RWKV7Config`."""
+
+    preset: Preset | None = None
+    hidden_size: PositiveInt | None = None
+    num_layers: PositiveInt | None = None
+    head_size: PositiveInt | None = None
+    ffn_size: PositiveInt | None = None
+    decay_rank: PositiveInt | None = None
+    a_rank: PositiveInt | None = None
+    v_rank: PositiveInt | None = None
+    gate_rank: PositiveInt | None = None
+    vocab_size: PositiveInt | None = None
+    """Rows of embedding and head; by default the tokenizer's."""
+    activation_checkpointing: bool = False
+    loss_chunk_tokens: PositiveInt = 2048
+    init_from: str | None = None
+    """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training checkpoint."""
+
+
+class EvaluationConfig(Config):
+    interval_steps: PositiveInt = 500
+    packs_per_stream: PositiveInt | None = None
+    """Only the first so many packs of each validation stream; by default all."""
+    microbatch_packs: PositiveInt | None = None
+
+
+class CheckpointConfig(Config):
+    interval_steps: PositiveInt = 500
+    keep: int = Field(default=3, ge=0)
+    """So many on disk, the newest; 0 keeps all."""
+    allow_changed: list[str] = Field(default=[])
+    """Settings that may differ from the checkpoint's, by the names that a refusal gives."""
+
+
+class LogConfig(Config):
+    interval_steps: PositiveInt = 10
+    tensorboard: bool = True
+    progress_bar: bool = False
+
+
+class RunConfig(Config):
+    save_folder: str
+    seed: int = Field(default=17, ge=0)
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["fp32", "amp_bf16"] | None = None
+    """By default bf16 with fp32 master weights on a GPU, fp32 on the CPU."""
+    microbatch_packs: PositiveInt | None = None
+    """Packs of one forward and backward pass on each process; by default all of the process's."""
+    device: Literal["cpu", "gpu"] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose gradient is not finite."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,326 @@
+"""One training run, from a validated configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.core import Callback, Evaluator
+from composer.loggers import LoggerDestination, TensorboardLogger
+from composer.utils import dist, get_device
+from composer.utils.parallelism import FSDP2Config
+from omegaconf import OmegaConf
+
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches, training_batches
+from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
+from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
+from streaming_rwkv.model.config import RWKV7Config, flops_per_token
+from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.processes import die_with_parent, lock_folder
+from streaming_rwkv.shards import StreamRecord
+from streaming_rwkv.train import callbacks as cb
+from streaming_rwkv.train.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    is_leader,
+    load_checkpoint,
+    newest_checkpoint,
+    write_durably,
+)
+from streaming_rwkv.train.composer_model import RWKV7ForTraining
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.optimizer import build_optimizer
+from streaming_rwkv.train.preview import mixture_table, show
+
+logger = logging.getLogger(__name__)
+
+STOPPED_EARLY = 143  # 128 + SIGTERM, as shells and schedulers have it
+
+# Dense bf16, without sparsity, from NVIDIA's data sheets: what MFU is a share of.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run whose configuration, data and plan agree; nothing is trained yet."""
+
+    config: RunConfig
+    shard_set: ShardSet
+    plan: Plan
+    model: RWKV7Config
+    total_tokens: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the steps already taken; a checkpoint made with anything else is refused."""
+        manifest, config = self.shard_set.manifest, self.config
+        memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
+        return {
+            "data": manifest.fingerprint,
+            "tokenizer": manifest.tokenizer.sha256,
+            "mixture": [stage.model_dump(exclude_none=True) for stage in _all_stages(config)],
+            "batch_packs": self.plan.batch_packs,
+            "order": {"version": ORDER_VERSION, "block_shards": config.data.shuffle_block_shards, "seed": config.seed},
+            "model": self.model.model_dump(exclude=memory_only),
+            "optimizer": config.optimizer.model_dump(mode="json"),
+        }
+
+
+def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
+    """Open the data and work out the plan.
+
+    Raises:
+        UserError: anything in configuration or data that the run could not be finished with.
+    """
+    data = config.data
+    shard_set = open_shard_set(
+        data.path,
+        cache=data.cache or Path(config.save_folder) / "cache",
+        splits=("train", "validation"),
+        timeout_seconds=data.timeout_seconds,
+        leader=leader,
+    )
+    manifest = shard_set.manifest
+    plan = make_plan(
+        _all_stages(config),
+        manifest.select("train"),
+        batch_packs=_batch_packs(config, manifest.pack_tokens, world_size),
+        seed=config.seed,
+        block_shards=data.shuffle_block_shards,
+    )
+    shape = config.model.model_dump(exclude={"init_from"}, exclude_none=True)
+    shape.setdefault("vocab_size", manifest.tokenizer.vocab_size)
+    if shape["vocab_size"] < manifest.tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: found {shape['vocab_size']}, but the data's tokenizer has "
+            f"{manifest.tokenizer.vocab_size} ids; raise it, or leave it out"
+        )
+    try:
+        model = RWKV7Config(**shape)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    return Prepared(
+        config=config,
+        shard_set=shard_set,
+        plan=plan,
+        model=model,
+        total_tokens=round(float(plan.expected_targets().sum())),
+    )
+
+
+def _all_stages(config: RunConfig) -> list[StageConfig]:
+    cycles = config.data.cycles
+    if cycles == 1:
+        return list(config.data.stages)
+    once = [
+        stage.model_copy(
+            update={
+                "tokens": stage.tokens and round(stage.tokens / cycles),
+                "passes": stage.passes and stage.passes / cycles,
+            }
+        )
+        for stage in config.data.stages
+    ]
+    return once * cycles
+
+
+def _batch_packs(config: RunConfig, pack_tokens: int, world_size: int) -> int:
+    data = config.data
+    if data.batch_packs is not None:
+        if data.batch_packs % world_size:
+            raise ConfigError(
+                f"data.batch_packs: {data.batch_packs} packs do not divide among {world_size} processes; "
+                f"the nearest that do are {data.batch_packs // world_size * world_size or world_size} and "
+                f"{-(-data.batch_packs // world_size) * world_size}"
+            )
+        return data.batch_packs
+    assert data.batch_tokens is not None
+    return max(1, round(data.batch_tokens / (pack_tokens * world_size))) * world_size
+
+
+def train(config: RunConfig) -> int:
+    """Run to the end, or until asked to stop; returns the exit status.
+
+    Raises:
+        UserError: a cause outside this program that stops the run, named.
+    """
+    if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
+        die_with_parent()
+    # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
+    warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
+    device = get_device(config.device)
+    dist.initialize_dist(device, timeout=max(300.0, 2 * config.data.timeout_seconds))
+    save_folder = Path(config.save_folder)
+    run_lock = None
+    if is_leader():
+        run_lock = lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
+    leader = dist.get_local_rank() == 0
+    prepared = prepare(config, world_size=dist.get_world_size(), leader=True) if leader else None
+    dist.barrier()
+    prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False)
+    root = save_folder / "checkpoints"
+    checkpoint = newest_checkpoint(root)
+    if checkpoint is not None:
+        check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
+        if checkpoint.step >= prepared.plan.steps:
+            show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
+            return 0
+    if is_leader():
+        write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
+        show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
+        start = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
+        show(
+            f"{prepared.plan.steps} steps of {prepared.plan.batch_packs} packs, "
+            f"{prepared.total_tokens:,} tokens; {start}"
+        )
+    status = _fit(prepared, checkpoint, root=root, device=device)
+    if run_lock is not None:
+        run_lock.close()
+    return status
+
+
+def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, device: Any) -> int:
+    config, plan = prepared.config, prepared.plan
+    save_folder = Path(config.save_folder)
+    train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
+
+    network = RWKV7(prepared.model)
+    initialize(network, seed=config.seed)
+    model = RWKV7ForTraining(
+        network,
+        num_streams=max(len(train_records), len(validation_records)),
+        flops_per_token=flops_per_token(prepared.model),
+    )
+    optimizer = build_optimizer(network, config.optimizer)
+
+    batches, num_batches = training_batches(plan)
+    train_set = _dataset(prepared, train_records, batches, num_batches, plan.batch_packs)
+    interval = config.log.interval_steps
+    consumption = cb.Consumption(train_records, interval_steps=interval)
+    checkpointer = cb.Checkpointer(
+        root,
+        interval_steps=config.checkpoint.interval_steps,
+        keep=config.checkpoint.keep,
+        last_step=plan.steps,
+        run=prepared.identity,
+        consumption=consumption,
+    )
+    on_gpu = device.name == "gpu"
+    name = torch.cuda.get_device_name() if on_gpu else ""
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    callbacks: list[Callback] = [
+        cb.StepSeed(config.seed),
+        cb.LearningRate(config.optimizer, total_tokens=prepared.total_tokens),
+        cb.ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite),
+        consumption,
+        cb.Throughput(
+            total_tokens=prepared.total_tokens,
+            flops_per_token=flops_per_token(prepared.model),
+            peak_flops=peak * dist.get_world_size() if peak else None,
+            interval_steps=interval,
+        ),
+        checkpointer,
+    ]
+    lines = cb.JSONLines(save_folder / "metrics.jsonl")
+    loggers: list[LoggerDestination] = [lines]
+    if not config.log.progress_bar:
+        loggers.append(cb.Console(interval_steps=interval, last_step=plan.steps))
+    if config.log.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
+    evaluators = []
+    if validation_records:
+        callbacks.append(cb.ValidationReport(validation_records))
+        evaluators.append(_evaluator(prepared, validation_records, checkpointer))
+
+    trainer = Trainer(
+        run_name=save_folder.name,
+        model=model,
+        train_dataloader=data_spec(train_set, workers=config.data.workers, timeout_seconds=config.data.timeout_seconds),
+        eval_dataloader=evaluators or None,
+        max_duration=f"{plan.steps}ba",
+        optimizers=optimizer,
+        callbacks=callbacks,
+        loggers=loggers,
+        device=device,
+        precision=config.precision or ("amp_bf16" if on_gpu else "fp32"),
+        device_train_microbatch_size=config.microbatch_packs or plan.batch_packs // dist.get_world_size(),
+        accumulate_train_batch_on_tokens=True,
+        seed=config.seed,
+        dist_timeout=max(300.0, 2 * config.data.timeout_seconds),
+        parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
+        progress_bar=config.log.progress_bar,
+        spin_dataloaders=False,
+        # Composer's own checkpoints and autoresume are not used: see train/checkpoint.py.
+        save_folder=None,
+        autoresume=False,
+    )
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, model=network, optimizer=optimizer)
+        _go_on_at(trainer, train_set, checkpoint)
+        consumption.load(checkpoint.mark["consumed"])
+    lines.rewind(checkpoint.step if checkpoint else 0)
+    checkpointer.listen()
+    trainer.fit()
+    steps = int(trainer.state.timestamp.batch)
+    trainer.close()
+    if steps == plan.steps:
+        return 0
+    if not checkpointer.stopping:
+        raise RuntimeError(f"the loader ended after {steps} of {plan.steps} steps")
+    show(f"stopped at step {steps} of {plan.steps} as asked; the same command goes on from there")
+    return STOPPED_EARLY
+
+
+def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) -> None:
+    mark = checkpoint.mark
+    trainer.state.timestamp = trainer.state.timestamp.copy(
+        batch=mark["step"],
+        batch_in_epoch=mark["step"],
+        sample=mark["samples"],
+        sample_in_epoch=mark["samples"],
+        token=mark["tokens"],
+        token_in_epoch=mark["tokens"],
+    )
+    train_set.start_at(checkpoint.step)
+
+
+def _dataset(
+    prepared: Prepared, records: list[StreamRecord], batches: Any, num_batches: int, batch_packs: int
+) -> PackDataset:
+    data = prepared.config.data
+    return PackDataset(
+        prepared.shard_set,
+        records,
+        batches=batches,
+        num_batches=num_batches,
+        batch_packs=batch_packs,
+        fetch_ahead=max(data.fetch_ahead, batch_packs),
+        cache_limit=data.cache_limit,
+        download_attempts=data.download_attempts,
+        timeout_seconds=data.timeout_seconds,
+    )
+
+
+def _evaluator(prepared: Prepared, records: list[StreamRecord], checkpointer: cb.Checkpointer) -> Evaluator:
+    evaluation = prepared.config.evaluation
+    per_rank = evaluation.microbatch_packs or prepared.config.microbatch_packs or 1
+    batch_packs = per_rank * dist.get_world_size()
+    batches, num_batches = evaluation_batches(
+        [record.packs for record in records], batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
+    )
+    dataset = _dataset(prepared, records, batches, num_batches, batch_packs)
+    return Evaluator(
+        label="eval",
+        # In the training process: workers of its own would be started anew for each evaluation.
+        dataloader=data_spec(dataset, workers=0, timeout_seconds=prepared.config.data.timeout_seconds),
+        metric_names=["loss"],
+        eval_interval=cb.evaluation_interval(evaluation.interval_steps, checkpointer),
+    )

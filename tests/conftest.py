@@ -1,0 +1,136 @@
+"""Small data sets by the contract, written with MosaicML's own MDSWriter: independent of prep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streaming_rwkv.shards import (
+    FORMAT,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    ShardRecord,
+    SourceBooks,
+    StreamRecord,
+    TokenizerRecord,
+    columns,
+    stream_path,
+)
+
+VOCAB_SIZE = 97
+PACK_TOKENS = 64
+WriteDataSet = Callable[..., Path]
+
+
+def pack_of(stream: int, number: int, *, lower: int, upper: int) -> dict[str, np.ndarray]:
+    """A pack of a few documents whose tokens count upwards, so that a model can learn them."""
+    rng = np.random.default_rng([stream, number])
+    lengths: list[int] = []
+    while True:
+        length = int(rng.integers(max(lower, 2), upper + 1))
+        if sum(lengths) + length > PACK_TOKENS:
+            break
+        lengths.append(length)
+    documents = [(rng.integers(1, VOCAB_SIZE) + np.arange(length + 1)) % VOCAB_SIZE for length in lengths]
+    return {
+        "tokens": np.concatenate(documents).astype(np.uint16),
+        "lengths": np.array([length + 1 for length in lengths], np.uint32),
+        "starts": np.zeros(len(lengths), np.uint32),
+        "bytes": np.array([2 * length for length in lengths], np.uint32),
+        "keys": rng.integers(0, 1 << 62, len(lengths)).astype(np.uint64),
+    }
+
+
+def write_stream(
+    folder: Path, split: str, source: str, lower: int, upper: int, packs: int, *, number: int, packs_per_shard: int
+) -> StreamRecord:
+    from streaming import MDSWriter
+
+    path = folder / stream_path(split, source, f"{lower}-{upper}")
+    samples = [pack_of(number, i, lower=lower, upper=upper) for i in range(packs)]
+    size_limit = packs_per_shard * (4 + max(sum(v.nbytes + 16 for v in s.values()) for s in samples)) + 2000
+    with MDSWriter(
+        out=str(path), columns=columns(VOCAB_SIZE), compression="zstd:3", hashes=["sha256"], size_limit=size_limit
+    ) as writer:
+        for sample in samples:
+            writer.write(sample)
+    index = (path / INDEX_NAME).read_bytes()
+    return StreamRecord(
+        split=split,
+        source=source,
+        lower=lower,
+        upper=upper,
+        documents=sum(len(s["lengths"]) for s in samples),
+        pieces=sum(len(s["lengths"]) for s in samples),
+        targets=sum(len(s["tokens"]) - len(s["lengths"]) for s in samples),
+        bytes=sum(int(s["bytes"].sum()) for s in samples),
+        packs=packs,
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        shards=[
+            ShardRecord(
+                basename=shard["zip_data"]["basename"],
+                bytes=shard["zip_data"]["bytes"],
+                sha256=shard["zip_data"]["hashes"]["sha256"],
+                raw_bytes=shard["raw_data"]["bytes"],
+                packs=shard["samples"],
+            )
+            for shard in json.loads(index)["shards"]
+        ],
+    )
+
+
+def _write_data_set(
+    folder: Path,
+    train: Mapping[tuple[str, int, int], int],
+    *,
+    validation: Mapping[tuple[str, int, int], int] | None = None,
+    packs_per_shard: int = 8,
+) -> Path:
+    """`train` and `validation` give packs by (source, lower, upper)."""
+    streams = [
+        write_stream(folder, split, *key, packs, number=100 * s + i, packs_per_shard=packs_per_shard)
+        for s, (split, wanted) in enumerate((("train", train), ("validation", validation or {})))
+        for i, (key, packs) in enumerate(wanted.items())
+    ]
+    books = {
+        source: SourceBooks(
+            documents_read=sum(s.documents for s in streams if s.source == source),
+            documents={
+                split: sum(s.documents for s in streams if (s.source, s.split) == (source, split))
+                for split in ("train", "validation")
+            },
+            duplicates=0,
+            rejected={},
+            targets_read=sum(s.targets for s in streams if s.source == source),
+            targets={
+                split: sum(s.targets for s in streams if (s.source, s.split) == (source, split))
+                for split in ("train", "validation")
+            },
+            targets_cut=0,
+        )
+        for source in sorted({s.source for s in streams})
+    }
+    manifest = Manifest(
+        format=FORMAT,
+        pack_tokens=PACK_TOKENS,
+        edges=sorted({s.upper for s in streams}),
+        tokenizer=TokenizerRecord(
+            kind="huggingface", name="counting", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0
+        ),
+        config={},
+        books=books,
+        streams=streams,
+    )
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_data_set() -> WriteDataSet:
+    return _write_data_set
