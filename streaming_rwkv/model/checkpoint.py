@@ -6,7 +6,8 @@ the model is inferred. No reader runs code from a file: pickles are read for ten
     format               what it is
     BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
     Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
-    Composer's           one file (state → model → …), or a folder of shards with a `.metadata`
+    a training run's     a folder of shards with a `.metadata`; or the run's folder, for its newest checkpoint
+    Composer's           one file (state → model → …), or a folder of shards
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.model.composer_files import SAFE_GLOBALS, read_sharded
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
+from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
 
 State = dict[str, Tensor]
 
@@ -47,7 +48,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
     """The model that a checkpoint of any known format holds, on the CPU.
 
     Args:
-        path: a `.pth`, a Composer `.pt`, a `.safetensors`, a Hugging Face folder, or a folder of sharded checkpoint.
+        path: a `.pth`, a Composer `.pt`, a Hugging Face folder, a folder of shards, or a training run's folder.
         dtype: of the parameters.
         options: of `RWKV7Config`, for what weights do not tell: activation_checkpointing, loss_chunk_tokens.
     Raises:
@@ -150,16 +151,18 @@ def read_state(path: str | Path) -> State:
     if path.is_dir():
         if (path / _CONFIG_NAME).is_file():
             return read_huggingface(path)
-        if (path / ".metadata").is_file():
-            return _of_model(_guarded(read_sharded, path), where=path)
+        if (path / INDEX_NAME).is_file():
+            return _guarded(read_sharded, path)
+        # Folders get these names when they are whole; a number's digits sort as it does.
+        finished = sorted(folder for folder in path.glob("checkpoints/step-*") if folder.suffix == "")
+        if finished:
+            return read_state(finished[-1])
         raise CheckpointError(
-            f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors) or "
-            "a sharded checkpoint (.metadata, *.distcp)"
+            f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors), a "
+            f"sharded checkpoint ({INDEX_NAME}, *.distcp), or a run with checkpoints/step-…"
         )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")
-    if path.suffix == ".safetensors":
-        return _guarded(safetensors.torch.load_file, path)
     content = _guarded(_read_torch_file, path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of weights by name")

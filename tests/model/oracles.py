@@ -1,6 +1,8 @@
 """Logits of a `.pth` by two implementations that nobody here wrote. Runs as a process of its own:
 
     python oracles.py rwkv|rwkv7_hf CHECKPOINT.pth OUT.npy TOKEN…
+    python oracles.py huggingface FOLDER OUT.npy TOKEN…
+    python oracles.py convert CHECKPOINT.pth FOLDER
 
 `rwkv` reads switches from the environment at import and changes torch's global settings.
 """
@@ -50,8 +52,26 @@ def by_rwkv7_hf(path: str, tokens: list[int]) -> torch.Tensor:
         return model.eval()(torch.tensor([tokens])).logits[0]
 
 
-if __name__ == "__main__":
+def by_huggingface(folder: str, tokens: list[int]) -> torch.Tensor:
+    """`rwkv7_hf` from a Hugging Face folder, as its users load one: (T, V) logits."""
+    from rwkv7_hf import RWKV7ForCausalLM
+
+    model, loading = RWKV7ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading  # nothing missing, nothing unexpected
+    with torch.no_grad():
+        return model.float().eval()(torch.tensor([tokens])).logits[0]
+
+
+def main(oracle: str, checkpoint: str, out: str, *ids: str) -> None:
     torch.set_num_threads(1)
-    oracle, checkpoint, out, *ids = sys.argv[1:]
-    logits = {"rwkv": by_rwkv, "rwkv7_hf": by_rwkv7_hf}[oracle](checkpoint, [int(token) for token in ids])
-    np.save(out, logits.numpy())
+    if oracle == "convert":
+        from rwkv7_hf.converter import main as convert
+
+        convert(["--input", checkpoint, "--output", out, "--precision", "fp32"])
+        return
+    by = {"rwkv": by_rwkv, "rwkv7_hf": by_rwkv7_hf, "huggingface": by_huggingface}[oracle]
+    np.save(out, by(checkpoint, [int(token) for token in ids]).numpy())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
