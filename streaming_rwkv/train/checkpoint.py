@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import sha256_of_file
@@ -232,9 +233,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Weights and AdamW's moments by parameter name; moments are made where the optimizer has not stepped yet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A forward pass without a backward (an evaluation) leaves the root's parameters gathered; those are other
+            # tensors than the optimizer's, and would be saved without their moments.
+            module.reshard()
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter) or {}
+        assert bool(state) == bool(optimizer.state), f"{name}: the optimizer knows other parameters, but not this one"
         moments[name] = {
             "step": state.get("step", torch.zeros((), dtype=torch.float32)),
             "exp_avg": state.get("exp_avg", torch.zeros_like(parameter.detach())),
