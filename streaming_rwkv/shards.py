@@ -141,8 +141,9 @@ class SourceBooks(Config):
     documents: dict[Split, int]
     duplicates: int
     rejected: dict[str, int]  # by reason
-    targets_read: int  # of the documents that were tokenized
+    targets_read: int  # of the documents that were tokenized and not rejected
     targets: dict[Split, int]
+    targets_duplicate: int = 0  # of the duplicates
     targets_cut: int  # by `long_documents: truncate`; 0 otherwise
 
     def imbalance(self) -> str | None:
@@ -150,7 +151,7 @@ class SourceBooks(Config):
         documents = sum(self.documents.values()) + self.duplicates + sum(self.rejected.values())
         if documents != self.documents_read:
             return f"{self.documents_read} documents read, {documents} accounted for"
-        targets = sum(self.targets.values()) + self.targets_cut
+        targets = sum(self.targets.values()) + self.targets_duplicate + self.targets_cut
         if targets != self.targets_read:
             return f"{self.targets_read} targets read, {targets} accounted for"
         return None

@@ -89,6 +89,14 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def load(self) -> None:
+        """Read now what encoding needs, which else the first text does; starts no threads, so a process may fork.
+
+        Raises:
+            TokenizerError: no library can make a tokenizer of the files.
+        """
+
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
         """The ids of each text, without bos and eos, in one buffer."""
 
@@ -299,8 +307,6 @@ class HuggingFaceTokenizer(Tokenizer):
             "padding": None,
             "added_tokens": _with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
         }
-        if self._fast is None:
-            self._reference  # noqa: B018  # what neither can read must show here, not in the middle of a corpus
 
     @cached_property
     def _content(self) -> bytes:
@@ -336,6 +342,9 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from None
         reference.encode_special_tokens = True
         return reference
+
+    def load(self) -> None:
+        self._fast or self._reference  # noqa: B018
 
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
         if self._fast is None:
@@ -428,6 +437,9 @@ class WorldTokenizer(Tokenizer):
 
         self._text_bytes  # noqa: B018  # checks the file: the Rust constructor panics on what is not a vocabulary
         return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
+
+    def load(self) -> None:
+        self._trie  # noqa: B018
 
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
         lists = self._trie.encode_batch(list(texts))

@@ -1,0 +1,134 @@
+"""The command line: `python -m prep build|inspect|verify|train-tokenizer`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 with the error's text if something outside this program is wrong."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Here, not above: `--help` and the start of a worker should not wait for what one command needs.
+    from streaming_rwkv.config import UserError
+
+    try:
+        return int(options.command(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m prep", description="Corpora to packed, length-bucketed MDS shards."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="build a data set, or go on with one")
+    build.add_argument("config", help="yamls/prep/NAME.yaml")
+    build.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=/data/set workers=8")
+    build.add_argument("--dry-run", action="store_true", help="count documents and tokens, write nothing")
+    build.set_defaults(command=_build)
+
+    inspect = commands.add_parser("inspect", help="show documents as the model will see them")
+    inspect.add_argument("out", help="the data set")
+    inspect.add_argument("--split", default="train", choices=["train", "validation"])
+    inspect.add_argument("--source", help="one source")
+    inspect.add_argument("--bucket", help="one bucket, e.g. 1-256")
+    inspect.add_argument("--skip", type=int, default=0, help="pieces to pass over")
+    inspect.add_argument("--count", type=int, default=10, help="pieces to show")
+    inspect.set_defaults(command=_inspect)
+
+    verify = commands.add_parser("verify", help="check every shard against the manifest")
+    verify.add_argument("out", help="the data set")
+    verify.set_defaults(command=_verify)
+
+    train = commands.add_parser("train-tokenizer", help="train a byte-level BPE on the sources of a configuration")
+    train.add_argument("config", help="yamls/prep/NAME.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--vocab-size", type=int, required=True)
+    train.add_argument("--to", required=True, help="the folder to write it to")
+    train.add_argument("--most-bytes", type=int, default=1 << 28, help="text to learn from, spread over the sources")
+    train.set_defaults(command=_train_tokenizer)
+    return parser
+
+
+def _build(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from prep.config import PrepConfig
+    from prep.pipeline import build, count
+    from prep.progress import books_table, count_table, observing, stream_table
+    from streaming_rwkv.config import load_config
+
+    config = load_config(PrepConfig, options.config, overrides=options.overrides)
+    console = Console()
+    started = time.monotonic()
+    if options.dry_run:
+        with observing(console) as observer:
+            records = count(config, observer=observer)
+        console.print(count_table(records, config.edges))
+        return 0
+    with observing(console) as observer:
+        built = build(config, observer=observer)
+    manifest = built.manifest
+    if built.was_finished:
+        console.print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")
+        return 0
+    console.print(stream_table(manifest))
+    console.print(books_table(manifest))
+    text_bytes = sum(stream.bytes for stream in manifest.streams)
+    seconds = time.monotonic() - started
+    console.print(
+        f"{config.out}: {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; "
+        f"fingerprint {manifest.fingerprint[:16]}"
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from prep.inspection import show
+
+    show(
+        options.out,
+        split=options.split,
+        source=options.source,
+        bucket=options.bucket,
+        skip=options.skip,
+        count=options.count,
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from prep.verification import verify
+
+    manifest = verify(options.out)
+    packs = sum(stream.packs for stream in manifest.streams)
+    print(f"{options.out}: whole; {len(manifest.streams)} streams, {packs:,} packs, {manifest.fingerprint}")
+    return 0
+
+
+def _train_tokenizer(options: argparse.Namespace) -> int:
+    from prep.bpe import train_tokenizer
+    from prep.config import PrepConfig
+    from streaming_rwkv.config import load_config
+
+    config = load_config(PrepConfig, options.config, overrides=options.overrides)
+    tokenizer = train_tokenizer(
+        config.sources, vocab_size=options.vocab_size, to=options.to, most_bytes=options.most_bytes
+    )
+    print(f"{options.to}: {tokenizer.vocab_size} tokens; use it with tokenizer={options.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

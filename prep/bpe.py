@@ -1,0 +1,67 @@
+"""`train-tokenizer`: a byte-level BPE on the sources of a configuration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from prep.config import SourceConfig
+from prep.sources import plan_units, read_unit
+from streaming_rwkv.config import UserError
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+_UNIT_BYTES = 1 << 22
+
+
+def train_tokenizer(
+    sources: dict[str, SourceConfig], *, vocab_size: int, to: str | Path, most_bytes: int = 1 << 28
+) -> Tokenizer:
+    """Train on up to `most_bytes` of text, an equal share of each source, and save it in the folder `to`.
+
+    The vocabulary holds all 256 bytes, so every text can be encoded, and one special token that is bos and eos. The
+    merges depend on the text alone, not on the number of threads.
+
+    Raises:
+        UserError: a vocabulary too small for the bytes; an empty or unreadable source.
+    """
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    share = most_bytes // len(sources)
+    texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
+    trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
+    folder = Path(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
+    """Texts of a source up to `most_bytes`, spread over its units."""
+    units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
+    of_each = -(-most_bytes // len(units))
+    for unit in units:
+        left = of_each
+        for text in itertools.chain.from_iterable(documents.texts for documents in read_unit(unit, config)):
+            if left <= 0:
+                break
+            yield text
+            left -= len(text.encode())

@@ -1,0 +1,88 @@
+"""Documents to pieces: bos and eos, lengths, buckets, and where long documents are cut.
+
+N documents, P pieces. A document of n text tokens is stored as [bos, t1 … tn, eos]; its length is its number of
+inputs, n + 1. A piece is a run of stored tokens; consecutive pieces share one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming_rwkv.tokenizer import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Where P pieces lie in their documents."""
+
+    documents: NDArray[np.int64]  # (P,) index of the document
+    starts: NDArray[np.int64]  # (P,) the first input's place in the document
+    inputs: NDArray[np.int64]  # (P,) = targets
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+def stored_tokens(
+    batch: TokenBatch, *, bos_id: int, eos_id: int, dtype: type[np.unsignedinteger[Any]] = np.uint32
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """All documents with their bos and eos, one after another, and (N + 1,) their offsets."""
+    count = len(batch)
+    offsets = batch.offsets + 2 * np.arange(count + 1)
+    tokens = np.empty(offsets[-1], dtype)
+    is_text = np.ones(len(tokens), np.bool_)
+    is_text[offsets[:-1]] = False
+    is_text[offsets[1:] - 1] = False
+    tokens[is_text] = batch.ids
+    tokens[offsets[:-1]] = bos_id
+    tokens[offsets[1:] - 1] = eos_id
+    return tokens, offsets
+
+
+def cut(inputs: NDArray[np.int64], *, largest: int, truncate: bool = False) -> Pieces:
+    """Pieces of at most `largest` inputs; the last one of a document is the rest.
+
+    Args:
+        inputs: (N,) the documents' lengths.
+        truncate: keep the first piece only. It has no end, so no false end is learned.
+    """
+    counts = np.ones_like(inputs) if truncate else -(-inputs // largest)
+    documents = np.repeat(np.arange(len(inputs)), counts)
+    first = np.cumsum(counts) - counts
+    starts = (np.arange(len(documents)) - first[documents]) * largest
+    return Pieces(documents=documents, starts=starts, inputs=np.minimum(inputs[documents] - starts, largest))
+
+
+def bucket_of(inputs: NDArray[np.int64], *, edges: Sequence[int]) -> NDArray[np.int64]:
+    """(P,) index of the bucket whose bounds hold each length."""
+    return np.searchsorted(np.asarray(edges), inputs, side="left")
+
+
+def piece_bytes(
+    pieces: Pieces, batch: TokenBatch, *, text_bytes: NDArray[np.int64], token_bytes: NDArray[np.uint32] | None
+) -> NDArray[np.int64]:
+    """(P,) UTF-8 bytes of text behind the targets of each piece; those of a whole document add up to its text's.
+
+    Args:
+        text_bytes: (N,) bytes of each document's text.
+        token_bytes: bytes behind each id, needed if a document is cut. Where a tokenizer changes the text, so that
+            these do not add up to it, the text's bytes are shared out in their proportion.
+    """
+    result = text_bytes[pieces.documents]
+    ends = pieces.starts + pieces.inputs
+    lengths = np.diff(batch.offsets)
+    is_part = (pieces.starts > 0) | (ends <= lengths[pieces.documents])
+    for document in np.unique(pieces.documents[is_part]):
+        assert token_bytes is not None
+        weights = np.concatenate([[0], np.cumsum(token_bytes[batch[document]], dtype=np.int64)])
+        total, whole = int(weights[-1]), int(text_bytes[document])
+        shared = (weights * whole + total // 2) // max(total, 1)
+        rows = slice(*np.searchsorted(pieces.documents, [document, document + 1]))
+        bounds = np.minimum(np.stack([pieces.starts[rows], ends[rows]]), lengths[document])  # the end has no text
+        result[rows] = shared[bounds[1]] - shared[bounds[0]]
+    return result

@@ -1,0 +1,155 @@
+"""What a user writes in yamls/prep/NAME.yaml."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from streaming_rwkv.config import Config, UserError
+
+# Neither where the data lie nor how many processes work on them decides what comes out.
+_NOT_DECIDING = {"out", "workers", "engine", "on_error", "audit_bytes"}
+
+
+class SourceConfig(Config):
+    """One corpus. Its weight in the mixture is chosen at training time, not here."""
+
+    paths: list[str] = Field(min_length=1)
+    """Files, folders (searched at any depth) or globs; local or `s3://bucket/…`."""
+    text: str = "text"
+    """The column, or JSON key, that holds the text."""
+    filter: str | None = None
+    """`module:function(record: dict) -> bool`: False rejects the document."""
+    transform: str | None = None
+    """`module:function(record: dict) -> str | None`: the text to use; None rejects the document."""
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, paths: Any) -> Any:
+        return [paths] if isinstance(paths, str) else paths
+
+    @field_validator("filter", "transform")
+    @classmethod
+    def _module_and_function(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ValueError(f"found {name!r}, expected module:function, e.g. my_hooks:keep")
+        return name
+
+
+class PrepConfig(Config):
+    """One data set."""
+
+    out: str
+    """The data set's folder."""
+    tokenizer: str
+    """`rwkv-world`, a folder, a tokenizer.json, or a name on the Hugging Face hub."""
+    bos_token: str | None = None
+    eos_token: str | None = None
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+
+    edges: list[int] = Field(default=[256, 512, 768, 1024, 1280, 1536, 1792, 2048])
+    """Upper lengths (inputs) of the buckets; a longer document is cut at the largest."""
+    pack_tokens: int = Field(default=8192, ge=1)
+    """The most inputs in one pack."""
+    validation: float = Field(default=0.005, ge=0, lt=1)
+    """The fraction of documents, by their content's hash, that goes to the validation split."""
+    split_seed: int = Field(default=0, ge=0, lt=1 << 64)
+    """Which documents those are."""
+    seed: int = Field(default=17, ge=0, lt=1 << 64)
+    """The order in which packs are written."""
+    long_documents: Literal["split", "truncate", "drop"] = "split"
+    deduplicate: Literal["exact", "none"] = "exact"
+    """`exact`: of documents with equal text, over all sources, the first is kept (sources by name, files by path)."""
+    on_error: Literal["skip", "stop"] = "skip"
+    """What a broken line or document does; a broken file always stops the build."""
+
+    compression_level: int = Field(default=1, ge=1, le=22)
+    """zstd's. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
+    shard_bytes: int = Field(default=1 << 26, ge=1 << 10, lt=1 << 32)
+    """The most uncompressed bytes in a shard."""
+    unit_bytes: int = Field(default=1 << 24, ge=1)
+    """Input for one unit of work, where the format can be cut there."""
+    window_tokens: int = Field(default=1 << 24, ge=1)
+    """Tokens of one bucket that are packed together: what bounds the memory of packing."""
+
+    workers: int | None = Field(default=None, ge=1)
+    """Processes; by default one for each core."""
+    engine: Literal["processes", "ray"] = "processes"
+    audit_bytes: int = Field(default=1 << 16, ge=0)
+    """Text of each unit on which the fast tokenizer is compared with the one that defines the ids."""
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_folders(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in sources:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"found {name!r}, expected a folder name: letters, digits, '_', '-' and '.'")
+        return sources
+
+    @field_validator("edges")
+    @classmethod
+    def _edges_rise(cls, edges: list[int]) -> list[int]:
+        if not edges or edges[0] < 1 or any(left >= right for left, right in itertools.pairwise(edges)):
+            raise ValueError(f"found {edges}, expected rising lengths such as [256, 512, 1024]")
+        return edges
+
+    @model_validator(mode="after")
+    def _longest_piece_fits(self) -> PrepConfig:
+        if self.edges[-1] > self.pack_tokens:
+            raise ValueError(
+                f"edges: the largest is {self.edges[-1]}, but a pack holds pack_tokens={self.pack_tokens}; "
+                "raise pack_tokens or lower the edge"
+            )
+        return self
+
+    @property
+    def worker_count(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or cores
+
+    def deciding(self) -> dict[str, Any]:
+        """The part that decides the output: what a manifest records, and what must not change under a build."""
+        values = self.model_dump(exclude=_NOT_DECIDING)
+        values["sources"] = {
+            name: source.model_dump(exclude={"paths"})
+            | {hook: _hook_identity(getattr(source, hook)) for hook in ("filter", "transform")}
+            for name, source in sorted(self.sources.items())
+        }
+        return values
+
+
+def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
+    """Import `module:function`, the current folder included.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        hook: Callable[[dict[str, Any]], Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
+        ) from error
+    return hook
+
+
+def _hook_identity(name: str | None) -> str | None:
+    """The hook's name and its module's content: an edited hook gives other documents."""
+    if name is None:
+        return None
+    load_hook(name)
+    file = sys.modules[name.partition(":")[0]].__file__
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "builtin"
+    return f"{name} (sha256 {digest[:16]})"

@@ -1,0 +1,93 @@
+"""Documents: their texts, stable keys, content hashes, and which split they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A document that cannot be used: where it stands and why."""
+
+    source: str
+    file: str
+    row: int  # from 0: a line of a JSON file, a row of a parquet file
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """N documents as a reader yields them, in the order of the input."""
+
+    source: str
+    texts: list[str]
+    keys: NDArray[np.uint64]  # (N,)
+    rows: NDArray[np.int64]  # (N,) where each stands in its file
+    files: list[str]  # names of the files
+    file_of: NDArray[np.int64]  # (N,) index into `files`
+    rejections: list[Rejection]  # what was read besides them
+
+    @property
+    def read(self) -> int:
+        return len(self.texts) + len(self.rejections)
+
+    def without(self, reasons: dict[int, str]) -> Documents:
+        """Leave out the documents at these indices, each for its reason."""
+        kept = [index for index in range(len(self.texts)) if index not in reasons]
+        rejections = [
+            Rejection(
+                source=self.source,
+                file=self.files[self.file_of[index]],
+                row=int(self.rows[index]),
+                reason=reason,
+            )
+            for index, reason in sorted(reasons.items())
+        ]
+        return replace(
+            self,
+            texts=[self.texts[index] for index in kept],
+            keys=self.keys[kept],
+            rows=self.rows[kept],
+            file_of=self.file_of[kept],
+            rejections=[*self.rejections, *rejections],
+        )
+
+
+def document_keys(source: str, file: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """(N,) a 64-bit hash of (source, file, row): the same document has it in every build.
+
+    `file` is relative to the source's folder, so moving a corpus changes no key.
+    """
+    return mix(rows.astype(np.uint64), seed=xxhash.xxh3_64_intdigest(f"{source}\0{file}"))
+
+
+def mix(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:
+    """SplitMix64's output for each value: a seeded bijection of 64 bits that looks random."""
+    mixed = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def content_hashes(encoded: Sequence[bytes], *, seed: int) -> NDArray[np.uint64]:
+    """(N, 2) the 128-bit XXH3 of each text's UTF-8: equal texts, equal hashes."""
+    digest = xxhash.xxh3_128_digest
+    joined = b"".join([digest(text, seed) for text in encoded])
+    return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def in_validation(hashes: NDArray[np.uint64], *, fraction: float) -> NDArray[np.bool_]:
+    """(N,) which documents belong to the validation split.
+
+    Only the text decides, so neither order nor workers nor files that are added move a document, and equal texts
+    never lie on both sides.
+    """
+    return hashes[:, 0] < np.uint64(int(fraction * 2**64))

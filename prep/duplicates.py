@@ -1,0 +1,98 @@
+"""Exact deduplication in bounded memory: hashes in ranges, each small enough to sort.
+
+Of documents with equal text the first in canonical order is kept (sources by name, files by name, rows). All of a
+range's hashes are looked at together, so the result depends on neither workers nor the order of their work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.job import Job
+from prep.spool import HASHES_NAME, read_hashes
+from prep.units import Report, UnitRecord, unit_name
+from prep.work import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
+from streaming_rwkv.config import Config
+
+_DOCUMENTS_PER_RANGE = 1 << 21  # about 100 MB while they are sorted
+_RESULT_NAME = "duplicates.npy"
+
+
+class HashRange(Config):
+    """The documents whose 64 upper bits of the hash lie in [index, index + 1) * 2**64 / ranges."""
+
+    index: int
+    ranges: int
+    runs: tuple[tuple[int, ...], ...]  # of each unit's hashes.bin
+
+
+class RangeRecord(DoneRecord):
+    """Duplicates of one range are listed in its file."""
+
+    duplicates: int
+
+
+def plan_ranges(units: Sequence[UnitRecord]) -> list[HashRange]:
+    ranges = max(1, -(-sum(unit.documents for unit in units) // _DOCUMENTS_PER_RANGE))
+    runs = tuple(tuple(unit.hash_runs) for unit in units)
+    return [HashRange(index=index, ranges=ranges, runs=runs) for index in range(ranges)]
+
+
+def _name(index: int) -> str:
+    return f"duplicates/{index:06}"
+
+
+def do_range(job: Job, hash_range: HashRange, report: Report) -> RangeRecord:
+    """Find the duplicates of a range, if that is not done yet."""
+    name = _name(hash_range.index)
+    record = load_done(job.work, name, RangeRecord)
+    if record is None:
+        duplicates = _find(job, hash_range)
+        with temporary_folder(job.work) as folder:
+            np.save(folder / _RESULT_NAME, duplicates)
+            record = RangeRecord(files={_RESULT_NAME: hash_file(folder / _RESULT_NAME)}, duplicates=len(duplicates))
+            finish(folder, record, work=job.work, name=name)
+    return record
+
+
+def _find(job: Job, hash_range: HashRange) -> NDArray[np.uint64]:
+    """(D,) unit << 32 | document, rising."""
+    bounds = [-(-(edge << 64) // hash_range.ranges) for edge in (hash_range.index, hash_range.index + 1)]
+    hashes, places = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint64)]
+    for unit, runs in enumerate(hash_range.runs):
+        for run, documents in read_hashes(done_folder(job.work, unit_name(unit)) / HASHES_NAME, runs):
+            begin, end = (
+                len(run) if bound >> 64 else int(np.searchsorted(run[:, 0], np.uint64(bound))) for bound in bounds
+            )
+            hashes.append(run[begin:end])
+            places.append(documents[begin:end].astype(np.uint64) | np.uint64(unit << 32))
+    return first_come(np.concatenate(hashes), np.concatenate(places))
+
+
+def first_come(hashes: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """(D,) the places, rising, of all but the lowest of those with equal (N, 2) hashes."""
+    order = np.lexsort((places, hashes[:, 1], hashes[:, 0]))
+    ordered = hashes[order]
+    repeats = (ordered[1:] == ordered[:-1]).all(axis=1)
+    return np.sort(places[order[1:][repeats]])
+
+
+class Duplicates:
+    """The duplicates of all ranges, looked up by unit."""
+
+    def __init__(self, job: Job, *, ranges: int) -> None:
+        files = [done_folder(job.work, _name(index)) / _RESULT_NAME for index in range(ranges)]
+        self._ranges = [np.load(file, mmap_mode="r") for file in files]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  # one entry, and the object lives as long as a task
+    def of_unit(self, unit: int) -> NDArray[np.uint32]:
+        """The unit's documents that are left out, rising."""
+        found = [np.empty(0, np.uint64)]
+        for places in self._ranges:
+            begin, end = np.searchsorted(places, [np.uint64(unit << 32), np.uint64((unit + 1) << 32)])
+            found.append(places[begin:end])
+        return np.sort(np.concatenate(found).astype(np.uint32))

@@ -1,0 +1,57 @@
+"""What every task of one build knows: configuration, units, streams, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prep.config import PrepConfig
+from prep.shard_writer import ShardFormat
+from prep.sources import Unit
+from prep.work import WORK_FOLDER
+from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, columns, token_dtype
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Pickled once for each worker; what is loaded on demand stays behind."""
+
+    config: PrepConfig
+    units: tuple[Unit, ...]
+    vocab_size: int
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def work(self) -> Path:
+        return self.out / WORK_FOLDER
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The data set's own copy: on a cluster there may be no other."""
+        return load_tokenizer(self.out / TOKENIZER_FOLDER)
+
+    @property
+    def token_dtype(self) -> Any:
+        return token_dtype(self.vocab_size)
+
+    @property
+    def streams(self) -> list[tuple[Split, int, int]]:
+        """(split, lower, upper) of a source's streams; a stream's index in here is what blocks are labelled with."""
+        return [(split, lower, upper) for split in SPLITS for lower, upper in bucket_bounds(self.config.edges)]
+
+    @property
+    def shard_format(self) -> ShardFormat:
+        return ShardFormat(
+            columns=columns(self.vocab_size),
+            compression_level=self.config.compression_level,
+            shard_bytes=self.config.shard_bytes,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "units": self.units, "vocab_size": self.vocab_size}

@@ -1,0 +1,58 @@
+"""Pieces to packs: best fit, decreasing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack_best_fit(lengths: Sequence[int] | NDArray[np.integer], *, capacity: int) -> list[list[int]]:
+    """Indices of the items in each pack: the longest item first, each into the fullest pack that it still fits.
+
+    Items of one length are interchangeable, so they are dealt out in their order by whole runs: time grows with the
+    number of different lengths and of packs, not with the number of items.
+
+    >>> pack_best_fit([5, 3, 3, 2], capacity=8)  # 5+3, 3+2
+    [[0, 1], [2, 3]]
+    """
+    pack_of, count = assign_best_fit(np.asarray(lengths, np.int64), capacity=capacity)
+    packs: list[list[int]] = [[] for _ in range(count)]
+    for item, pack in enumerate(pack_of.tolist()):
+        packs[pack].append(item)
+    return packs
+
+
+def assign_best_fit(lengths: NDArray[np.int64], *, capacity: int) -> tuple[NDArray[np.int64], int]:
+    """(N,) the pack of each item, and the number of packs. `lengths`: (N,), each in 1 … capacity."""
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
+    by_length = np.argsort(-lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    open_packs: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the room that is left in them
+    run_packs: list[int] = []
+    run_counts: list[int] = []
+    number_of_packs = 0
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        waiting = count
+        for room in range(length, capacity + 1):
+            # A pack that took one item has less room left, so it stays the tightest until it is too tight.
+            while waiting and open_packs[room]:
+                pack = open_packs[room].pop()
+                taken = min(room // length, waiting)
+                run_packs.append(pack)
+                run_counts.append(taken)
+                open_packs[room - taken * length].append(pack)
+                waiting -= taken
+            if not waiting:
+                break
+        while waiting:
+            taken = min(capacity // length, waiting)
+            run_packs.append(number_of_packs)
+            run_counts.append(taken)
+            open_packs[capacity - taken * length].append(number_of_packs)
+            number_of_packs += 1
+            waiting -= taken
+    pack_of = np.empty(len(lengths), np.int64)
+    pack_of[by_length] = np.repeat(np.array(run_packs, np.int64), np.array(run_counts, np.int64))
+    return pack_of, number_of_packs

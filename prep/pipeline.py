@@ -1,0 +1,319 @@
+"""`build`: from a configuration to a finished data set.
+
+    plan ─▶ units (tokenize) ─▶ ranges of hashes (duplicates) ─▶ windows (pack, write shards) ─▶ publish
+
+Each step is a list of tasks that the input alone decides; the engine does them in any order, and each is done or not
+there. The manifest comes last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.config import PrepConfig
+from prep.distributions import STATISTICS_NAME, statistics_bytes
+from prep.document import Rejection
+from prep.duplicates import do_range, plan_ranges
+from prep.engine import Run, Task, start
+from prep.job import Job
+from prep.plan import check_plan, make_plan, save_plan
+from prep.shard_writer import write_durably, write_index
+from prep.sources import plan_units
+from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
+from prep.windows import Window, WindowRecord, do_window, plan_windows
+from prep.work import done_folder, explained_write_errors, locked, temporary_folder
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import (
+    FORMAT,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    DataError,
+    Manifest,
+    SourceBooks,
+    StreamRecord,
+)
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+
+
+class Observer:
+    """Is told how a build goes on; this one keeps it to itself."""
+
+    def step(self, name: str, *, total: int) -> None:
+        """A step of `total` input bytes or tokens begins."""
+
+    def done(self, amount: int) -> None:
+        """So much more of the step is done."""
+
+    def progress(self, progress: Progress) -> None:
+        """Documents were read and tokenized."""
+
+    def rejection(self, rejection: Rejection) -> None:
+        """A document was left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A data set, and whether it was there before."""
+
+    manifest: Manifest
+    was_finished: bool
+
+
+class AuditError(UserError):
+    """The fast tokenizer gave other ids than the one that defines them."""
+
+
+def build(config: PrepConfig, *, observer: Observer | None = None) -> Built:
+    """Build the data set that `config` describes, or go on where an earlier start was interrupted.
+
+    Raises:
+        UserError: anything that its text says how to mend; finished work is kept.
+    """
+    observer = observer or Observer()
+    tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+    units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
+    job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size)
+    plan = make_plan(config, tokenizer.record(), units)
+    if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
+        return Built(manifest=manifest, was_finished=True)
+    with explained_write_errors(job.out), locked(job.work):
+        # Again: until we had the lock, another build may have been here.
+        if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
+            return Built(manifest=manifest, was_finished=True)
+        save_plan(plan, work=job.work)
+        _save_tokenizer(tokenizer, job)
+        with start(job, on_report=_reports_to(observer, tokenizer)) as run:
+            units_done, windows, windows_done = _do_all(job, run, observer)
+        manifest = _publish(job, tokenizer, units_done, list(zip(windows, windows_done, strict=True)))
+        _clear(job.work)
+    return Built(manifest=manifest, was_finished=False)
+
+
+def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
+    """What `build` would read and tokenize, duplicates included, without writing anything."""
+    observer = observer or Observer()
+    tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+    units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
+    with tempfile.TemporaryDirectory() as folder:
+        # Workers load the tokenizer from the data set's folder; this one is thrown away.
+        job = Job(config=config.model_copy(update={"out": folder}), units=units, vocab_size=tokenizer.vocab_size)
+        _save_tokenizer(tokenizer, job)
+        with start(job, on_report=_reports_to(observer, tokenizer)) as run:
+            observer.step("counting", total=sum(unit.input_bytes for unit in units))
+            return _collect(run, count_unit, units, lambda index, _: observer.done(units[index].input_bytes))
+
+
+def _do_all(job: Job, run: Run, observer: Observer) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
+    units = job.units
+    observer.step("tokenizing", total=sum(unit.input_bytes for unit in units))
+    units_done: list[UnitRecord] = _collect(
+        run, do_unit, units, lambda index, _: observer.done(units[index].input_bytes)
+    )
+    _check_not_empty(job, units_done)
+    ranges = plan_ranges(units_done) if job.config.deduplicate == "exact" else []
+    observer.step("finding duplicates", total=len(ranges))
+    _collect(run, do_range, ranges, lambda index, _: observer.done(1))
+    windows = plan_windows(job, units_done, duplicate_ranges=len(ranges))
+    sizes = [sum(block.tokens for _, block in window.blocks) for window in windows]
+    observer.step("packing", total=sum(sizes))
+    # The largest first, so that no worker is left alone with one at the end.
+    order = sorted(range(len(windows)), key=lambda index: -sizes[index])
+    done = _collect(
+        run, do_window, [windows[index] for index in order], lambda index, _: observer.done(sizes[order[index]])
+    )
+    windows_done = [done[order.index(index)] for index in range(len(windows))]
+    return units_done, windows, windows_done
+
+
+def _collect(run: Run, task: Task, items: Sequence[Any], on_done: Callable[[int, Any], None]) -> list[Any]:
+    """The results in the order of the items."""
+    results: dict[int, Any] = {}
+    for index, result in run(task, items):
+        results[index] = result
+        on_done(index, result)
+    return [results[index] for index in range(len(items))]
+
+
+def _reports_to(observer: Observer, tokenizer: Tokenizer) -> Callable[[Any], None]:
+    def on_report(report: Progress | AuditSample | Rejection) -> None:
+        match report:
+            case Progress():
+                observer.progress(report)
+            case Rejection():
+                observer.rejection(report)
+            case AuditSample():
+                _audit(report, tokenizer)
+
+    return on_report
+
+
+def _audit(sample: AuditSample, tokenizer: Tokenizer) -> None:
+    expected = tokenizer.encode_reference(sample.texts)
+    for where, text, found, wanted in zip(sample.where, sample.texts, sample.ids, expected, strict=True):
+        if not np.array_equal(found, wanted):
+            at = next(
+                (at for at, (left, right) in enumerate(zip(found, wanted, strict=False)) if left != right),
+                min(len(found), len(wanted)),
+            )
+            context = tokenizer.decode(wanted[max(0, at - 4) : at + 4])
+            raise AuditError(
+                f"tokenizer {tokenizer.name}: {where}: id {at} is {found[at : at + 1].tolist()}, the reference gives "
+                f"{wanted[at : at + 1].tolist()} (near {context!r} in a text of {len(text)} characters); nothing was "
+                "published: report this to the project, or pin the tokenizer library that gave equal ids"
+            )
+
+
+def _save_tokenizer(tokenizer: Tokenizer, job: Job) -> None:
+    folder = job.out / TOKENIZER_FOLDER
+    try:
+        if load_tokenizer(folder).record() == tokenizer.record():
+            return
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder(job.work) as temporary:
+        tokenizer.save(temporary)
+        temporary.rename(folder)
+
+
+def _check_not_empty(job: Job, units: Sequence[UnitRecord]) -> None:
+    for source, config in job.config.sources.items():
+        of_source = [unit for unit in units if unit.source == source]
+        if not sum(unit.documents for unit in of_source):
+            rejected = sum((Counter(unit.rejected) for unit in of_source), Counter[str]())
+            why = "; rejected: " + ", ".join(f"{n} ({reason})" for reason, n in rejected.items()) if rejected else ""
+            raise UserError(
+                f"sources.{source}: no document in {', '.join(config.paths)}{why}; mend or remove the source"
+            )
+
+
+# --- what is left when a build is done ---
+
+
+def _publish(
+    job: Job, tokenizer: Tokenizer, units: Sequence[UnitRecord], windows: Sequence[tuple[Window, WindowRecord]]
+) -> Manifest:
+    """Put shards, indexes, and last of all the manifest in their places.
+
+    Raises:
+        DataError: the books do not balance: our mistake, and better no data set than a wrong one.
+    """
+    books = _books(job, units, windows)
+    for source, book in books.items():
+        if wrong := book.imbalance():
+            raise DataError(f"{job.out}: the books of source {source} do not balance: {wrong}; report this")
+    streams = [_publish_stream(job, members) for members in _by_stream(windows)]
+    manifest = Manifest(
+        format=FORMAT,
+        pack_tokens=job.config.pack_tokens,
+        edges=job.config.edges,
+        tokenizer=tokenizer.record(),
+        config=job.config.deciding(),
+        books=books,
+        streams=[stream for stream in streams if stream is not None],
+    )
+    _publish_rejected(job, units)
+    write_durably(job.out / STATISTICS_NAME, statistics_bytes(units, windows))
+    write_durably(job.out / MANIFEST_NAME, manifest.to_json())
+    _flush_folder(job.out)
+    return manifest
+
+
+def _by_stream(
+    windows: Sequence[tuple[Window, WindowRecord]],
+) -> list[list[tuple[Window, WindowRecord]]]:
+    return [list(members) for _, members in itertools.groupby(windows, key=lambda pair: pair[0].stream)]
+
+
+def _publish_stream(job: Job, windows: Sequence[tuple[Window, WindowRecord]]) -> StreamRecord | None:
+    """One folder of shards with its index; None if duplicates were all it had."""
+    first = windows[0][0]
+    places = [(done_folder(job.work, window.name), shard) for window, record in windows for shard in record.shards]
+    if not places:
+        return None
+    folder = job.out / first.stream
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [shard.renamed(number) for number, (_, shard) in enumerate(places)]
+    for (place, shard), renamed in zip(places, shards, strict=True):
+        _link(place / shard.record.basename, folder / renamed.record.basename)
+    index_sha256 = write_index(shards, folder, form=job.shard_format)
+    _flush_folder(folder)
+    records = [record for _, record in windows]
+    return StreamRecord(
+        split=first.split,
+        source=first.source,
+        lower=first.lower,
+        upper=first.upper,
+        documents=sum(record.documents for record in records),
+        pieces=sum(record.pieces for record in records),
+        targets=sum(record.targets for record in records),
+        bytes=sum(record.bytes for record in records),
+        packs=sum(record.packs for record in records),
+        index_sha256=index_sha256,
+        shards=[shard.record for shard in shards],
+    )
+
+
+def _link(file: Path, place: Path) -> None:
+    """A second name for the file: after a kill both steps still find it."""
+    place.unlink(missing_ok=True)
+    try:
+        os.link(file, place)
+    except OSError:  # a file system without links
+        write_durably(place, file.read_bytes())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _books(
+    job: Job, units: Sequence[UnitRecord], windows: Sequence[tuple[Window, WindowRecord]]
+) -> dict[str, SourceBooks]:
+    """What the first step read against what the second step wrote."""
+    books = {}
+    for source in sorted(job.config.sources):
+        read = [unit for unit in units if unit.source == source]
+        written = [(window.split, record) for window, record in windows if window.source == source]
+        rejected = sum((Counter(unit.rejected) for unit in read), Counter[str]())
+        books[source] = SourceBooks(
+            documents_read=sum(unit.documents_read for unit in read),
+            documents={split: sum(record.documents for of, record in written if of == split) for split in SPLITS},
+            duplicates=sum(record.duplicates for _, record in written),
+            rejected=dict(sorted(rejected.items())),
+            targets_read=sum(unit.targets_read for unit in read),
+            targets={split: sum(record.targets for of, record in written if of == split) for split in SPLITS},
+            targets_duplicate=sum(record.duplicate_targets for _, record in written),
+            targets_cut=sum(unit.targets_cut for unit in read),
+        )
+    return books
+
+
+def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
+    temporary = job.work / "tmp" / REJECTED_NAME
+    temporary.parent.mkdir(exist_ok=True)
+    with temporary.open("wb") as together:
+        for index in range(len(units)):
+            with (done_folder(job.work, unit_name(index)) / REJECTED_NAME).open("rb") as one:
+                shutil.copyfileobj(one, together)
+    temporary.replace(job.out / REJECTED_NAME)
+
+
+def _clear(work: Path) -> None:
+    """All but the plan, by which the next start knows that there is nothing to do."""
+    for folder in ("done", "tmp"):
+        shutil.rmtree(work / folder, ignore_errors=True)

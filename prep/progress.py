@@ -1,0 +1,138 @@
+"""What a build shows while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from prep import pipeline, units
+from prep.document import Rejection
+from streaming_rwkv.shards import Manifest, bucket_bounds, bucket_name
+
+_REJECTIONS_SHOWN = 5
+_SECONDS_BETWEEN_LINES = 10
+
+
+class ConsoleObserver(pipeline.Observer):
+    """A bar on a terminal, a line now and then elsewhere, and the first rejections of each reason."""
+
+    def __init__(self, console: Console, bars: Progress) -> None:
+        self._console = console
+        self._bars = bars
+        self._bar = bars.add_task("starting", total=None, speed="")
+        self._started = self._said = time.monotonic()
+        self._name = "starting"
+        self._sources: dict[str, Counter[str]] = defaultdict(Counter)
+        self._rejections: Counter[str] = Counter()
+
+    def step(self, name: str, *, total: int) -> None:
+        self._name = name
+        self._bars.reset(self._bar, total=total, description=name, speed="")
+
+    def done(self, amount: int) -> None:
+        self._bars.advance(self._bar, amount)
+        self._say()
+
+    def progress(self, progress: units.Progress) -> None:
+        self._sources[progress.source].update(
+            documents=progress.documents, text_bytes=progress.text_bytes, tokens=progress.tokens
+        )
+        self._bars.update(self._bar, speed=self._speed(progress.source))
+        self._say()
+
+    def rejection(self, rejection: Rejection) -> None:
+        self._rejections[rejection.reason] += 1
+        seen = self._rejections[rejection.reason]
+        if seen <= _REJECTIONS_SHOWN:
+            more = "; further ones are listed in rejected.jsonl only" if seen == _REJECTIONS_SHOWN else ""
+            self._console.print(f"left out: {rejection.source}: {rejection}{more}", markup=False, highlight=False)
+
+    def _speed(self, source: str) -> str:
+        total = sum(self._sources.values(), Counter[str]())
+        seconds = max(time.monotonic() - self._started, 1e-3)
+        return (
+            f"{total['text_bytes'] / 1e6 / seconds:.1f} MB/s {total['tokens'] / 1e6 / seconds:.2f} M tokens/s "
+            f"{total['documents']:,} documents · {source} {self._sources[source]['documents']:,}"
+        )
+
+    def _say(self) -> None:
+        if self._console.is_terminal or time.monotonic() - self._said < _SECONDS_BETWEEN_LINES:
+            return
+        self._said = time.monotonic()
+        task = self._bars.tasks[0]
+        speed = task.fields["speed"]
+        left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+        self._console.print(f"{self._name}: {task.percentage:.0f} %{left}; {speed}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def observing(console: Console) -> Iterator[ConsoleObserver]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield ConsoleObserver(console, bars)
+
+
+def stream_table(manifest: Manifest) -> Table:
+    """Source × bucket: documents, tokens, packs, fill."""
+    table = Table(title=f"packs of {manifest.pack_tokens} tokens")
+    for name in ("split", "source", "bucket"):
+        table.add_column(name, no_wrap=True)
+    for column in ("documents", "pieces", "tokens", "packs", "fill"):
+        table.add_column(column, justify="right")
+    for stream in manifest.streams:
+        _add_row(table, [stream.split, stream.source, stream.bucket], manifest, [stream])
+    table.add_section()
+    _add_row(table, ["all", "", ""], manifest, manifest.streams)
+    return table
+
+
+def _add_row(table: Table, names: list[str], manifest: Manifest, streams: Sequence[object]) -> None:
+    def total(field: str) -> int:
+        return int(sum(getattr(stream, field) for stream in streams))
+
+    fill = total("targets") / max(1, total("packs") * manifest.pack_tokens)
+    counts = [f"{total(field):,}" for field in ("documents", "pieces", "targets", "packs")]
+    table.add_row(*names, *counts, f"{fill:.1%}")
+
+
+def books_table(manifest: Manifest) -> Table:
+    """Where every document went."""
+    table = Table("source", title="documents")
+    for column in ("read", "train", "validation", "duplicates", "rejected"):
+        table.add_column(column, justify="right")
+    for source, books in manifest.books.items():
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in books.rejected.items()) or "0"
+        counts = (books.documents_read, *books.documents.values(), books.duplicates)
+        table.add_row(source, *(f"{count:,}" for count in counts), rejected)
+    return table
+
+
+def count_table(records: Sequence[units.UnitRecord], edges: Sequence[int]) -> Table:
+    """Source × bucket of a dry run, duplicates included; both splits together."""
+    table = Table("source", "bucket", title="dry run: duplicates are still counted, nothing was written")
+    for column in ("documents", "pieces", "tokens"):
+        table.add_column(column, justify="right")
+    bounds = bucket_bounds(edges)
+    totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for record in records:
+        for index, stream in enumerate(record.streams):
+            of_bucket = totals[record.source, index % len(bounds)]
+            for place, count in enumerate((stream.documents, stream.pieces, stream.targets)):
+                of_bucket[place] += count
+    for (source, bucket), counts in sorted(totals.items()):
+        if any(counts):
+            table.add_row(source, bucket_name(*bounds[bucket]), *(f"{count:,}" for count in counts))
+    return table

@@ -1,0 +1,25 @@
+"""Runs of values of different length within one flat array."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+T = TypeVar("T", bound=np.generic)
+
+
+def gather(values: NDArray[T], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[T]:
+    """`values[start : start + length]` of every run, one after another. Runs may overlap and come in any order."""
+    views = pa.LargeListViewArray.from_arrays(pa.array(starts), pa.array(lengths), pa.array(values))
+    flat: NDArray[Any] = views.flatten().to_numpy()
+    return flat
+
+
+def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """(N + 1,) where each run begins if they lie one after another, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

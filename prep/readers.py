@@ -1,0 +1,387 @@
+"""Readers: one part of an input file to batches of texts. What is broken is counted with a reason.
+
+A broken *document* becomes a `Rejection`; a broken *file* (truncated gzip, no such column) is an `InputError`, since
+silently going on with half a file is how corpora shrink unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from isal import igzip, igzip_lib
+from numpy.typing import NDArray
+
+from prep.config import SourceConfig, load_hook
+from prep.document import Rejection
+from prep.files import InputFile, open_file
+from streaming_rwkv.config import UserError
+
+_READ_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+INVALID_UTF8 = "invalid UTF-8"
+INVALID_JSON = "invalid JSON"
+NOT_AN_OBJECT = "not a JSON object"
+FILTERED = "rejected by the filter"
+TRANSFORMED_AWAY = "rejected by the transform"
+
+
+class InputError(UserError):
+    """A file, or with `on_error: stop` a document, that stops the build."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A file, or a part of one that can be read by itself."""
+
+    file: InputFile
+    first_row: int = 0
+    row_groups: tuple[int, ...] | None = None  # of a parquet file
+    byte_range: tuple[int, int] | None = None  # of whole lines in an uncompressed file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some rows of one file."""
+
+    file: InputFile
+    rows: NDArray[np.int64]  # (N,) where each text stands
+    texts: list[str]
+    rejections: list[Rejection]
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """Stands in for the text of a row that has none."""
+
+    reason: str
+
+
+# Of a JSON object or a parquet row, what becomes the text; applied to every row if there are hooks.
+_Select = Callable[[dict[str, Any]], Any]
+
+
+def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
+    """The part's documents, in order.
+
+    Raises:
+        InputError: a file that is broken, that has no text at all, or on which a hook fails.
+    """
+    read = _read_parquet if part.file.suffix == ".parquet" else _read_json
+    without_text = _Broken(f"no {config.text!r}")
+    seen = missing = 0
+    for rows, values in read(part, config, without_text):
+        batch = _batch(part.file, rows, values, text=config.text)
+        seen += len(values)
+        missing += sum(rejection.reason == without_text.reason for rejection in batch.rejections)
+        yield batch
+    if seen and seen == missing:
+        raise InputError(
+            f"{part.file.path}: none of its {seen} documents has {config.text!r}; name the right key with "
+            f"`sources.{part.file.source}.text`"
+        )
+
+
+def _batch(file: InputFile, rows: NDArray[np.int64], values: list[Any], *, text: str) -> Batch:
+    if set(map(type, values)) <= {str}:
+        return Batch(file=file, rows=rows, texts=values, rejections=[])
+    rejections = [
+        Rejection(source=file.source, file=file.name, row=row, reason=_reason(value, text))
+        for row, value in zip(rows.tolist(), values, strict=True)
+        if type(value) is not str
+    ]
+    is_text = np.fromiter((type(value) is str for value in values), np.bool_, count=len(values))
+    return Batch(
+        file=file, rows=rows[is_text], texts=[value for value in values if type(value) is str], rejections=rejections
+    )
+
+
+def _reason(value: Any, text: str) -> str:
+    if isinstance(value, _Broken):
+        return value.reason
+    return f"{text!r} is null" if value is None else f"{text!r} is not a string"
+
+
+def _selector(config: SourceConfig, without_text: _Broken) -> _Select | None:
+    """What the hooks make of a row; None if there are no hooks."""
+    if config.filter is None and config.transform is None:
+        return None
+    keep = load_hook(config.filter) if config.filter else None
+    transform = load_hook(config.transform) if config.transform else None
+
+    def select(record: dict[str, Any]) -> Any:
+        if keep is not None and not keep(record):
+            return _Broken(FILTERED)
+        if transform is None:
+            return record.get(config.text, without_text)
+        text = transform(record)
+        return _Broken(TRANSFORMED_AWAY) if text is None else text
+
+    return select
+
+
+def _apply(select: _Select, records: Sequence[Any], *, file: InputFile, rows: NDArray[np.int64]) -> list[Any]:
+    values: list[Any] = []
+    for row, record in zip(rows.tolist(), records, strict=True):
+        try:
+            value = record if isinstance(record, _Broken) else select(record)
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError:
+            value = _Broken(INVALID_UTF8)
+        except Exception as error:  # whatever a user's hook raises, the user wants to know where
+            raise InputError(
+                f"{file.path}: row {row}: a hook of `sources.{file.source}` raised {type(error).__name__}: {error}; "
+                "mend it, or let it return False or None for such a document"
+            ) from error
+        values.append(value)
+    return values
+
+
+# --- JSON lines, and JSON arrays in .json files ---
+
+
+def _read_json(
+    part: Part, config: SourceConfig, without_text: _Broken
+) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+    file, row = part.file, part.first_row
+    select = _selector(config, without_text)
+    with open_file(file.path) as raw:
+        blocks = _blocks(raw, part)
+        if file.suffix.startswith(".json") and not file.suffix.startswith(".jsonl"):
+            blocks, array = _whole_array(blocks, file)
+            if array is not None:
+                rows = np.arange(len(array))
+                records = [item if isinstance(item, dict) else _Broken(NOT_AN_OBJECT) for item in array]
+                select = select or (lambda record: record.get(config.text, without_text))
+                yield rows, _apply(select, records, file=file, rows=rows)
+                return
+        for lines in _lines(blocks):
+            if row == 0 and lines[0].startswith(_BYTE_ORDER_MARK):
+                lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
+            rows, values = _parse(lines, row, select, config.text, without_text, file)
+            row += len(lines)
+            if len(rows):
+                yield rows, values
+
+
+def _parse(
+    lines: list[bytes], first_row: int, select: _Select | None, text: str, without_text: _Broken, file: InputFile
+) -> tuple[NDArray[np.int64], list[Any]]:
+    rows = np.arange(first_row, first_row + len(lines))
+    if select is None:
+        try:
+            return rows, [orjson.loads(line)[text] for line in lines]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            pass  # something is broken among them: look at each
+    is_blank = np.fromiter((not line or line.isspace() for line in lines), np.bool_, count=len(lines))
+    rows = rows[~is_blank]
+    records = [_record(line) for line, blank in zip(lines, is_blank.tolist(), strict=True) if not blank]
+    if select is not None:
+        return rows, _apply(select, records, file=file, rows=rows)
+    return rows, [item.get(text, without_text) if isinstance(item, dict) else item for item in records]
+
+
+def _record(line: bytes) -> dict[str, Any] | _Broken:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return _Broken(INVALID_UTF8)
+        return _Broken(INVALID_JSON)
+    return record if isinstance(record, dict) else _Broken(NOT_AN_OBJECT)
+
+
+def _whole_array(blocks: Iterator[bytes], file: InputFile) -> tuple[Iterator[bytes], list[Any] | None]:
+    """The array that the file consists of, or None and all its blocks again."""
+    first = next(blocks, b"")
+    if not first.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        return _prepend(first, blocks), None
+    content = first + b"".join(blocks)
+    try:
+        array = orjson.loads(content.removeprefix(_BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        raise InputError(
+            f"{file.path}: begins with '[' but is no JSON array ({error}); mend it, or write one object a line"
+        ) from None
+    assert isinstance(array, list)
+    return iter(()), array
+
+
+def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lists of whole lines without their newline; a very long line is joined once."""
+    begun: list[bytes] = []
+    for block in blocks:
+        head, newline, _ = block.partition(b"\n")
+        if not newline:
+            begun.append(block)
+            continue
+        lines = block.split(b"\n")
+        lines[0] = b"".join([*begun, head])
+        begun = [lines.pop()]
+        yield lines
+    if last := b"".join(begun):
+        yield [last]
+
+
+def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
+    """The part's bytes, decompressed."""
+    file = part.file
+    if part.byte_range is not None:
+        begin, end = part.byte_range
+        raw.seek(begin)
+        yield from _read_blocks(raw, end - begin)
+    elif file.suffix.endswith(".gz"):
+        try:
+            with igzip.IGzipFile(fileobj=raw) as stream:
+                while block := stream.read(_READ_BYTES):
+                    yield block
+        except (EOFError, OSError, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub has no class
+            raise InputError(f"{file.path}: broken gzip ({error}); download it again") from None
+    elif file.suffix.endswith(".zst"):
+        yield from _zstd_blocks(raw, file)
+    else:
+        yield from _read_blocks(raw, file.size)
+
+
+def _read_blocks(raw: IO[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (block := raw.read(min(size, _READ_BYTES))):
+        size -= len(block)
+        yield block
+
+
+def _zstd_blocks(raw: IO[bytes], file: InputFile) -> Iterator[bytes]:
+    # Not `stream_reader`: it ends without a word where the file is cut off.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = None
+    try:
+        while block := raw.read(_READ_BYTES):
+            while block:
+                frame = frame or decompressor.decompressobj()
+                if data := frame.decompress(block):
+                    yield data
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise InputError(f"{file.path}: broken zstd ({error}); download it again") from None
+    if frame is not None:
+        raise InputError(f"{file.path}: broken zstd (it ends within a frame); download it again")
+
+
+# --- parquet ---
+
+
+def read_parquet_layout(file: InputFile, *, text: str) -> list[tuple[int, int]]:
+    """(bytes of text, rows) of each row group.
+
+    Raises:
+        InputError: not a parquet file.
+    """
+    with open_file(file.path) as raw:
+        metadata = _open_parquet(raw, file).metadata
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        return [(_text_bytes(group, text), group.num_rows) for group in groups]
+
+
+def _text_bytes(row_group: Any, text: str) -> int:
+    parts = [row_group.column(index) for index in range(row_group.num_columns)]
+    wanted = [part for part in parts if part.path_in_schema.partition(".")[0] == text]
+    return sum(part.total_uncompressed_size for part in wanted or parts)
+
+
+def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(raw, buffer_size=_READ_BYTES)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file.path}: cannot be read as parquet ({error}); download it again") from None
+
+
+def _read_parquet(
+    part: Part, config: SourceConfig, without_text: _Broken
+) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+    file, row = part.file, part.first_row
+    select = _selector(config, without_text)
+    with open_file(file.path) as raw:
+        parquet = _open_parquet(raw, file)
+        _check_text_column(parquet.schema_arrow, file, config)
+        groups = list(part.row_groups or ())
+        metadata = parquet.metadata
+        rows = sum(metadata.row_group(index).num_rows for index in groups)
+        size = sum(_text_bytes(metadata.row_group(index), config.text) for index in groups)
+        batches = parquet.iter_batches(
+            batch_size=max(1, min(1 << 13, _READ_BYTES * rows // max(size, 1))),
+            row_groups=groups,
+            columns=None if select else [config.text],
+            use_threads=False,
+        )
+        try:
+            for batch in batches:
+                numbers = np.arange(row, row + batch.num_rows)
+                row += batch.num_rows
+                if select is None:
+                    yield numbers, _strings(batch.column(0))
+                else:
+                    yield numbers, _apply(select, batch.to_pylist(), file=file, rows=numbers)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file.path}: broken parquet after row {row} ({error}); download it again") from None
+
+
+def _check_text_column(schema: pa.Schema, file: InputFile, config: SourceConfig) -> None:
+    if config.transform is not None:
+        return
+    if config.text not in schema.names:
+        raise InputError(
+            f"{file.path}: no column {config.text!r}, it has {', '.join(schema.names)}; name the right one with "
+            f"`sources.{file.source}.text`, or make the text with `sources.{file.source}.transform`"
+        )
+    kind = schema.field(config.text).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (_is_string(kind) or pa.types.is_null(kind)):
+        raise InputError(f"{file.path}: column {config.text!r} is of type {kind}, expected strings; name another one")
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
+
+
+def _strings(column: pa.Array) -> list[Any]:
+    """str, None for null, or _Broken for each row."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        values: list[Any] = column.to_numpy(zero_copy_only=False).tolist()
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
+    return [_decoded(value) for value in values] if bytes in set(map(type, values)) else values
+
+
+def _decoded(value: bytes | None) -> Any:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return _Broken(INVALID_UTF8)

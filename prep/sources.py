@@ -1,0 +1,133 @@
+"""Files to documents: units of work that the input alone decides, and the chunks in which they are read.
+
+A *unit* is some row groups of a parquet file, a range of lines, one large file, or many small files together. Its
+documents come in chunks of bounded size, so memory does not grow with the unit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from prep.config import SourceConfig
+from prep.document import Documents, document_keys
+from prep.files import InputFile, find_files, open_file
+from prep.readers import Batch, Part, read_parquet_layout, read_part
+
+CHUNK_CHARACTERS = 4 << 20
+CHUNK_DOCUMENTS = 1 << 15
+_FILES_PER_UNIT = 1024
+_SCAN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What one worker does in one go."""
+
+    index: int
+    source: str
+    parts: tuple[Part, ...]
+    input_bytes: int  # its share of the progress
+
+
+def plan_units(sources: dict[str, SourceConfig], *, unit_bytes: int) -> list[Unit]:
+    """All units in canonical order: sources by name, files by name, rows.
+
+    Raises:
+        UserError: an empty source, or a file that cannot be opened.
+    """
+    units: list[Unit] = []
+    for source, config in sorted(sources.items()):
+        parts = (part for file in find_files(source, config.paths) for part in _parts(file, config, unit_bytes))
+        for group in _group(parts, unit_bytes):
+            members = tuple(part for part, _ in group)
+            size = sum(size for _, size in group)
+            units.append(Unit(index=len(units), source=source, parts=members, input_bytes=size))
+    return units
+
+
+def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+    """The file's parts with their sizes, each about `unit_bytes` where the format can be cut."""
+    if file.suffix == ".parquet":
+        yield from _row_group_parts(file, config, unit_bytes)
+    elif file.suffix == ".jsonl" and file.size > unit_bytes and not file.path.startswith("s3://"):
+        yield from _line_parts(file, unit_bytes)
+    else:
+        yield Part(file=file), file.size
+
+
+def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+    groups: list[int] = []
+    size = rows = first_row = 0
+    for index, (row_group_bytes, row_group_rows) in enumerate(read_parquet_layout(file, text=config.text)):
+        if groups and size + row_group_bytes > unit_bytes:
+            yield Part(file=file, first_row=first_row, row_groups=tuple(groups)), size
+            first_row, groups, size, rows = first_row + rows, [], 0, 0
+        groups.append(index)
+        size, rows = size + row_group_bytes, rows + row_group_rows
+    yield Part(file=file, first_row=first_row, row_groups=tuple(groups)), size
+
+
+def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+    """Cut after the first line that ends at or beyond each multiple of `unit_bytes`."""
+    begin = row = first_row = at = 0
+    with open_file(file.path) as stream:
+        while block := stream.read(_SCAN_BYTES):
+            counted = 0
+            while (newline := block.find(b"\n", max(begin + unit_bytes - at - 1, counted, 0))) >= 0:
+                row += block.count(b"\n", counted, newline + 1)
+                counted, end = newline + 1, at + newline + 1
+                yield Part(file=file, first_row=first_row, byte_range=(begin, end)), end - begin
+                begin, first_row = end, row
+            row += block.count(b"\n", counted)
+            at += len(block)
+    if at > begin:
+        yield Part(file=file, first_row=first_row, byte_range=(begin, at)), at - begin
+
+
+def _group(parts: Iterable[tuple[Part, int]], unit_bytes: int) -> Iterator[list[tuple[Part, int]]]:
+    """Small parts together, in order, up to `unit_bytes`."""
+    group: list[tuple[Part, int]] = []
+    total = 0
+    for part, size in parts:
+        if group and (total + size > unit_bytes or len(group) == _FILES_PER_UNIT):
+            yield group
+            group, total = [], 0
+        group.append((part, size))
+        total += size
+    if group:
+        yield group
+
+
+def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
+    """The unit's documents in chunks, in order.
+
+    Raises:
+        InputError: a file that is broken, or that has no text at all.
+    """
+    pending: list[Batch] = []
+    characters = documents = 0
+    for batch in itertools.chain.from_iterable(read_part(part, config) for part in unit.parts):
+        pending.append(batch)
+        characters += batch.characters
+        documents += len(batch.texts)
+        if characters >= CHUNK_CHARACTERS or documents >= CHUNK_DOCUMENTS:
+            yield _documents(pending)
+            pending, characters, documents = [], 0, 0
+    if pending:
+        yield _documents(pending)
+
+
+def _documents(batches: list[Batch]) -> Documents:
+    return Documents(
+        source=batches[0].file.source,
+        texts=list(itertools.chain.from_iterable(batch.texts for batch in batches)),
+        keys=np.concatenate([document_keys(batch.file.source, batch.file.name, batch.rows) for batch in batches]),
+        rows=np.concatenate([batch.rows for batch in batches]),
+        files=[batch.file.name for batch in batches],
+        file_of=np.repeat(np.arange(len(batches)), [len(batch.texts) for batch in batches]),
+        rejections=list(itertools.chain.from_iterable(batch.rejections for batch in batches)),
+    )
