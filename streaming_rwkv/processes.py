@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import IO
 
 from streaming_rwkv.config import UserError
 
@@ -31,25 +30,34 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lock_folder(folder: Path, *, what: str, remedy: str) -> IO[str]:
-    """Hold `folder` for this process; the lock goes with the process, however it ends.
+class FolderLock:
+    """A folder that this process holds until `release`, or until its own end, however that comes."""
 
-    Returns:
-        The open lock file: keep it.
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    __del__ = release
+
+
+def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
+    """Hold `folder` for this process; keep the returned lock for as long as it shall be held.
 
     Raises:
         UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 - open for as long as the lock is held
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
+        holder = os.read(descriptor, 100).decode() or "unknown"
+        os.close(descriptor)
         raise UserError(f"{folder}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return FolderLock(descriptor)

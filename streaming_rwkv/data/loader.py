@@ -34,19 +34,20 @@ from streaming_rwkv.shards import StreamRecord, check_pack, token_dtype
 
 logger = logging.getLogger(__name__)
 
+Batches = Callable[[int, int], Ints]  # (start, stop) → (stop - start, batch_packs) ids of packs, -1 for a blank one
 CHUNK_SLOTS = 1 << 15  # slots of the plan that are worked out at a time: some ten milliseconds
 FETCH_THREADS = 4
 
 
 class PackDataset(StreamingDataset):
-    """Packs in the order of `batches`: (start, stop) → (stop - start, batch_packs) ids, of which -1 is a blank pack."""
+    """The packs of `batches` that are this rank's and this worker's, in order."""
 
     def __init__(
         self,
         shard_set: ShardSet,
         records: list[StreamRecord],
         *,
-        batches: Callable[[int, int], Ints],
+        batches: Batches,
         num_batches: int,
         batch_packs: int,
         fetch_ahead: int,
@@ -95,17 +96,17 @@ class PackDataset(StreamingDataset):
         raise NotImplementedError("the order is a function of the step; `start_at` is all there is to resume")
 
     def _ids(self) -> Iterator[int]:
-        """This worker's packs, one batch after another: DataLoader gives batch n to worker n modulo workers."""
         world = self._unique_rank_world.detect_workers()
-        worker, workers = world.worker_of_rank, world.workers_per_rank
-        per_rank = self.batch_packs // self.num_ranks
-        mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
-        chunk = max(1, CHUNK_SLOTS // self.batch_packs)
-        for start in range(self.first_batch, self.num_batches, chunk):
-            stop = min(start + chunk, self.num_batches)
-            first = start + (worker - (start - self.first_batch)) % workers
-            rows = self.batches(start, stop)[first - start :: workers, mine]
-            yield from rows.ravel().tolist()
+        return share_of_batches(
+            self.batches,
+            start=self.first_batch,
+            stop=self.num_batches,
+            batch_packs=self.batch_packs,
+            rank=self.rank,
+            ranks=self.num_ranks,
+            worker=world.worker_of_rank,
+            workers=world.workers_per_rank,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         ids = self._ids()
@@ -129,11 +130,12 @@ class PackDataset(StreamingDataset):
 
     def _next(self, window: deque[int], in_window: Counter[int]) -> dict[str, Any]:
         pack = window.popleft()
-        if pack >= 0:
-            shard = int(self.spanner[pack][0])
-            in_window[shard] -= 1
-            if not in_window[shard]:
-                del in_window[shard]
+        if pack < 0:
+            return self._blank
+        shard = int(self.spanner[pack][0])
+        in_window[shard] -= 1
+        if not in_window[shard]:
+            del in_window[shard]
         return self[pack]
 
     def _fetch_ahead(self, shard: int) -> None:
@@ -169,9 +171,7 @@ class PackDataset(StreamingDataset):
                 self._verified[shard] = 1
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """A pack by its global id, checked against the contract; -1 gives the blank pack."""
-        if sample_id < 0:
-            return self._blank
+        """A pack by its global id, checked against the contract."""
         shard = int(self.spanner[sample_id][0])
         if not self._verified[shard]:
             self.prepare_shard(shard)
@@ -184,16 +184,33 @@ class PackDataset(StreamingDataset):
         return sample
 
 
-def evaluation_batches(packs: int, *, batch_packs: int) -> tuple[Callable[[int, int], Ints], int]:
-    """Every pack once, in order; the last batch is filled up with blank packs."""
-    num_batches = -(-packs // batch_packs)
-    ids = np.full(num_batches * batch_packs, -1, np.int64)
-    ids[:packs] = np.arange(packs)
-    table = ids.reshape(num_batches, batch_packs)
+def share_of_batches(
+    batches: Batches, *, start: int, stop: int, batch_packs: int, rank: int, ranks: int, worker: int, workers: int
+) -> Iterator[int]:
+    """The packs that one worker of one rank reads for batches start … stop - 1.
+
+    Each rank has its part of every batch; DataLoader takes a rank's n-th batch from worker n modulo workers.
+    """
+    per_rank = batch_packs // ranks
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    chunk = max(1, CHUNK_SLOTS // batch_packs)
+    for chunk_start in range(start, stop, chunk):
+        chunk_stop = min(chunk_start + chunk, stop)
+        first = (worker - (chunk_start - start)) % workers
+        yield from batches(chunk_start, chunk_stop)[first::workers, mine].ravel().tolist()
+
+
+def evaluation_batches(packs: list[int], *, batch_packs: int, per_stream: int | None = None) -> tuple[Batches, int]:
+    """Every pack of every stream once (or its first `per_stream`), in order; blank packs fill up the last batch."""
+    first = np.cumsum([0, *packs])
+    chosen = [first[i] + np.arange(min(n, per_stream or n)) for i, n in enumerate(packs)]
+    ids = np.concatenate(chosen).astype(np.int64)
+    num_batches = -(-len(ids) // batch_packs)
+    table = np.pad(ids, (0, num_batches * batch_packs - len(ids)), constant_values=-1).reshape(-1, batch_packs)
     return lambda start, stop: table[start:stop], num_batches
 
 
-def training_batches(plan: Plan) -> tuple[Callable[[int, int], Ints], int]:
+def training_batches(plan: Plan) -> tuple[Batches, int]:
     return plan.packs, plan.steps
 
 

@@ -245,11 +245,11 @@ def token_shares(config: MixtureConfig, streams: Sequence[StreamRecord], *, wher
     table /= table.sum()
     rows = columns = None
     if config.sources is not None:
-        rows = _named(config.sources, list(sources), table.sum(1) > 0, where=f"{where}.sources")
+        rows = _named(config.sources, [str(name) for name in sources], table.sum(1) > 0, where=f"{where}.sources")
     elif config.temperature is not None:
         rows = table.sum(1) ** (1 / config.temperature)
     if config.buckets is not None:
-        columns = _named(config.buckets, list(buckets), table.sum(0) > 0, where=f"{where}.buckets")
+        columns = _named(config.buckets, [str(name) for name in buckets], table.sum(0) > 0, where=f"{where}.buckets")
     table = _fit(table, rows, columns, where=where)
     return table[source_of, bucket_of] * window
 

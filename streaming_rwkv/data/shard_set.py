@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import zstandard
 from streaming import Stream
@@ -24,7 +23,7 @@ from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage.download import CloudDownloader
 
-from streaming_rwkv.processes import lock_folder
+from streaming_rwkv.processes import FolderLock, lock_folder
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -49,7 +48,7 @@ class ShardSet:
     location: str
     manifest: Manifest
     cache: Path
-    lock: Any  # the open lock file: the cache is ours for as long as it is open
+    lock: FolderLock | None  # held by the node's leader
 
     def streams(
         self, records: Sequence[StreamRecord], *, download_attempts: int, timeout_seconds: float

@@ -18,7 +18,7 @@ from composer.utils.parallelism import FSDP2Config
 from omegaconf import OmegaConf
 
 from streaming_rwkv.config import ConfigError
-from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches, training_batches
+from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
@@ -183,7 +183,7 @@ def train(config: RunConfig) -> int:
         )
     status = _fit(prepared, checkpoint, root=root, device=device)
     if run_lock is not None:
-        run_lock.close()
+        run_lock.release()
     return status
 
 
@@ -293,7 +293,7 @@ def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) 
 
 
 def _dataset(
-    prepared: Prepared, records: list[StreamRecord], batches: Any, num_batches: int, batch_packs: int
+    prepared: Prepared, records: list[StreamRecord], batches: Batches, num_batches: int, batch_packs: int
 ) -> PackDataset:
     data = prepared.config.data
     return PackDataset(

@@ -1,0 +1,262 @@
+"""Fetching: the same packs for any world and any number of workers, and no shard that is wrong goes by."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches, share_of_batches
+from streaming_rwkv.data.mixture import StageConfig, make_plan
+from streaming_rwkv.data.shard_set import check_index, open_shard_set
+from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
+
+TRAIN = {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23}
+WORKERS = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, write_data_set):
+    return write_data_set(tmp_path_factory.mktemp("built"), TRAIN, validation={("web", 1, 16): 5, ("code", 1, 16): 4})
+
+
+@pytest.fixture
+def data(built, tmp_path):
+    """A copy of the data set that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "data"))
+
+
+def open_dataset(data, cache, *, stages=({"passes": 2},), batch_packs=4, split="train", **options):
+    shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=20, leader=True)
+    records = shard_set.manifest.select(split)
+    configs = [StageConfig(**stage) for stage in stages]
+    plan = make_plan(configs, records, batch_packs=batch_packs, seed=3, block_shards=2)
+    if split == "train":
+        batches, num_batches = plan.packs, plan.steps
+    else:
+        batches, num_batches = evaluation_batches([r.packs for r in records], batch_packs=batch_packs)
+    dataset = PackDataset(
+        shard_set,
+        records,
+        batches=batches,
+        num_batches=num_batches,
+        batch_packs=batch_packs,
+        fetch_ahead=8,
+        cache_limit=options.get("cache_limit"),
+        download_attempts=2,
+        timeout_seconds=20,
+    )
+    return dataset, plan, shard_set
+
+
+def read(dataset, workers):
+    return list(data_spec(dataset, workers=workers, timeout_seconds=20).dataloader)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 7, 29])
+def test_ranks_and_workers_only_share_out_what_the_plan_says(ranks, workers, start, monkeypatch):
+    monkeypatch.setattr("streaming_rwkv.data.loader.CHUNK_SLOTS", 5 * 8)  # several chunks, of which some are cut short
+    table = np.arange(30 * 8).reshape(30, 8)
+    rows = [np.empty((30 - start, 0), int)]
+    for rank in range(ranks):
+        shares = [
+            share_of_batches(
+                lambda a, b: table[a:b], start=start, stop=30, batch_packs=8,
+                rank=rank, ranks=ranks, worker=worker, workers=workers,
+            )
+            for worker in range(workers)
+        ]  # fmt: skip
+        turns = itertools.islice(itertools.cycle(shares), 30 - start)  # as DataLoader asks its workers in turn
+        rows.append(np.array([list(itertools.islice(share, 8 // ranks)) for share in turns]))
+    assert np.concatenate(rows, axis=1).tolist() == table[start:].tolist()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_loader_reads_the_plan(data, tmp_path, workers):
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    batches = read(dataset, workers)
+    assert len(batches) == plan.steps == 2 * 93 // 4
+    first_pack = plan.first_pack
+    for batch, ids in zip(batches, plan.packs(0, plan.steps), strict=True):
+        assert batch["streams"].tolist() == (np.searchsorted(first_pack, ids, side="right") - 1).tolist()
+        assert batch["num_targets"] == batch["cu_seqlens"][-1] == batch["tokens"].numel()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_resuming_is_starting_at_another_step(data, tmp_path, workers):
+    dataset, _, _ = open_dataset(data, tmp_path / "cache", stages=({"passes": 1}, {"tokens": 3000, "min_length": 17}))
+    whole = read(dataset, workers=0)
+    dataset.start_at(17)
+    part = read(dataset, workers)
+    assert [b["tokens"].tolist() for b in part] == [b["tokens"].tolist() for b in whole[17:]]
+
+
+def test_evaluation_sees_each_pack_once_and_fills_up_with_blanks(data, tmp_path):
+    dataset, _, _ = open_dataset(data, tmp_path / "cache", split="validation")
+    streams = [stream for batch in read(dataset, 0) for stream in batch["streams"].tolist()]
+    assert streams == [0] * 5 + [1] * 4 + [-1] * 3
+
+
+def test_evaluation_can_take_the_first_packs_of_each_stream():
+    batches, count = evaluation_batches([5, 4], batch_packs=3, per_stream=2)
+    assert batches(0, count).tolist() == [[0, 1, 5], [6, -1, -1]]
+
+
+def test_each_shard_is_fetched_once_a_pass_with_a_small_cache(data, tmp_path, monkeypatch):
+    fetched = []
+    from streaming_rwkv.data.shard_set import VerifiedStream
+
+    download = VerifiedStream._download_file
+
+    def counted(self, basename, *rest):
+        fetched.append(f"{self.remote}/{basename}")
+        return download(self, basename, *rest)
+
+    monkeypatch.setattr(VerifiedStream, "_download_file", counted)
+    shards = read_manifest(data).select("train")
+    largest = max(shard.raw_bytes + shard.bytes for stream in shards for shard in stream.shards)
+    # Two shards of each of three streams are in use, and those of the next block are fetched ahead.
+    indexes = sum((data / stream.path / "index.json").stat().st_size for stream in shards)
+    dataset, _, _ = open_dataset(data, tmp_path / "cache", stages=({"passes": 1},), cache_limit=12 * largest + indexes)
+    read(dataset, 0)
+    assert len(fetched) == len(set(fetched)) == sum(len(stream.shards) for stream in shards)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("damage", ["missing", "flipped byte", "truncated", "empty", "of another stream"])
+def test_a_damaged_shard_stops_the_run_by_name(data, tmp_path, workers, damage):
+    shard = data / "train/web/1-16/shard.00001.mds.zstd"
+    content = shard.read_bytes()
+    match damage:
+        case "missing":
+            shard.unlink()
+        case "flipped byte":
+            shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+        case "truncated":
+            shard.write_bytes(content[:-7])
+        case "empty":
+            shard.write_bytes(b"")
+        case "of another stream":
+            shutil.copy(data / "train/code/1-16/shard.00000.mds.zstd", shard)
+    dataset, _, _ = open_dataset(data, tmp_path / "cache")
+    with pytest.raises(
+        DataError, match=r"train/web/1-16/shard.00001.mds.zstd.*(cannot be fetched|does not have the hash)"
+    ):
+        read(dataset, workers)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_shard_damaged_in_the_cache_is_fetched_again(data, tmp_path, workers):
+    dataset, _, shard_set = open_dataset(data, tmp_path / "cache")
+    before = [batch["tokens"].tolist() for batch in read(dataset, 0)]
+    cached = sorted(shard_set.cache.rglob("*.mds"))
+    assert len(cached) > 5
+    for i, path in enumerate(cached):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] if i % 2 else content[:50] + b"\0\0\0" + content[53:])
+    close(dataset, shard_set)
+    again, _, _ = open_dataset(data, tmp_path / "cache")
+    assert [batch["tokens"].tolist() for batch in read(again, workers)] == before
+
+
+def close(dataset, shard_set):
+    shard_set.lock.release()
+    dataset.__del__()
+
+
+def test_a_repaired_shard_is_used_by_the_next_run(data, tmp_path):
+    shard = data / "train/web/1-16/shard.00000.mds.zstd"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    dataset, _, shard_set = open_dataset(data, tmp_path / "cache")
+    with pytest.raises(DataError):
+        read(dataset, 0)
+    close(dataset, shard_set)
+    shard.write_bytes(content)
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    assert len(read(dataset, 0)) == plan.steps
+
+
+def test_the_data_set_itself_is_never_written_to(data, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    dataset, _, _ = open_dataset(data, tmp_path / "cache")
+    read(dataset, 0)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+
+
+def test_a_data_set_that_was_iterated_here_can_be_iterated_by_workers(data, tmp_path):
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    read(dataset, 0)
+    assert len(read(dataset, 2)) == plan.steps
+
+
+def test_a_cache_in_use_is_refused(data, tmp_path):
+    _, _, holder = open_dataset(data, tmp_path / "cache")
+    assert holder.lock is not None
+    with pytest.raises(UserError, match=f"data cache is in use .*{os.getpid()}.*own `data.cache`"):
+        open_dataset(data, tmp_path / "cache")
+
+
+def test_no_lock_files_are_left_in_the_temporary_folder(data, tmp_path, monkeypatch):
+    import tempfile
+
+    before = set(os.listdir(tempfile.gettempdir()))
+    dataset, _, _ = open_dataset(data, tmp_path / "cache")
+    read(dataset, 2)
+    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if "lock" in name or "barrier" in name}
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "train/web/1-16/index.json"])
+def test_a_data_set_without_manifest_or_index_is_refused(data, tmp_path, name):
+    (data / name).unlink()
+    with pytest.raises(DataError, match=f"{name}: not there"):
+        open_dataset(data, tmp_path / "cache")
+
+
+def test_an_index_that_is_not_the_manifests_is_refused(data, tmp_path):
+    index = data / "train/web/1-16/index.json"
+    index.write_bytes(index.read_bytes().replace(b'"samples": 1', b'"samples": 2', 1))
+    with pytest.raises(DataError, match="does not have the hash that the manifest gives"):
+        open_dataset(data, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"ndarray:uint64"', b'"pkl"', "are not the contract's"),
+        (b'"basename": "shard.00000.mds"', b'"basename": "../shard.00000.mds"', "raw file name"),
+        (b'"basename": "shard.00000.mds"', b'"basename": "/tmp/evil.mds"', "raw file name"),
+        (b'"compression": "zstd:3"', b'"compression": "gz:3"', "prep writes zstd"),
+        (b'"samples": 1', b'"samples": 2', "does not list the manifest's shards"),
+        (b'{"shards"', b'{"shard"', "not an MDS index"),
+        (b'{"shards": [', b'{"shards": 3, "x": [', "not an MDS index"),
+    ],
+)
+def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, message):
+    manifest = read_manifest(built)
+    record = next(stream for stream in manifest.streams if stream.path == "train/web/1-16")
+    content = (built / record.path / "index.json").read_bytes()
+    assert old in content
+    check_index(content, record, vocab_size=manifest.tokenizer.vocab_size, where="index")
+    with pytest.raises(DataError, match=message):
+        check_index(content.replace(old, new, 1), record, vocab_size=manifest.tokenizer.vocab_size, where="index")
+
+
+def test_a_bomb_expands_no_further_than_the_index_says():
+    import zstandard
+
+    from streaming_rwkv.data.shard_set import _expand
+
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    assert len(bomb) < 1 << 15
+    assert _expand(bomb, 1000) is None
+    assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 4) == b"pack"
+    assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 5) is None
+    assert _expand(b"not zstd", 8) is None

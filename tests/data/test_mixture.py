@@ -1,0 +1,170 @@
+"""What the user writes is what a step sees: shares, passes, stages, and any step by itself."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streaming_rwkv.config import ConfigError, validate
+from streaming_rwkv.data.mixture import StageConfig, due_order, make_plan, token_shares
+from streaming_rwkv.shards import ShardRecord, StreamRecord
+
+
+def stream(source, upper, packs, *, targets_per_pack=100, packs_per_shard=10):
+    sizes = [min(packs_per_shard, packs - first) for first in range(0, packs, packs_per_shard)]
+    return StreamRecord(
+        split="train",
+        source=source,
+        lower=upper - 255,
+        upper=upper,
+        documents=packs,
+        pieces=packs,
+        targets=packs * targets_per_pack,
+        bytes=1,
+        packs=packs,
+        index_sha256="",
+        shards=[ShardRecord(basename=f"{i}", bytes=1, sha256="", raw_bytes=1, packs=n) for i, n in enumerate(sizes)],
+    )
+
+
+THREE = [stream("web", 256, 101), stream("web", 512, 53, targets_per_pack=80), stream("code", 256, 977)]
+
+
+def plan_of(stages, streams=THREE, *, batch_packs=16, seed=1):
+    configs = [validate(StageConfig, stage, where="stage") for stage in stages]
+    return make_plan(configs, streams, batch_packs=batch_packs, seed=seed, block_shards=2)
+
+
+def stream_of(plan, ids):
+    return np.searchsorted(plan.first_pack, ids, side="right") - 1
+
+
+def test_packs_come_due_evenly():
+    # Rates 1/2, 1/4, 1/4 with equal offsets: each run of four has two of the first stream.
+    slots = due_order(np.array([0.5, 0.25, 0.25]), np.array([0.5, 0.5, 0.5]), start=0, stop=8)
+    assert slots.stream.tolist() == [0, 1, 2, 0, 0, 1, 2, 0]
+    assert slots.number.tolist() == [0, 0, 0, 1, 2, 1, 1, 3]
+
+
+def test_without_shares_each_pack_is_seen_once_a_pass_and_the_rest_opens_the_next():
+    plan = plan_of([{"passes": 3}])
+    ids = plan.packs(0, plan.steps).ravel()
+    packs = 101 + 53 + 977
+    assert plan.steps == 3 * packs // 16  # 1131 is no multiple of 16: the tail of a pass begins the next one
+    for pass_number in range(2):
+        assert sorted(ids[pass_number * packs : (pass_number + 1) * packs]) == list(range(packs))
+
+
+def test_shares_are_of_tokens_not_of_packs():
+    # web/512 has 80 targets in a pack and web/256 has 100: equal shares need 5 packs of it for every 4.
+    plan = plan_of([{"tokens": 160_000, "streams": {"web/1-256": 1, "web/257-512": 1, "code/1-256": 0}}])
+    counts = np.bincount(stream_of(plan, plan.packs(0, plan.steps).ravel()), minlength=3)
+    assert counts[2] == 0
+    assert counts[1] / counts[0] == pytest.approx(1.25, abs=0.005)
+
+
+def test_every_batch_is_mixed_alike():
+    plan = plan_of([{"tokens": 160_000, "sources": {"web": 0.25, "code": 0.75}}])
+    for row in plan.packs(0, plan.steps):
+        assert 3 <= (stream_of(plan, row) < 2).sum() <= 6  # a quarter of 16, and web's packs hold a little less
+
+
+def test_sources_and_buckets_are_both_met():
+    shares = token_shares(
+        StageConfig(tokens=1, sources={"web": 0.6, "code": 0.4}, buckets={"1-256": 0.8, "257-512": 0.2}),
+        THREE,
+        where="x",
+    )
+    assert shares == pytest.approx([0.4, 0.2, 0.4])
+
+
+def test_temperature_lifts_small_sources():
+    natural = token_shares(StageConfig(tokens=1), THREE, where="x")
+    flat = token_shares(StageConfig(tokens=1, temperature=2.0), THREE, where="x")
+    assert natural[2] == pytest.approx(97_700 / (10_100 + 4_240 + 97_700))
+    assert flat[2] == pytest.approx(97_700**0.5 / (97_700**0.5 + 14_340**0.5))
+
+
+def test_a_window_of_lengths_takes_whole_buckets():
+    assert (token_shares(StageConfig(tokens=1, min_length=257, max_length=512), THREE, where="x") > 0).tolist() == [
+        False,
+        True,
+        False,
+    ]
+    with pytest.raises(
+        ConfigError, match=r"data.stages.0: min_length 100, max_length 512 cut through the bucket 1-256"
+    ):
+        token_shares(StageConfig(tokens=1, min_length=100, max_length=512), THREE, where="data.stages.0")
+    with pytest.raises(ConfigError, match="no bucket within"):
+        token_shares(StageConfig(tokens=1, min_length=513), THREE, where="x")
+
+
+def test_nothing_is_seen_twice_before_all_is_seen_across_stages():
+    plan = plan_of(
+        [
+            {"tokens": 20_000, "sources": {"web": 0.9, "code": 0.1}},
+            {"tokens": 30_000, "buckets": {"1-256": 0.5, "257-512": 0.5}},
+            {"tokens": 9_000, "min_length": 257},
+        ]
+    )
+    assert len(plan.stages) == 3
+    ids = plan.packs(0, plan.steps).ravel()
+    for s, record in enumerate(THREE):
+        seen = ids[stream_of(plan, ids) == s]
+        for start in range(0, len(seen), record.packs):
+            part = seen[start : start + record.packs]
+            assert len(set(part)) == len(part)
+    assert np.bincount(stream_of(plan, ids), minlength=3).tolist() == plan.end.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(50, 120)), min_size=1, max_size=6),
+    st.lists(st.floats(0.01, 1.0), min_size=6, max_size=6),
+    st.integers(1, 40),
+    st.integers(0, 5),
+    st.randoms(use_true_random=False),
+)
+def test_any_part_of_the_run_can_be_worked_out_alone(streams, shares, batch_packs, seed, random):
+    records = [stream(f"s{i}", 256, packs, targets_per_pack=t) for i, (packs, t) in enumerate(streams)]
+    sources = {f"s{i}": share for i, share in enumerate(shares[: len(records)])}
+    plan = plan_of(
+        [{"tokens": 70_000, "sources": sources}, {"passes": 0.7}], records, batch_packs=batch_packs, seed=seed
+    )
+    whole = plan.packs(0, plan.steps)
+    assert whole.shape == (plan.steps, batch_packs)
+    for _ in range(5):
+        start, stop = sorted((random.randint(0, plan.steps), random.randint(0, plan.steps)))
+        assert plan.packs(start, stop).tolist() == whole[start:stop].tolist()
+    assert np.bincount(stream_of(plan, whole.ravel()), minlength=len(records)).tolist() == plan.end.tolist()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"tokens": 1, "sources": {"web": 1}}, "0.sources: no share for 'code'; name every one, 0 leaves it out"),
+        ({"tokens": 1, "sources": {"wbe": 1, "web": 1, "code": 1}}, "stages.0.sources.wbe: not in this selection"),
+        ({"tokens": 1, "buckets": {"1-256": 1}}, "stages.0.buckets: no share for '257-512'"),
+        (
+            {"tokens": 1, "sources": {"web": 0.1, "code": 0.9}, "buckets": {"1-256": 0.1, "257-512": 0.9}},
+            "no mixture meets both",
+        ),
+    ],
+)  # fmt: skip
+def test_shares_that_cannot_be_met_are_refused(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of([stage])
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({}, "give either `tokens` or `passes`"),
+        ({"passes": 1, "sources": {"web": 1}}, "`passes` needs natural shares"),
+        ({"tokens": 1, "streams": {"web/1-256": 1}, "temperature": 2}, "cannot be combined"),
+        ({"tokens": 1, "sources": {"web": -1}}, "must not be negative"),
+    ],
+)
+def test_stages_that_contradict_themselves_are_refused(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(StageConfig, stage, where="stage")
