@@ -9,12 +9,11 @@ whole. A folder with a checkpoint's name that is not whole is damage, and stops 
 from an older one, has to be decided by a person.
 
 Only tensors are kept in the sharded files, and everything else in the mark as JSON. The one pickle left, the index of
-the sharded files, goes through an unpickler that knows its few classes.
+the sharded files, goes through an unpickler that knows its few classes (`model.sharded`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -29,25 +28,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.fsdp import FSDPModule
 
-from streaming_rwkv.config import UserError
+from streaming_rwkv.model.checkpoint import CheckpointError
+from streaming_rwkv.model.sharded import INDEX_NAME, MARK_NAME, SafeReader
 from streaming_rwkv.shards import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "streaming-rwkv-checkpoint/1"
-MARK = "complete.json"
 WRITING = ".writing"
 NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is damaged, or is not of this run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +107,15 @@ def read_mark(path: Path) -> dict[str, Any]:
         CheckpointError: none there, or not one of this format.
     """
     try:
-        mark = json.loads((path / MARK).read_bytes())
+        mark = json.loads((path / MARK_NAME).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: no completion mark ({MARK}); not a finished checkpoint of this program"
+            f"{path}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path / MARK}: not valid JSON ({error})") from None
+        raise CheckpointError(f"{path / MARK_NAME}: not valid JSON ({error})") from None
     if not isinstance(mark, dict) or mark.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MARK}: not of the format {FORMAT!r}")
+        raise CheckpointError(f"{path / MARK_NAME}: not of the format {FORMAT!r}")
     return mark
 
 
@@ -173,7 +168,7 @@ def save_checkpoint(
             for path in sorted(writing.iterdir())
         }
         content = json.dumps({"format": FORMAT, "step": step, **mark, "files": files}, indent=1, ensure_ascii=False)
-        write_durably(writing / MARK, content.encode())
+        write_durably(writing / MARK_NAME, content.encode())
         _sync_folder(writing)
         writing.rename(final)
         _sync_folder(root)
@@ -201,34 +196,17 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
     """
     _check_hashes(checkpoint)
     state = _tensors(model, optimizer)
-    reader = CheckedReader(checkpoint.path)
-    _check_shapes(reader.read_metadata(), state, checkpoint.path)
+    reader = SafeReader(checkpoint.path)
+    try:
+        _check_shapes(reader.read_metadata(), state, checkpoint.path)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}/{INDEX_NAME}: refused ({error}); it was not written by torch"
+        ) from None
     load_sharded(state, storage_reader=reader, no_dist=not _distributed())
     # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = state["optimizer"][name]
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The model's tensors alone, whole, by one process: for export and generation.
-
-    Raises:
-        CheckpointError: damaged, or not a checkpoint of this program.
-    """
-    problem = find_problem(path)
-    if problem is not None:
-        raise CheckpointError(f"{path}: {problem}")
-    checkpoint = Checkpoint(path=path, mark=read_mark(path))
-    _check_hashes(checkpoint, everything=True)
-    reader = CheckedReader(path)
-    entries = reader.read_metadata().state_dict_metadata
-    weights = {
-        key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    load_sharded({"model": weights}, storage_reader=reader, no_dist=True)
-    return weights
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -250,9 +228,9 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     return {"model": {name: parameter.detach() for name, parameter in model.named_parameters()}, "optimizer": moments}
 
 
-def _check_hashes(checkpoint: Checkpoint, *, everything: bool = False) -> None:
+def _check_hashes(checkpoint: Checkpoint) -> None:
     """Each rank compares its part of the files; together they compare all."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() and not everything else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     for name, record in sorted(checkpoint.mark["files"].items())[rank::world]:
         if sha256_of_file(checkpoint.path / name) != record["sha256"]:
             raise CheckpointError(
@@ -274,56 +252,6 @@ def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Pa
                 f"{path}: {key} is {found.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in "
                 "this model; the `model:` section differs"
             )
-
-
-class CheckedReader(FileSystemReader):
-    """DCP's reader, with the index unpickled by `_IndexUnpickler`: torch's own runs whatever the file says."""
-
-    def read_metadata(self) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = load_index(content, where=f"{self.path}/.metadata")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-_INDEX_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch": {
-        "Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
-        "strided", "contiguous_format", "preserve_format",
-    },
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict"},
-}  # fmt: skip
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _INDEX_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
-        return super().find_class(module, name)
-
-
-def load_index(content: bytes, *, where: str) -> Metadata:
-    """Unpickle a DCP index, refusing everything but the classes that one is made of.
-
-    Raises:
-        CheckpointError: anything else in it: the file was not written by torch, and may want to run code.
-    """
-    try:
-        metadata = _IndexUnpickler(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: not an index of a checkpoint ({error}); it was not loaded") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{where}: holds a {type(metadata).__name__}, not the index of a checkpoint")
-    return metadata
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -17,15 +17,16 @@ from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
 from omegaconf import OmegaConf
 
-from streaming_rwkv.config import ConfigError
+from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
+from streaming_rwkv.model.checkpoint import infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import die_with_parent, lock_folder
-from streaming_rwkv.shards import StreamRecord
+from streaming_rwkv.shards import StreamRecord, TokenizerRecord
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
@@ -36,7 +37,7 @@ from streaming_rwkv.train.checkpoint import (
     write_durably,
 )
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
-from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 from streaming_rwkv.train.preview import mixture_table, show
 
@@ -96,24 +97,30 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
         seed=config.seed,
         block_shards=data.shuffle_block_shards,
     )
-    shape = config.model.model_dump(exclude={"init_from"}, exclude_none=True)
-    shape.setdefault("vocab_size", manifest.tokenizer.vocab_size)
-    if shape["vocab_size"] < manifest.tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: found {shape['vocab_size']}, but the data's tokenizer has "
-            f"{manifest.tokenizer.vocab_size} ids; raise it, or leave it out"
-        )
-    try:
-        model = RWKV7Config(**shape)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
     return Prepared(
         config=config,
         shard_set=shard_set,
         plan=plan,
-        model=model,
+        model=_model_config(config.model, manifest.tokenizer),
         total_tokens=round(float(plan.expected_targets().sum())),
     )
+
+
+def _model_config(config: ModelConfig, tokenizer: TokenizerRecord) -> RWKV7Config:
+    """The network's shape: as given, else that of the weights to start from; the vocabulary by default the data's."""
+    given = config.model_dump(exclude={"init_from"}, exclude_none=True)
+    shape: dict[str, Any] = {}
+    if config.init_from is not None:
+        shape = infer_config(read_state(config.init_from), where=config.init_from).model_dump(exclude_none=True)
+    else:
+        shape["vocab_size"] = tokenizer.vocab_size
+    shape |= given
+    if shape["vocab_size"] < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: found {shape['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; "
+            "raise it, or prepare the data with the tokenizer of these weights"
+        )
+    return validate(RWKV7Config, shape, where="model")
 
 
 def _all_stages(config: RunConfig) -> list[StageConfig]:
@@ -193,7 +200,10 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
 
     network = RWKV7(prepared.model)
-    initialize(network, seed=config.seed)
+    if config.model.init_from is not None and checkpoint is None:
+        load_state(network, read_state(config.model.init_from), where=config.model.init_from)
+    else:
+        initialize(network, seed=config.seed)
     model = RWKV7ForTraining(
         network,
         num_streams=max(len(train_records), len(validation_records)),
