@@ -33,6 +33,7 @@ from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
 
 State = dict[str, Tensor]
 
+_VECTOR = re.compile(r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav]0|k_[ka])|ffn\.x_k)")
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
 _CONFIG_NAME = "config.json"
 _SAFETENSORS_NAME = "model.safetensors"
@@ -81,13 +82,12 @@ def load_state(model: RWKV7, state: Mapping[str, Tensor], *, where: str) -> None
         )
     for name, parameter in parameters.items():
         value = state[name]
-        # Some files store [1, 1, C] vectors as [C].
-        if value.squeeze().shape != parameter.squeeze().shape:
+        if value.shape != parameter.shape:
             raise CheckpointError(
                 f"{where}: {name} is {tuple(value.shape)}, this model's is {tuple(parameter.shape)}; give the model "
                 "the checkpoint's shape, or leave the shape out where it is inferred"
             )
-        parameter.copy_(value.reshape(parameter.shape))
+        parameter.copy_(value)
 
 
 def model_state(model: RWKV7) -> State:
@@ -145,18 +145,24 @@ def read_state(path: str | Path) -> State:
     """The weights of a checkpoint of any known format, memory-mapped where the format allows it.
 
     Raises:
-        CheckpointError: no such file, damaged, another kind of file, or a pickle that holds more than weights.
+        CheckpointError: no such file, damaged, another kind of file, a pickle that holds more than weights, or a
+            Hugging Face model with options that RWKV-7 as BlinkDL trains it does not have.
     """
-    path = Path(path)
+    state = _read(Path(path))
+    # Hugging Face folders, and some files, store (1, 1, C) vectors as (C,).
+    return {name: value.view(1, 1, -1) if _VECTOR.fullmatch(name) else value for name, value in state.items()}
+
+
+def _read(path: Path) -> State:
     if path.is_dir():
         if (path / _CONFIG_NAME).is_file():
-            return read_huggingface(path)
+            return _read_huggingface(path)
         if (path / INDEX_NAME).is_file():
             return _guarded(read_sharded, path)
         # Folders get these names when they are whole; a number's digits sort as it does.
         finished = sorted(folder for folder in path.glob("checkpoints/step-*") if folder.suffix == "")
         if finished:
-            return read_state(finished[-1])
+            return _read(finished[-1])
         raise CheckpointError(
             f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors), a "
             f"sharded checkpoint ({INDEX_NAME}, *.distcp), or a run with checkpoints/step-…"
@@ -204,13 +210,8 @@ def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
 
 
-def read_huggingface(folder: str | Path) -> State:
-    """The weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files.
-
-    Raises:
-        CheckpointError: another kind of model, options that RWKV-7 as BlinkDL trains it does not have, or damage.
-    """
-    folder = Path(folder)
+def _read_huggingface(folder: Path) -> State:
+    """The weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files."""
     config = _read_json(folder / _CONFIG_NAME)
     if config.get("model_type") != "rwkv7":
         raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, expected 'rwkv7'")

@@ -1,0 +1,61 @@
+"""Weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
+
+OUT with the ending .pth is BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a Hugging Face
+folder with its tokenizer (`fla`, `rwkv7_hf`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.generate import find_tokenizer
+from streaming_rwkv.model.checkpoint import read_state, write_huggingface, write_pth
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    """Write the weights of any checkpoint that `read_state` reads; the tokenizer's files go into a folder only.
+
+    Raises:
+        CheckpointError: unreadable, or a head size that the Hugging Face implementations do not have.
+    """
+    state = read_state(checkpoint)
+    if out.suffix == ".pth":
+        write_pth(state, out, dtype=dtype)
+        return
+    if tokenizer is None:
+        write_huggingface(state, out, dtype=dtype)
+    else:
+        tokenizer.save(out)
+        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("checkpoint", type=Path, help="a .pth, a Hugging Face folder, a training run or checkpoint")
+    parser.add_argument("out", type=Path, help="NAME.pth, or a folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
+    options = parser.parse_args(arguments)
+    try:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
+        export(options.checkpoint, options.out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    without = "" if tokenizer or options.out.suffix == ".pth" else ", without a tokenizer: none lies with it"
+    print(f"wrote {options.out}{without}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Text from a model: `python -m streaming_rwkv.generate CHECKPOINT "prompt"` writes as it goes.
+
+The model reads each token once and carries a state, so a token costs the same however long the text has become.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.model.checkpoint import load_model
+from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.tokenizer import WORLD_VOCABULARY, Tokenizer, load_tokenizer
+
+
+class GenerationError(UserError):
+    """A prompt, a tokenizer or a setting that generation cannot use."""
+
+
+@torch.no_grad()  # as a decorator it does not reach the code that consumes the iterator
+def generate(
+    model: RWKV7,
+    tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """The tokens that go on after `tokens`, one by one as they are drawn.
+
+    Args:
+        model: on any device. Sharded by FSDP2, `register_fsdp_forward_method(model, "step")` is needed, and every
+            rank generates the same.
+        tokens: the prompt, at least one; a document begins with the tokenizer's bos.
+        max_tokens: how many at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw from the fewest tokens whose probabilities together reach this share.
+        stop: tokens that end the text; the one that did is not given.
+        generator: on the CPU; makes the choices repeatable.
+    Raises:
+        GenerationError: an empty prompt, or a setting out of its range.
+    """
+    if len(tokens) == 0:
+        raise GenerationError("prompt: is empty; begin with the tokenizer's bos token")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise GenerationError(f"temperature {temperature}, top_p {top_p}: expected temperature ≥ 0 and 0 < top_p ≤ 1")
+    device = model.emb.weight.device
+    unread, state = list(tokens), None
+    for _ in range(max_tokens):
+        logits, state = model.step(torch.tensor([unread], device=device), state)
+        token = choose(logits[0].float().cpu(), temperature=temperature, top_p=top_p, generator=generator)
+        if token in stop:
+            return
+        yield token
+        unread = [token]
+
+
+def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None = None) -> int:
+    """Draw an id from logits (V,) float32."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits / temperature, dim=0)
+    if top_p < 1:
+        ordered, ids = probabilities.sort(descending=True)
+        # A token is kept if those before it do not suffice; the first always is.
+        ordered = ordered.where(ordered.cumsum(0) - ordered < top_p, 0)
+        return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens`, in parts, each as soon as no later token can change it."""
+    seen: list[int] = []
+    written = 0
+    text = ""
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        finished = len(text.rstrip("�"))  # a character that is cut in the middle may be completed
+        if finished > written:
+            yield text[written:finished]
+            written = finished
+    if len(text) > written:
+        yield text[written:]
+
+
+def find_tokenizer(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer that lies with a checkpoint: in its folder, or in `tokenizer/` there or up to two folders above."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    candidates = [folder, *(place / "tokenizer" for place in (folder, *folder.resolve().parents[:2]))]
+    names = ("tokenizer.json", "tokenizer.model", WORLD_VOCABULARY)
+    for candidate in candidates:
+        if any((candidate / name).is_file() for name in names):
+            return load_tokenizer(candidate)
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m streaming_rwkv.generate", description="Go on with a text.")
+    parser.add_argument("checkpoint", type=Path, help="a .pth, a Hugging Face folder, a training run or checkpoint")
+    parser.add_argument("prompt", nargs="?", default="", help="what the text begins with (default: nothing)")
+    parser.add_argument("--tokenizer", help="default: the one that lies with the checkpoint")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, help="repeats a text")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
+    if tokenizer is None:
+        raise GenerationError(
+            f"{options.checkpoint}: no tokenizer lies with it; give one with --tokenizer: a folder, a tokenizer.json, "
+            "or rwkv-world for BlinkDL's World models"
+        )
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    model = load_model(options.checkpoint, dtype=dtype).to(options.device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise GenerationError(
+            f"{options.checkpoint}: the model knows {model.config.vocab_size} tokens, the tokenizer "
+            f"{tokenizer.name!r} has {tokenizer.vocab_size}; give the one it was trained with by --tokenizer"
+        )
+    generator = torch.Generator()
+    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    drawn: list[int] = []
+
+    def counted() -> Iterator[int]:
+        for token in generate(
+            model,
+            [tokenizer.bos_id, *tokenizer.encode(options.prompt).tolist()],
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            stop={tokenizer.eos_id},
+            generator=generator,
+        ):
+            drawn.append(token)
+            yield token
+
+    start = time.monotonic()
+    for part in stream_text(tokenizer, counted()):
+        print(part, end="", flush=True)
+    seconds = time.monotonic() - start
+    print(flush=True)
+    print(f"{len(drawn)} tokens in {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
