@@ -375,7 +375,7 @@ def _strings(column: pa.Array) -> list[Any]:
         column = column.dictionary_decode()
     try:
         values: list[Any] = column.to_numpy(zero_copy_only=False).tolist()
-    except UnicodeDecodeError:
+    except pa.ArrowException:  # a string column need not be valid UTF-8
         values = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False).tolist()
     return [_decoded(value) for value in values] if bytes in set(map(type, values)) else values
 

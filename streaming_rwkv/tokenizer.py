@@ -296,7 +296,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f'{_examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
             )
         bos_token = eos_token if bos_token is None else bos_token
-        for key, token in (("bos_token", bos_token), ("eos_token", eos_token)):
+        for key, token in (("eos_token", eos_token), ("bos_token", bos_token)):
             if token not in ids:
                 raise TokenizerError(f"{where}: {key} {token!r} is not in its vocabulary; try {_examples(definition)}")
         self.bos_id, self.eos_id = ids[bos_token], ids[eos_token]

@@ -1,0 +1,70 @@
+"""Which files a source has, and what they are called."""
+
+from __future__ import annotations
+
+import pytest
+
+from prep.files import find_files, open_file
+from streaming_rwkv.config import UserError
+
+
+def names(root, *paths):
+    return [file.name for file in find_files("s", [str(root / path) for path in paths])]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("a/1.jsonl", "a/deep/er/2.parquet", "a/deep/3.json.gz", "b/1.jsonl.zst", "a/notes.md", "a/.x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * len(name))
+    return tmp_path
+
+
+def test_folders_are_searched_at_any_depth(tree):
+    assert names(tree, "a") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet"]
+
+
+def test_files_are_found_in_one_order_however_they_are_given(tree):
+    assert names(tree, "b", "a") == names(tree, "a", "b")
+    assert names(tree, "a", "b") == ["a/1.jsonl", "a/deep/3.json.gz", "a/deep/er/2.parquet", "b/1.jsonl.zst"]
+
+
+def test_a_single_file_has_its_own_name(tree):
+    assert names(tree, "a/deep/3.json.gz") == ["3.json.gz"]
+
+
+def test_globs_choose_files(tree):
+    assert names(tree, "a/**/*.json.gz") == ["3.json.gz"]
+    assert names(tree, "*/1.*") == ["a/1.jsonl", "b/1.jsonl.zst"]
+
+
+def test_a_file_given_twice_is_there_once(tree):
+    assert names(tree, "a", "a/1.jsonl") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet"]
+
+
+def test_moving_a_corpus_changes_no_name(tree, tmp_path):
+    before = names(tree, "a")
+    (tree / "a").rename(tree / "elsewhere")
+    assert names(tree, "elsewhere") == before
+
+
+def test_size_and_suffix(tree):
+    (file,) = find_files("s", [str(tree / "a/deep/3.json.gz")])
+    assert (file.size, file.suffix, file.source) == (len("a/deep/3.json.gz"), ".json.gz", "s")
+    with open_file(file.path) as opened:
+        assert opened.read() == b"x" * file.size
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "sources.s: .*nowhere: no such file or folder"),
+        ("a/notes.md", r"sources.s: .*notes\.md: cannot be read; files must end in \.parquet, \.jsonl"),
+        ("empty", "sources.s: no file to read below"),
+        ("a/*.txt", "sources.s: no file to read below"),
+    ],
+)
+def test_what_cannot_be_found_names_the_source_and_the_path(tree, path, message):
+    (tree / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_files("s", [str(tree / path)])

@@ -1,0 +1,335 @@
+"""Readers on whole, odd and broken files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from prep.config import SourceConfig
+from prep.files import find_files
+from prep.readers import InputError, Part, read_part
+from prep.sources import plan_units, read_unit
+
+
+def read(path: Path, **config: object) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """((row, text) of the documents, (row, reason) of the rejections)."""
+    source = SourceConfig(paths=[str(path)], **config)
+    texts, rejections = [], []
+    for unit in plan_units({"s": source}, unit_bytes=1 << 20):
+        for documents in read_unit(unit, source):
+            texts += zip(documents.rows.tolist(), documents.texts, strict=True)
+            rejections += [(rejection.row, rejection.reason) for rejection in documents.rejections]
+    return texts, rejections
+
+
+def lines(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text, "url": "u"}).encode() + b"\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("a.jsonl", bytes),
+        ("a.json", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.json.gz", gzip.compress),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress),
+    ],
+)
+def test_json_lines_in_every_wrapping(tmp_path, name, compress):
+    (tmp_path / name).write_bytes(compress(lines("one", "二", "")))
+    assert read(tmp_path / name) == ([(0, "one"), (1, "二"), (2, "")], [])
+
+
+@pytest.mark.parametrize("wrap", [bytes, gzip.compress])
+def test_a_json_file_may_be_one_array(tmp_path, wrap):
+    name = "a.json" if wrap is bytes else "a.json.gz"
+    content = b' \n[{"text": "one"}, 5, {"text": "two"}, {"other": 1}]\n'
+    (tmp_path / name).write_bytes(wrap(content))
+    assert read(tmp_path / name) == ([(0, "one"), (2, "two")], [(1, "not a JSON object"), (3, "no 'text'")])
+
+
+def test_two_gzip_members_are_one_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("one")) + gzip.compress(lines("two")))
+    assert read(tmp_path / "a.jsonl.gz")[0] == [(0, "one"), (1, "two")]
+
+
+def test_two_zstd_frames_are_one_file(tmp_path):
+    frames = [zstandard.ZstdCompressor().compress(lines(text)) for text in ("one", "two")]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert read(tmp_path / "a.jsonl.zst")[0] == [(0, "one"), (1, "two")]
+
+
+def test_rows_are_lines_from_zero_and_blank_ones_are_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "one"}\r\n   \n{"text": "two"}')
+    assert read(tmp_path / "a.jsonl") == ([(1, "one"), (3, "two")], [])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines("one"))
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf[{"text": "two"}]')
+    assert read(tmp_path) == ([(0, "one"), (0, "two")], [])
+
+
+def test_every_kind_of_broken_line_has_its_reason(tmp_path):
+    content = [
+        b'{"text": "fine"}',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": "cut of',
+        b'{"text": null}',
+        b'{"text": 5}',
+        b'{"text": {"nested": "text"}}',
+        b'{"text": ["a"]}',
+        b'{"body": "x"}',
+        b'["text"]',
+        b'"text"',
+        b"null",
+        b'{"text": "\\ud800"}',
+        b'{"text": "fine too"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(content))
+    texts, rejections = read(tmp_path / "a.jsonl")
+    assert texts == [(0, "fine"), (12, "fine too")]
+    assert rejections == [
+        (1, "invalid UTF-8"),
+        (2, "invalid JSON"),
+        (3, "'text' is null"),
+        (4, "'text' is not a string"),
+        (5, "'text' is not a string"),
+        (6, "'text' is not a string"),
+        (7, "no 'text'"),
+        (8, "not a JSON object"),
+        (9, "not a JSON object"),
+        (10, "not a JSON object"),
+        (11, "invalid JSON"),
+    ]
+
+
+def test_an_empty_file_has_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "c.json").write_bytes(b"[]")
+    assert read(tmp_path) == ([], [])
+
+
+def test_a_line_of_fifty_megabytes(tmp_path):
+    text = "word " * 10_000_000
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("before", text, "after"), compresslevel=1))
+    assert read(tmp_path / "a.jsonl.gz") == ([(0, "before"), (1, text), (2, "after")], [])
+
+
+def test_another_key_may_hold_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"content": "one", "text": 5}\n')
+    assert read(tmp_path / "a.jsonl", text="content") == ([(0, "one")], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(lines("x" * 99))[:-30], "broken gzip .*; download it again"),
+        ("a.jsonl.gz", b"no gzip at all, but long enough to hold a header", "broken gzip"),
+        ("a.jsonl.gz", gzip.compress(lines("x"))[:-6] + b"abcdef", "broken gzip"),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines("x" * 99))[:-3], "broken zstd .ends within a frame"),
+        ("a.jsonl.zst", b"no zstd", "broken zstd"),
+        ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),
+        ("a.parquet", b"PAR1 not really PAR1", "cannot be read as parquet .*; download it again"),
+        ("a.parquet", b"", "cannot be read as parquet"),
+        ("a.jsonl", b'{"body": "x"}\n{"body": "y"}\n', "none of its 2 documents has 'text'; name the right key with"),
+    ],
+)
+def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    expected = message if "zstd .ends" not in message else r"broken zstd \(it ends within a frame\)"
+    with pytest.raises(InputError, match=rf"{name}: {expected}"):
+        read(tmp_path / name)
+
+
+# --- parquet ---
+
+
+def write_parquet(file: Path, column: pa.Array, *, name: str = "text", row_group_size: int = 1000) -> Path:
+    table = pa.table({"id": pa.array(range(len(column))), name: column})
+    pq.write_table(table, file, row_group_size=row_group_size)
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_every_kind_of_string_column(tmp_path, kind):
+    column = pa.array(["one", "二", None, "", "one"], pa.string()).cast(kind)
+    file = write_parquet(tmp_path / "a.parquet", column)
+    expected = ([(0, "one"), (1, "二"), (3, ""), (4, "one")], [(2, "'text' is null")])
+    assert read(file) == expected
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    assert read(write_parquet(tmp_path / "a.parquet", pa.array([], pa.string()))) == ([], [])
+
+
+def test_a_column_of_nulls_is_rejected_row_by_row(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", pa.nulls(2))
+    assert read(file) == ([], [(0, "'text' is null"), (1, "'text' is null")])
+
+
+def test_invalid_utf8_in_a_string_column(tmp_path):
+    broken = pa.array([b"one", b"\xff", b"two"], pa.binary())
+    column = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
+    assert read(write_parquet(tmp_path / "a.parquet", column)) == ([(0, "one"), (2, "two")], [(1, "invalid UTF-8")])
+
+
+def test_row_groups_become_parts_whose_rows_go_on(tmp_path):
+    texts = [f"{number:05}" * 20 for number in range(1000)]
+    file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=100)
+    source = SourceConfig(paths=[str(file)])
+    units = plan_units({"s": source}, unit_bytes=20_000)
+    assert len(units) > 2
+    assert [part.row_groups for unit in units for part in unit.parts][:2] == [(0,), (1,)]
+    documents = [documents for unit in units for documents in read_unit(unit, source)]
+    assert np.concatenate([part.rows for part in documents]).tolist() == list(range(1000))
+    assert [text for part in documents for text in part.texts] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("body", pa.array(["x"]), "no column 'text', it has id, body; name the right one with `sources.s.text`"),
+        ("text", pa.array([1]), "column 'text' is of type int64, expected strings"),
+    ],
+)
+def test_a_parquet_file_without_text_says_what_it_has(tmp_path, name, column, message):
+    with pytest.raises(InputError, match=rf"a\.parquet: {message}"):
+        read(write_parquet(tmp_path / "a.parquet", column, name=name))
+
+
+def test_a_parquet_file_that_is_broken_inside_is_no_end(tmp_path):
+    texts = [np.random.default_rng(row).bytes(2000).hex() for row in range(100)]
+    file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=10)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 5000] = bytes(5000)
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet: broken parquet after row \d+ .*; download it again"):
+        read(file)
+
+
+# --- units ---
+
+
+def test_lines_of_a_large_file_become_parts_with_the_same_rows(tmp_path):
+    texts = [f"line {number} " * (number % 7) for number in range(500)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*texts[:250]) + b"\n" + lines(*texts[250:]))
+    whole = read(tmp_path / "a.jsonl")
+    source = SourceConfig(paths=[str(tmp_path)])
+    units = plan_units({"s": source}, unit_bytes=1000)
+    assert len(units) > 10
+    assert all(unit.input_bytes >= 1000 for unit in units[:-1])
+    pieces = [documents for unit in units for documents in read_unit(unit, source)]
+    rows = [row for documents in pieces for row in documents.rows.tolist()]
+    assert rows == [*range(250), *range(251, 501)]
+    assert [text for documents in pieces for text in documents.texts] == texts == [text for _, text in whole[0]]
+    assert len({key for documents in pieces for key in documents.keys.tolist()}) == 500
+
+
+def test_a_last_line_without_newline_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(*"abcdefgh").rstrip())
+    source = SourceConfig(paths=[str(tmp_path)])
+    units = plan_units({"s": source}, unit_bytes=40)
+    assert "".join(text for unit in units for part in read_unit(unit, source) for text in part.texts) == "abcdefgh"
+
+
+def test_small_files_go_together_and_sources_by_name(tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.jsonl").write_bytes(lines("x" * 100))
+    sources = {name: SourceConfig(paths=[str(tmp_path)]) for name in ("b", "a")}
+    units = plan_units(sources, unit_bytes=400)
+    assert [(unit.index, unit.source, [part.file.name for part in unit.parts]) for unit in units] == [
+        (0, "a", ["0.jsonl", "1.jsonl", "2.jsonl"]),
+        (1, "a", ["3.jsonl", "4.jsonl", "5.jsonl"]),
+        (2, "b", ["0.jsonl", "1.jsonl", "2.jsonl"]),
+        (3, "b", ["3.jsonl", "4.jsonl", "5.jsonl"]),
+    ]
+
+
+def test_a_gzip_file_cannot_be_cut(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(*"abc" * 100), compresslevel=0))
+    (unit,) = plan_units({"s": SourceConfig(paths=[str(tmp_path)])}, unit_bytes=100)
+    assert unit.parts == (Part(file=find_files("s", [str(tmp_path)])[0]),)
+
+
+# --- hooks ---
+
+
+@pytest.fixture
+def hooks(tmp_path, monkeypatch):
+    (tmp_path / "hooks_of_this_test.py").write_text(
+        "def short(record): return record['id'] < 3\n"
+        "def joined(record): return None if record['id'] == 1 else f\"{record['title']}: {record['id']}\"\n"
+        "def number(record): return 5\n"
+        "def fails(record): return record['nope']\n"
+        "def surrogate(record): return '\\ud800'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "hooks_of_this_test"
+
+
+@pytest.fixture(params=["jsonl", "json", "parquet"])
+def titled(request, tmp_path):
+    records = [{"id": number, "title": f"t{number}", "text": f"x{number}"} for number in range(4)]
+    file = tmp_path / f"titled.{request.param}"
+    if request.param == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), file)
+    elif request.param == "json":
+        file.write_text(json.dumps(records))
+    else:
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_a_filter_sees_the_whole_record(titled, hooks):
+    assert read(titled, filter=f"{hooks}:short") == (
+        [(0, "x0"), (1, "x1"), (2, "x2")],
+        [(3, "rejected by the filter")],
+    )
+
+
+def test_a_transform_makes_the_text_after_the_filter(titled, hooks):
+    assert read(titled, filter=f"{hooks}:short", transform=f"{hooks}:joined") == (
+        [(0, "t0: 0"), (2, "t2: 2")],
+        [(1, "rejected by the transform"), (3, "rejected by the filter")],
+    )
+
+
+def test_with_a_transform_no_text_column_is_needed(titled, hooks):
+    assert len(read(titled, transform=f"{hooks}:joined", text="absent")[0]) == 3
+
+
+def test_a_transform_that_gives_no_text_is_a_broken_document(titled, hooks):
+    assert read(titled, transform=f"{hooks}:number")[1][0] == (0, "'text' is not a string")
+    assert read(titled, transform=f"{hooks}:surrogate")[1][0] == (0, "invalid UTF-8")
+
+
+def test_a_hook_that_raises_names_file_and_row(titled, hooks):
+    with pytest.raises(InputError, match=r"titled\.\w+: row 0: a hook of `sources.s` raised KeyError: 'nope'"):
+        read(titled, transform=f"{hooks}:fails")
+
+
+def test_a_part_reads_by_itself(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines("one"))
+    (file,) = find_files("s", [str(tmp_path)])
+    (batch,) = read_part(Part(file=file), SourceConfig(paths=["x"]))
+    assert (batch.texts, batch.rows.tolist(), batch.characters) == (["one"], [0], 3)

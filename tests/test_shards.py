@@ -1,0 +1,167 @@
+"""The on-disk contract: names, manifest, books, packs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from streaming_rwkv.shards import (
+    FORMAT,
+    DataError,
+    Manifest,
+    ShardRecord,
+    SourceBooks,
+    StreamRecord,
+    TokenizerRecord,
+    bucket_bounds,
+    check_pack,
+    columns,
+    parse_manifest,
+    piece_bounds,
+    read_manifest,
+    sha256_of_file,
+    stream_path,
+    token_dtype,
+)
+
+
+def manifest(**changes: object) -> Manifest:
+    stream = StreamRecord(
+        split="train",
+        source="c4",
+        lower=1,
+        upper=256,
+        documents=3,
+        pieces=3,
+        targets=12,
+        bytes=30,
+        packs=2,
+        index_sha256="1" * 64,
+        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=9, sha256="2" * 64, raw_bytes=20, packs=2)],
+    )
+    values = {
+        "format": FORMAT,
+        "pack_tokens": 8,
+        "edges": [256],
+        "tokenizer": TokenizerRecord(
+            kind="rwkv-world", name="rwkv-world", sha256="3" * 64, vocab_size=65536, bos_id=0, eos_id=0
+        ),
+        "config": {"seed": 17},
+        "books": {"c4": books()},
+        "streams": [stream],
+    }
+    return Manifest(**(values | changes))
+
+
+def books(**changes: object) -> SourceBooks:
+    values = {
+        "documents_read": 10,
+        "documents": {"train": 6, "validation": 1},
+        "duplicates": 2,
+        "rejected": {"invalid JSON": 1},
+        "targets_read": 100,
+        "targets": {"train": 70, "validation": 10},
+        "targets_duplicate": 15,
+        "targets_cut": 5,
+    }
+    return SourceBooks(**(values | changes))
+
+
+def test_buckets_lie_side_by_side():
+    assert bucket_bounds([256, 512, 2048]) == [(1, 256), (257, 512), (513, 2048)]
+
+
+def test_ids_are_stored_in_the_narrowest_type_that_holds_them():
+    assert token_dtype(65536) is np.uint16
+    assert token_dtype(65537) is np.uint32
+    assert columns(65536)["tokens"] == "ndarray:uint16"
+    assert columns(128256)["tokens"] == "ndarray:uint32"
+
+
+def test_a_streams_folder():
+    assert stream_path("train", "c4", "1-256") == "train/c4/1-256"
+    assert manifest().streams[0].path == "train/c4/1-256"
+
+
+def test_a_manifest_survives_its_file(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(manifest().to_json())
+    again = read_manifest(tmp_path)
+    assert again == manifest()
+    assert again.fingerprint == hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert again.streams[0].targets_per_pack == 6.0
+    assert again.select("validation") == []
+
+
+def test_no_manifest_means_no_finished_data_set(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.json: no manifest.*python -m prep build"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "format None, this version reads"),
+        (b'{"format": "streaming-rwkv/0"}', "format 'streaming-rwkv/0', this version reads 'streaming-rwkv/1'"),
+        (json.dumps({"format": FORMAT}).encode(), "pack_tokens: required"),
+        (manifest().to_json().replace(b"{", b'{"edgse": 1,', 1), "edgse: unknown key; did you mean 'edges'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_says_why(content, message):
+    with pytest.raises(DataError, match=f"^here: {message}"):
+        parse_manifest(content, where="here")
+
+
+@pytest.mark.parametrize("name", ["../shard", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a\0b"])
+def test_a_shard_outside_its_folder_is_refused(name):
+    content = json.loads(manifest().to_json())
+    content["streams"][0]["shards"][0]["basename"] = name
+    with pytest.raises(DataError, match="expected a plain file name"):
+        parse_manifest(json.dumps(content).encode(), where="here")
+
+
+def test_books_balance():
+    assert books().imbalance() is None
+    assert books(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
+    assert books(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
+
+
+def test_piece_bounds():
+    assert piece_bounds(np.array([2, 5, 3], np.uint32)).tolist() == [0, 2, 7, 10]
+
+
+def test_the_hash_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * (3 << 20))
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"x" * (3 << 20)).hexdigest()
+
+
+def pack(lengths: list[int], tokens: int, **changes: object) -> dict[str, object]:
+    whole = {
+        "lengths": np.array(lengths, np.uint32),
+        "starts": np.zeros(len(lengths), np.uint32),
+        "bytes": np.zeros(len(lengths), np.uint32),
+        "keys": np.zeros(len(lengths), np.uint64),
+        "tokens": np.zeros(tokens, np.uint16),
+    }
+    return whole | changes
+
+
+def test_a_pack_by_the_contract():
+    check_pack(pack([2, 4], 6), pack_tokens=4, where="here")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (pack([2, 4], 6, keys=np.zeros(1, np.uint64)), "columns disagree on the number of pieces"),
+        (pack([2, 4], 7), r"lengths \[2, 4\] do not describe 7 stored tokens"),
+        (pack([1, 4], 5), r"lengths \[1, 4\] do not describe"),
+        (pack([3, 4], 7), "5 inputs in a pack, the manifest allows 4"),
+    ],
+)
+def test_a_pack_that_breaks_the_contract_is_refused(broken, message):
+    with pytest.raises(DataError, match=f"^here: {message}"):
+        check_pack(broken, pack_tokens=4, where="here")
