@@ -70,7 +70,7 @@ def _build(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import load_config
 
     config = load_config(PrepConfig, options.config, overrides=options.overrides)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own
     started = time.monotonic()
     if options.dry_run:
         with observing(console) as observer:
@@ -81,13 +81,13 @@ def _build(options: argparse.Namespace) -> int:
         built = build(config, observer=observer)
     manifest = built.manifest
     if built.was_finished:
-        console.print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")
+        print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")
         return 0
     console.print(stream_table(manifest))
     console.print(books_table(manifest))
     text_bytes = sum(stream.bytes for stream in manifest.streams)
     seconds = time.monotonic() - started
-    console.print(
+    print(
         f"{config.out}: {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; "
         f"fingerprint {manifest.fingerprint[:16]}"
     )

@@ -51,7 +51,9 @@ class ConsoleObserver(pipeline.Observer):
         seen = self._rejections[rejection.reason]
         if seen <= _REJECTIONS_SHOWN:
             more = "; further ones are listed in rejected.jsonl only" if seen == _REJECTIONS_SHOWN else ""
-            self._console.print(f"left out: {rejection.source}: {rejection}{more}", markup=False, highlight=False)
+            self._console.print(
+                f"left out: {rejection.source}: {rejection}{more}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def _speed(self, source: str) -> str:
         total = sum(self._sources.values(), Counter[str]())
@@ -68,7 +70,9 @@ class ConsoleObserver(pipeline.Observer):
         task = self._bars.tasks[0]
         speed = task.fields["speed"]
         left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-        self._console.print(f"{self._name}: {task.percentage:.0f} %{left}; {speed}", markup=False, highlight=False)
+        self._console.print(
+            f"{self._name}: {task.percentage:.0f} %{left}; {speed}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @contextlib.contextmanager

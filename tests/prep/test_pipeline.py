@@ -95,44 +95,6 @@ def test_every_token_is_a_target_once_with_one_end_per_document(
     assert built.books["corpus"].targets_read == sum(len(tokenizer.encode(text)) + 1 for text in texts)
 
 
-def test_a_small_data_set_by_eye(config, write_lines, tmp_path):
-    """The worked example of docs/contract.md."""
-    write_lines(tmp_path / "corpus" / "a.jsonl", ["012", "34", "0123456"])
-    built = build(config(edges=[3, 5], pack_tokens=8)).manifest
-    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
-    digits = {digit: int(tokenizer.encode(digit)[0]) for digit in "0123456"}
-    spelled = {token: digit for digit, token in digits.items()} | {tokenizer.eos_id: "|"}
-    streams = {stream.bucket: stream for stream in built.streams}
-    found = {}
-    for bucket, stream in streams.items():
-        packs = read_shard(tmp_path / "out" / stream.path / stream.shards[0].basename, stream.shards[0])
-        found[bucket] = [
-            {
-                "tokens": "".join(spelled[token] for token in pack["tokens"].tolist()),
-                "lengths": pack["lengths"].tolist(),
-                "starts": pack["starts"].tolist(),
-                "bytes": pack["bytes"].tolist(),
-            }
-            for pack in packs
-        ]
-    # |34| has 3 inputs. |0123456| has 8: five in its first piece, three in the rest, which begins with the shared 4.
-    assert found == {
-        "1-3": [{"tokens": "|34|456|", "lengths": [4, 4], "starts": [0, 5], "bytes": [2, 2]}],
-        "4-5": [
-            {"tokens": "|01234", "lengths": [6], "starts": [0], "bytes": [5]},
-            {"tokens": "|012|", "lengths": [5], "starts": [0], "bytes": [3]},
-        ]
-        if found["4-5"][0]["lengths"] == [6]
-        else [
-            {"tokens": "|012|", "lengths": [5], "starts": [0], "bytes": [3]},
-            {"tokens": "|01234", "lengths": [6], "starts": [0], "bytes": [5]},
-        ],
-    }
-    assert streams["1-3"].documents == 1  # the rest of a document is no document
-    assert (streams["1-3"].targets, streams["4-5"].targets) == (6, 9)
-    assert built.books["corpus"].targets_read == 4 + 3 + 8
-
-
 def test_the_same_build_gives_the_same_bytes(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", [text_of(n * 37 % 3000, seed=n) for n in range(60)])
     first = build(config(out=str(tmp_path / "first"), validation=0.1)).manifest
