@@ -129,5 +129,9 @@ def _loss_and_gradients(
         of_logits.scatter_add_(1, top_index, L2WRAP * row_scale * top)
         of_logits = of_logits.to(dtype)
         of_x[rows] = of_logits @ narrow_weight
-        of_weight += of_logits.T @ chunk
+        if of_weight.dtype == dtype:
+            # In place: a product of its own would be as large as the weight.
+            torch.addmm(of_weight, of_logits.T, chunk, out=of_weight)
+        else:
+            of_weight += of_logits.T @ chunk
     return nll, of_x, None if of_weight is None else of_weight.to(weight.dtype)

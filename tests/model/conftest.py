@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from streaming_rwkv.model.checkpoint import model_state, write_huggingface, write_pth
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 
 
@@ -31,3 +38,34 @@ def build(*, dtype: torch.dtype = torch.float32, seed: int = 0, **shape: Any) ->
 def random_model() -> Callable[..., RWKV7]:
     """Builds models whose every weight is random: at the initialisation most gradients are exactly 0."""
     return build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracles:
+    """A model of ours, and what others made of its files."""
+
+    model: RWKV7
+    tokens: list[int]
+    logits: dict[str, Tensor]  # (T, V) by `rwkv` and `rwkv7_hf` from the .pth, by `huggingface` from the folder
+    converted: Path  # a Hugging Face folder that rwkv7_hf converted from the .pth
+
+
+@pytest.fixture(scope="session")
+def oracles(tmp_path_factory: pytest.TempPathFactory) -> Oracles:
+    folder = tmp_path_factory.mktemp("oracles")
+    model, tokens = build(decay_rank=16), [5, 96, 0, 0, 31, 7, 8, 42, 1, 64, 13]
+    write_pth(model_state(model), folder / "model.pth", dtype=torch.float32)
+    write_huggingface(model_state(model), folder / "huggingface", dtype=torch.float32)
+    command = [sys.executable, str(Path(__file__).with_name("oracles.py")), str(folder), *map(str, tokens)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    logits = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("rwkv", "rwkv7_hf", "huggingface")}
+    return Oracles(model=model, tokens=tokens, logits=logits, converted=folder / "converted")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,9 +1,9 @@
-"""Logits of a `.pth` by two implementations that nobody here wrote. Runs as a process of its own:
+"""Logits by two implementations that nobody here wrote. Runs as a process of its own:
 
-    python oracles.py rwkv|rwkv7_hf CHECKPOINT.pth OUT.npy TOKEN…
-    python oracles.py huggingface FOLDER OUT.npy TOKEN…
-    python oracles.py convert CHECKPOINT.pth FOLDER
+    python oracles.py FOLDER TOKEN…
 
+FOLDER holds model.pth and huggingface/, the same weights; into it go rwkv.npy and rwkv7_hf.npy, (T, V) logits from
+the file, huggingface.npy from the folder, and converted/, the file as rwkv7_hf's own converter writes it.
 `rwkv` reads switches from the environment at import and changes torch's global settings.
 """
 
@@ -11,28 +11,30 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def by_rwkv(path: str, tokens: list[int]) -> torch.Tensor:
-    """BlinkDL's `rwkv`, token by token: its (T, V) logits."""
+def by_rwkv(file: Path, tokens: list[int]) -> Tensor:
+    """BlinkDL's `rwkv`, token by token."""
     os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
     from rwkv.model import RWKV
 
-    model, state, rows = RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32"), None, []
+    model, state, rows = RWKV(model=str(file).removesuffix(".pth"), strategy="cpu fp32"), None, []
     for token in tokens:
         logits, state = model.forward([token], state)
         rows.append(logits.float())
     return torch.stack(rows)
 
 
-def by_rwkv7_hf(path: str, tokens: list[int]) -> torch.Tensor:
-    """`rwkv7_hf` by its own converter: its (T, V) logits."""
+def by_rwkv7_hf(file: Path, tokens: list[int]) -> Tensor:
+    """`rwkv7_hf` with the names and layouts of its own converter."""
     from rwkv7_hf.converter import build_template_model, infer_config, prepare_translated_weight, translate_name
 
-    weights = torch.load(path, weights_only=True)
+    weights = torch.load(file, weights_only=True)
     config = infer_config(weights, "float32", "reference", False)
     model = build_template_model(config, torch.float32)
     expected, translated = model.state_dict(), {}
@@ -48,30 +50,29 @@ def by_rwkv7_hf(path: str, tokens: list[int]) -> torch.Tensor:
                 dtype=torch.float32,
             )
     model.load_state_dict(translated)
-    with torch.no_grad():
-        return model.eval()(torch.tensor([tokens])).logits[0]
+    return model.eval()(torch.tensor([tokens])).logits[0]
 
 
-def by_huggingface(folder: str, tokens: list[int]) -> torch.Tensor:
-    """`rwkv7_hf` from a Hugging Face folder, as its users load one: (T, V) logits."""
+def by_huggingface(folder: Path, tokens: list[int]) -> Tensor:
+    """`rwkv7_hf` from a Hugging Face folder, as its users load one."""
     from rwkv7_hf import RWKV7ForCausalLM
 
     model, loading = RWKV7ForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading  # nothing missing, nothing unexpected
-    with torch.no_grad():
-        return model.float().eval()(torch.tensor([tokens])).logits[0]
+    return model.float().eval()(torch.tensor([tokens])).logits[0]
 
 
-def main(oracle: str, checkpoint: str, out: str, *ids: str) -> None:
+@torch.no_grad()
+def main(folder: Path, tokens: list[int]) -> None:
+    from rwkv7_hf.converter import main as convert
+
     torch.set_num_threads(1)
-    if oracle == "convert":
-        from rwkv7_hf.converter import main as convert
-
-        convert(["--input", checkpoint, "--output", out, "--precision", "fp32"])
-        return
-    by = {"rwkv": by_rwkv, "rwkv7_hf": by_rwkv7_hf, "huggingface": by_huggingface}[oracle]
-    np.save(out, by(checkpoint, [int(token) for token in ids]).numpy())
+    file = folder / "model.pth"
+    np.save(folder / "rwkv.npy", by_rwkv(file, tokens).numpy())
+    np.save(folder / "rwkv7_hf.npy", by_rwkv7_hf(file, tokens).numpy())
+    np.save(folder / "huggingface.npy", by_huggingface(folder / "huggingface", tokens).numpy())
+    convert(["--input", str(file), "--output", str(folder / "converted"), "--precision", "fp32"])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[1]), [int(token) for token in sys.argv[2:]])

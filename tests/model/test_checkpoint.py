@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,12 +33,6 @@ from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 
 Build = Callable[..., RWKV7]
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
-TOKENS = [5, 96, 0, 31, 7, 8, 42]
-
-
-def run_oracle(*arguments: object) -> None:
-    script = Path(__file__).with_name("oracles.py")
-    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, timeout=120)
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -138,22 +131,16 @@ def test_huggingface_round_trip_is_bitwise(random_model: Build, tmp_path: Path) 
     assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (3, 4, "bfloat16")
 
 
-def test_rwkv7_hf_computes_our_logits_from_our_folder(random_model: Build, tmp_path: Path) -> None:
-    model = random_model()
-    write_huggingface(model_state(model), tmp_path / "hf", dtype=torch.float32)
-    run_oracle("huggingface", tmp_path / "hf", tmp_path / "logits.npy", *TOKENS)
+def test_rwkv7_hf_computes_our_logits_from_our_folder(oracles: Any) -> None:
     with torch.no_grad():
-        logits = model(torch.tensor([TOKENS]))[0]
-    torch.testing.assert_close(logits, torch.from_numpy(np.load(tmp_path / "logits.npy")), rtol=0, atol=1e-4)
+        logits = oracles.model(torch.tensor([oracles.tokens]))[0]
+    torch.testing.assert_close(logits, oracles.logits["huggingface"], rtol=0, atol=1e-4)
 
 
-def test_a_folder_that_rwkv7_hf_converted_is_the_file_it_came_from(random_model: Build, tmp_path: Path) -> None:
-    model = random_model(decay_rank=16)
-    write_pth(model_state(model), tmp_path / "model.pth", dtype=torch.float32)
-    run_oracle("convert", tmp_path / "model.pth", tmp_path / "hf")
-    loaded = load_model(tmp_path / "hf")
-    assert loaded.config == model.config
-    assert same(model_state(loaded), model_state(model))
+def test_a_folder_that_rwkv7_hf_converted_is_the_file_it_came_from(oracles: Any) -> None:
+    loaded = load_model(oracles.converted)
+    assert loaded.config == oracles.model.config
+    assert same(model_state(loaded), model_state(oracles.model))
 
 
 def test_weights_in_several_files(random_model: Build, tmp_path: Path) -> None:
