@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.ragged import offsets_of
 from streaming_rwkv.tokenizer import TokenBatch
 
 
@@ -73,16 +74,19 @@ def piece_bytes(
         token_bytes: bytes behind each id, needed if a document is cut. Where a tokenizer changes the text, so that
             these do not add up to it, the text's bytes are shared out in their proportion.
     """
-    result = text_bytes[pieces.documents]
-    ends = pieces.starts + pieces.inputs
     lengths = np.diff(batch.offsets)
+    ends = pieces.starts + pieces.inputs
     is_part = (pieces.starts > 0) | (ends <= lengths[pieces.documents])
-    for document in np.unique(pieces.documents[is_part]):
-        assert token_bytes is not None
-        weights = np.concatenate([[0], np.cumsum(token_bytes[batch[document]], dtype=np.int64)])
-        total, whole = int(weights[-1]), int(text_bytes[document])
-        shared = (weights * whole + total // 2) // max(total, 1)
-        rows = slice(*np.searchsorted(pieces.documents, [document, document + 1]))
-        bounds = np.minimum(np.stack([pieces.starts[rows], ends[rows]]), lengths[document])  # the end has no text
-        result[rows] = shared[bounds[1]] - shared[bounds[0]]
-    return result
+    if not is_part.any():
+        return text_bytes[pieces.documents]
+    assert token_bytes is not None
+    weights = offsets_of(token_bytes[batch.ids])
+
+    def bytes_before(place: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(P,) bytes of its document before the given target of each piece; the end, which has no text, is the last."""
+        first = batch.offsets[pieces.documents]
+        before = weights[first + np.minimum(place, lengths[pieces.documents])] - weights[first]
+        total = (weights[batch.offsets[1:]] - weights[batch.offsets[:-1]])[pieces.documents]
+        return (before * text_bytes[pieces.documents] + total // 2) // np.maximum(total, 1)
+
+    return np.where(is_part, bytes_before(ends) - bytes_before(pieces.starts), text_bytes[pieces.documents])

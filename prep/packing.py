@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,30 +30,31 @@ def assign_best_fit(lengths: NDArray[np.int64], *, capacity: int) -> tuple[NDArr
     assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
     by_length = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
-    open_packs: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the room that is left in them
+    open_packs: defaultdict[int, list[int]] = defaultdict(list)  # packs by the room that is left in them
+    rooms = 0  # bit r is set if there is a pack with room r: the tightest gap is a bit operation away
     run_packs: list[int] = []
     run_counts: list[int] = []
     number_of_packs = 0
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         waiting = count
-        for room in range(length, capacity + 1):
-            # A pack that took one item has less room left, so it stays the tightest until it is too tight.
-            while waiting and open_packs[room]:
-                pack = open_packs[room].pop()
-                taken = min(room // length, waiting)
-                run_packs.append(pack)
-                run_counts.append(taken)
-                open_packs[room - taken * length].append(pack)
-                waiting -= taken
-            if not waiting:
-                break
         while waiting:
-            taken = min(capacity // length, waiting)
-            run_packs.append(number_of_packs)
+            fitting = rooms >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                pack = open_packs[room].pop()
+                if not open_packs[room]:
+                    rooms &= ~(1 << room)
+            else:
+                room, pack = capacity, number_of_packs
+                number_of_packs += 1
+            # A pack that took one item has less room left, so it stays the tightest until it is too tight.
+            taken = min(room // length, waiting)
+            run_packs.append(pack)
             run_counts.append(taken)
-            open_packs[capacity - taken * length].append(number_of_packs)
-            number_of_packs += 1
             waiting -= taken
+            if left := room - taken * length:
+                open_packs[left].append(pack)
+                rooms |= 1 << left
     pack_of = np.empty(len(lengths), np.int64)
     pack_of[by_length] = np.repeat(np.array(run_packs, np.int64), np.array(run_counts, np.int64))
     return pack_of, number_of_packs

@@ -13,6 +13,9 @@ T = TypeVar("T", bound=np.generic)
 
 def gather(values: NDArray[T], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[T]:
     """`values[start : start + length]` of every run, one after another. Runs may overlap and come in any order."""
+    if len(starts):  # neighbours that lie in a row are one run: each costs as much as a thousand bytes
+        begins = np.concatenate([[True], starts[1:] != starts[:-1] + lengths[:-1]])
+        starts, lengths = starts[begins], np.add.reduceat(lengths, np.nonzero(begins)[0])
     views = pa.LargeListViewArray.from_arrays(pa.array(starts), pa.array(lengths), pa.array(values))
     flat: NDArray[Any] = views.flatten().to_numpy()
     return flat

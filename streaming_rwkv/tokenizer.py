@@ -375,7 +375,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> NDArray[np.uint32]:
-        return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
+        if not self._byte_level:
+            return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
+        lengths = np.zeros(self.vocab_size, np.uint32)  # a character of a byte-level token is a byte
+        tokens = _vocabulary(self._definition, added=False)
+        lengths[np.fromiter(tokens.values(), np.int64, count=len(tokens))] = [*map(len, tokens)]
+        for added in self._definition["added_tokens"]:
+            lengths[added["id"]] = len(added["content"].encode())
+        lengths[[self.bos_id, self.eos_id]] = 0
+        return lengths
 
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
         if self._byte_level:
