@@ -1,4 +1,4 @@
-"""The WKV-7 time mixing op: one door, `wkv7`, to the CUDA kernel, the C++ kernel and the reference that defines both."""
+"""The WKV-7 op: one door, `wkv7`, to a CUDA kernel, a C++ kernel and the reference that defines them."""
 
 from streaming_rwkv.ops.time_mixing import wkv7
 

@@ -1,15 +1,23 @@
-"""The public WKV-7 op: checks here, the arithmetic in `reference`.
+"""The public WKV-7 op: checks, the choice of a kernel, and what torch needs to know of it (fake tensors, autograd).
 
 Shapes: B rows, T tokens, H heads, N head size, D documents. States are [value, key].
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from streaming_rwkv.ops import cpp
 from streaming_rwkv.ops.reference import state_dtype, wkv7_reference
 
+logger = logging.getLogger(__name__)
+
+HEAD_SIZE = 64  # of the kernels
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -29,6 +37,9 @@ def wkv7(
     Without `cu_seqlens` every row is a document. With it, rows past `cu_seqlens[-1]` are padding: whatever they
     hold, y is 0 there and so are their gradients.
 
+    float32 and bfloat16 with head size 64 run in a kernel, C++ on the CPU and CUDA on the GPU, each compiled at its
+    first use. float64 and other head sizes run in the reference, step by step. The log tells which.
+
     Args:
         r, log_decay, k, v, a, b: (B, T, H, N), one dtype of float32, bfloat16 and float64; log_decay < 0.
         initial_state: (num_documents, H, N, N) float32, or None for zeros; float64 where the inputs are.
@@ -37,11 +48,24 @@ def wkv7(
     Returns:
         y (B, T, H, N) in v's dtype; final state per document, float32 (float64 where the inputs are).
     Raises:
-        ValueError: shape, dtype or head size not supported on this device.
+        ValueError: shape, dtype or device not supported; `cu_seqlens` on the CPU that does not rise from 0.
+        KernelError: a kernel that cannot be compiled here, with the remedy.
     Source: RWKV-7 "Goose", arXiv 2503.14456.
     """
     _check((r, log_decay, k, v, a, b), initial_state, cu_seqlens)
-    return wkv7_reference(r, log_decay, k, v, a, b, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    if r.dtype == torch.float64 or r.shape[-1] != HEAD_SIZE:
+        _announce("the step-by-step PyTorch reference", r.device.type, r.dtype, r.shape[-1])
+        if cu_seqlens is not None:
+            _check_bounds(cu_seqlens, r.shape[1])
+        return wkv7_reference(r, log_decay, k, v, a, b, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    rows, tokens = r.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (rows + 1) * tokens, max(tokens, 1), dtype=torch.int32)[: rows + 1]
+    flat = [x.reshape(1, rows * tokens, *x.shape[2:]) for x in (r, log_decay, k, v, a, b)]
+    differentiable = (*flat, initial_state) if initial_state is not None else flat
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    y, final_state, _, _ = torch.ops.streaming_rwkv.wkv7(*flat, initial_state, cu_seqlens, save)
+    return y.reshape(r.shape), final_state
 
 
 def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -63,6 +87,10 @@ def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens:
             raise ValueError(
                 f"wkv7: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, expected (num_documents + 1,) int32"
             )
+        if cu_seqlens.device.type != "cpu" and cu_seqlens.device != r.device:
+            raise ValueError(
+                f"wkv7: cu_seqlens is on {cu_seqlens.device}, expected the CPU or {r.device} as the inputs"
+            )
         if documents != 1:
             raise ValueError(f"wkv7: {documents} rows with cu_seqlens; documents are packed in one row, so B must be 1")
         documents = cu_seqlens.shape[0] - 1
@@ -76,3 +104,137 @@ def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens:
             f"wkv7: initial_state is {tuple(initial_state.shape)} {initial_state.dtype} on {initial_state.device}, "
             f"expected {expected} {state_dtype(r.dtype)} on {r.device}"
         )
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    """The values, where reading them costs nothing: on the CPU."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"wkv7: cu_seqlens is {cu_seqlens.tolist()}, expected to rise from 0 to {tokens} or less")
+
+
+@functools.cache
+def _announce(implementation: str, device: str, dtype: torch.dtype, head_size: int) -> None:
+    """Say once which implementation serves these inputs."""
+    logger.info("wkv7 for %s on %s, head size %d: %s", dtype, device, head_size, implementation)
+
+
+def _kernel(r: Tensor) -> Any:
+    """The module with `forward` and `backward` for inputs like r."""
+    match r.device.type:
+        case "cpu":
+            _announce("the C++ kernel", "cpu", r.dtype, r.shape[-1])
+            return cpp
+        case other:
+            raise ValueError(f"wkv7: no kernel for inputs on {other}; move them to the CPU or a CUDA device")
+
+
+@torch.library.custom_op("streaming_rwkv::wkv7", mutates_args=())
+def _forward_op(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, final_state, and what the backward pass wants besides: removed and states, empty unless `save`."""
+    _check_bounds(cu_seqlens, r.shape[1])
+    inputs = tuple(x.contiguous() for x in (r, log_decay, k, v, a, b))
+    initial = initial_state.contiguous() if initial_state is not None else None
+    return _kernel(r).forward(inputs, initial, cu_seqlens.contiguous(), save=save)
+
+
+@_forward_op.register_fake
+def _(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, tokens, heads, size = r.shape
+    documents = cu_seqlens.shape[0] - 1
+    slots = tokens // cpp.CHUNK + documents
+    return (
+        r.new_empty(r.shape),
+        r.new_empty(documents, heads, size, size, dtype=torch.float32),
+        r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32),
+        r.new_empty((slots, heads, size, size) if save else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("streaming_rwkv::wkv7_backward", mutates_args=())
+def _backward_op(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor,
+    final_state: Tensor,
+    removed: Tensor,
+    states: Tensor,
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    needs_initial_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the six inputs and of the initial state, the last one empty unless needed."""
+    return _kernel(r).backward(
+        tuple(x.contiguous() for x in (r, log_decay, k, v, a, b)),
+        cu_seqlens.contiguous(),
+        (final_state.contiguous(), removed.contiguous(), states.contiguous()),
+        dy.contiguous(),
+        dfinal_state.contiguous() if dfinal_state is not None else None,
+        initial_state=needs_initial_state,
+    )
+
+
+@_backward_op.register_fake
+def _(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    cu_seqlens: Tensor,
+    final_state: Tensor,
+    removed: Tensor,
+    states: Tensor,
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    needs_initial_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dr, dlog_decay, dk, dv, da, db = (r.new_empty(r.shape) for _ in range(6))
+    dinitial_state = r.new_empty(final_state.shape if needs_initial_state else 0, dtype=torch.float32)
+    return dr, dlog_decay, dk, dv, da, db, dinitial_state
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *differentiable, cu_seqlens, _ = inputs
+    _, final_state, removed, states = output
+    ctx.mark_non_differentiable(removed, states)
+    ctx.set_materialize_grads(False)  # zeros as large as the saved states
+    ctx.save_for_backward(*differentiable[:6], cu_seqlens, final_state, removed, states)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them again at each reading
+    needs_initial_state = ctx.needs_input_grad[6]
+    *gradients, dinitial_state = torch.ops.streaming_rwkv.wkv7_backward(
+        *saved, torch.zeros_like(saved[0]) if dy is None else dy, dfinal_state, needs_initial_state
+    )
+    return *gradients, dinitial_state if needs_initial_state else None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
