@@ -1,6 +1,7 @@
 """Peak memory of one training step with the logits made whole, and by chunks inside the network's forward.
 
-    python bench/head_memory.py --tokens 1024          # 0.4B, 128 k words of vocabulary, on the CPU
+    python bench/head_memory.py --tokens 2048 --layers 0     # head and loss of a 0.4B model at 128 k words, alone
+    python bench/head_memory.py --tokens 1024                # the whole model
 
 Each form runs in a process of its own: forward and backward in float32 with activation checkpointing, on weights that
 do not matter. The figure is the process's peak resident size, and how far it lies above weights and gradients.
@@ -18,8 +19,9 @@ from datetime import date
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from streaming_rwkv.model.config import parameter_count
+from streaming_rwkv.model.head import Head
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 
 GB = 1e9
@@ -32,25 +34,25 @@ def peak_bytes() -> int:
 def measure(form: str, *, tokens: int, layers: int, vocab_size: int, chunk_tokens: int) -> dict[str, float]:
     preset = RWKV7Config.model_validate({"preset": "0.4B", "vocab_size": vocab_size})
     config = preset.model_copy(
-        update={"num_layers": layers, "activation_checkpointing": True, "loss_chunk_tokens": chunk_tokens}
+        update={"num_layers": max(1, layers), "activation_checkpointing": True, "loss_chunk_tokens": chunk_tokens}
     )
     imports = peak_bytes()
-    model = RWKV7(config)
+    model: nn.Module = RWKV7(config) if layers else Head(config.hidden_size, vocab_size, chunk_tokens=chunk_tokens)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)
-            parameter.grad = torch.zeros_like(parameter).fill_(0)
+            parameter.grad = torch.full_like(parameter, 0)
+    weights_and_gradients = sum(2 * parameter.nbytes for parameter in model.parameters())
     ids = torch.arange(tokens + 1).remainder(vocab_size).unsqueeze(0)
-    bounds = torch.tensor([0, tokens], dtype=torch.int32)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    targets = ids[:, 1:]
+    x = ids[:, :-1] if layers else torch.ones(1, tokens, config.hidden_size, requires_grad=True)
     start = time.monotonic()
     if form == "whole":
-        logits = model(inputs, cu_seqlens=bounds)
+        logits = model(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         (loss + 0.5 * 1e-4 * (logits.amax(-1) ** 2).mean()).backward()
     else:
-        (model(inputs, cu_seqlens=bounds, targets=targets).sum() / tokens).backward()
-    weights_and_gradients = 8 * parameter_count(config)
+        (model(x, targets=targets).sum() / tokens).backward()
     return {
         "seconds": time.monotonic() - start,
         "peak": peak_bytes(),

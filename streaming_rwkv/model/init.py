@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -23,26 +24,34 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 _MIX_EXPONENTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
 
 
-@torch.no_grad()
 def initialize(model: RWKV7, *, seed: int) -> None:
     """Fill every parameter, in place. The model lies on the CPU, before it is sharded.
 
     The same seed gives the same bits for any number of processes and threads.
     """
-    with _one_thread():
-        for name, parameter in model.named_parameters():
-            # In float32 whatever the model's type: a float64 model starts where its float32 twin does.
-            values = initial_value(name, parameter.shape, config=model.config, seed=seed)
-            parameter.copy_(values)
+
+    @torch.no_grad()
+    def fill(named_parameter: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named_parameter
+        # In float32 whatever the model's type: a float64 model starts where its float32 twin does.
+        parameter.copy_(initial_value(name, parameter.shape, config=model.config, seed=seed))
+
+    # The head takes longest, so it comes first.
+    largest_first = sorted(model.named_parameters(), key=lambda named: -named[1].numel())
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, largest_first))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK's QR rounds differently for different thread counts, which differ between one and several processes."""
+def _one_thread_each() -> Iterator[int]:
+    """The number of threads there are; meanwhile, every operation has one.
+
+    LAPACK's QR rounds differently for different thread counts, which differ between one and several processes.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from streaming_rwkv.config import Config
+from streaming_rwkv.config import Config, ConfigError
 
 
 class OptimizerConfig(Config):
@@ -86,12 +86,12 @@ def lr_multiplier(config: OptimizerConfig, *, tokens_seen: int, total_tokens: in
     count the same. Past `total_tokens` the rate stays at its end.
 
     Raises:
-        ValueError: warm-up and decay do not fit into `total_tokens`.
+        ConfigError: warm-up and decay do not fit into `total_tokens`.
     """
     if config.warmup_tokens + (config.decay_tokens or 0) > total_tokens:
-        raise ValueError(
-            f"warmup_tokens {config.warmup_tokens} and decay_tokens {config.decay_tokens or 0} together exceed the "
-            f"{total_tokens} tokens of the whole run"
+        raise ConfigError(
+            f"optimizer: warmup_tokens {config.warmup_tokens} and decay_tokens {config.decay_tokens or 0} together "
+            f"exceed the {total_tokens} tokens of the whole run; lower them, or train on more tokens"
         )
     final = config.lr_final / config.lr
     match config.schedule:

@@ -111,5 +111,5 @@ def test_settings_that_cannot_be_meant_are_refused(values: dict[str, object], er
 
 def test_a_run_too_short_for_its_schedule_is_refused() -> None:
     config = OptimizerConfig(warmup_tokens=600, schedule="wsd", decay_tokens=500)
-    with pytest.raises(ValueError, match="warmup_tokens 600 and decay_tokens 500 together exceed the 1000 tokens"):
+    with pytest.raises(ConfigError, match="warmup_tokens 600 and decay_tokens 500 together exceed the 1000 tokens"):
         lr_multiplier(config, tokens_seen=0, total_tokens=1000)
