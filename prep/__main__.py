@@ -78,7 +78,7 @@ def _build(options: argparse.Namespace) -> int:
         console.print(count_table(records, config.edges))
         return 0
     with observing(console) as observer:
-        built = build(config, observer=observer)
+        built = build(config, observer=observer, fork=True)
     manifest = built.manifest
     if built.was_finished:
         print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")

@@ -35,15 +35,20 @@ class WorkerError(UserError):
 
 
 @contextlib.contextmanager
-def start(job: Job, *, on_report: Callable[[Any], None]) -> Iterator[Run]:
-    """The engine of the job's configuration; workers end with the context."""
+def start(job: Job, *, on_report: Callable[[Any], None], fork: bool = False) -> Iterator[Run]:
+    """The engine of the job's configuration; workers end with the context.
+
+    Args:
+        fork: fork workers from this process. It saves them the imports, but is safe only while no thread of this
+            process can hold a lock (a tokenizer that has encoded something has such threads).
+    """
     if job.config.engine == "ray":
         with _ray(job, on_report) as run:
             yield run
     elif job.config.worker_count == 1:
         yield lambda task, items: ((index, task(job, item, on_report)) for index, item in enumerate(items))
     else:
-        with _processes(job, on_report) as run:
+        with _processes(job, on_report, fork=fork) as run:
             yield run
 
 
@@ -62,15 +67,11 @@ class _Failure:
 
 
 @contextlib.contextmanager
-def _processes(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
-    """Workers that are forked from one process which has loaded the tokenizer.
-
-    That process is fresh, since forking this one could copy locks that its threads hold; and loading once saves each
-    worker seconds and memory.
-    """
-    context = multiprocessing.get_context("spawn")
+def _processes(job: Job, on_report: Callable[[Any], None], *, fork: bool) -> Iterator[Run]:
+    """Workers that are forked from one process which has loaded the tokenizer: it costs seconds and memory once."""
+    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
     ours, theirs = zip(*[context.Pipe() for _ in range(job.config.worker_count)], strict=True)
-    parent = context.Process(target=_parent, args=(job, theirs), name="prep-parent")
+    parent = context.Process(target=_parent, args=(job, theirs, ours if fork else ()), name="prep-parent")
     parent.start()
     for connection in theirs:
         connection.close()
@@ -134,7 +135,9 @@ def _died() -> WorkerError:
     )
 
 
-def _parent(job: Job, connections: Sequence[Connection]) -> None:
+def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Connection]) -> None:
+    for connection in inherited:  # or a worker would hold the other end of its own line open
+        connection.close()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the one that was started decides
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already

@@ -22,6 +22,7 @@ class Job:
     config: PrepConfig
     units: tuple[Unit, ...]
     vocab_size: int
+    given_tokenizer: Tokenizer | None = None
 
     @property
     def out(self) -> Path:
@@ -33,8 +34,8 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The data set's own copy: on a cluster there may be no other."""
-        return load_tokenizer(self.out / TOKENIZER_FOLDER)
+        """What the builder had, or else the data set's own copy: on a cluster there may be no other."""
+        return self.given_tokenizer or load_tokenizer(self.out / TOKENIZER_FOLDER)
 
     @property
     def token_dtype(self) -> Any:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from prep.duplicates import do_range, plan_ranges
 from prep.engine import Run, Task, start
 from prep.job import Job
 from prep.plan import check_plan, make_plan, save_plan
-from prep.shard_writer import write_durably, write_index
+from prep.shard_writer import write_index
 from prep.sources import plan_units
 from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
 from prep.windows import Window, WindowRecord, do_window, plan_windows
-from prep.work import done_folder, explained_write_errors, locked, temporary_folder
+from prep.work import done_folder, explained_write_errors, flush, locked, temporary_folder, write_durably
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import (
     FORMAT,
@@ -74,8 +75,12 @@ class AuditError(UserError):
     """The fast tokenizer gave other ids than the one that defines them."""
 
 
-def build(config: PrepConfig, *, observer: Observer | None = None) -> Built:
+def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = False) -> Built:
     """Build the data set that `config` describes, or go on where an earlier start was interrupted.
+
+    Args:
+        observer: is told how it goes on.
+        fork: see `prep.engine.start`.
 
     Raises:
         UserError: anything that its text says how to mend; finished work is kept.
@@ -83,7 +88,7 @@ def build(config: PrepConfig, *, observer: Observer | None = None) -> Built:
     observer = observer or Observer()
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
-    job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size)
+    job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
     plan = make_plan(config, tokenizer.record(), units)
     if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
         return Built(manifest=manifest, was_finished=True)
@@ -93,7 +98,9 @@ def build(config: PrepConfig, *, observer: Observer | None = None) -> Built:
             return Built(manifest=manifest, was_finished=True)
         save_plan(plan, work=job.work)
         _save_tokenizer(tokenizer, job)
-        with start(job, on_report=_reports_to(observer, tokenizer)) as run:
+        with start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run:
+            if config.audit_bytes:
+                tokenizer.encode_reference([])  # loads it while the workers load theirs
             units_done, windows, windows_done = _do_all(job, run, observer)
         manifest = _publish(job, tokenizer, units_done, list(zip(windows, windows_done, strict=True)))
         _clear(job.work)
@@ -107,7 +114,12 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
     units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
     with tempfile.TemporaryDirectory() as folder:
         # Workers load the tokenizer from the data set's folder; this one is thrown away.
-        job = Job(config=config.model_copy(update={"out": folder}), units=units, vocab_size=tokenizer.vocab_size)
+        job = Job(
+            config=config.model_copy(update={"out": folder}),
+            units=units,
+            vocab_size=tokenizer.vocab_size,
+            given_tokenizer=tokenizer,
+        )
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
             observer.step("counting", total=sum(unit.input_bytes for unit in units))
@@ -223,10 +235,18 @@ def _publish(
         streams=[stream for stream in streams if stream is not None],
     )
     _publish_rejected(job, units)
-    write_durably(job.out / STATISTICS_NAME, statistics_bytes(units, windows))
+    (job.out / STATISTICS_NAME).write_bytes(statistics_bytes(units, windows))
+    _flush_all(job, manifest)
     write_durably(job.out / MANIFEST_NAME, manifest.to_json())
-    _flush_folder(job.out)
     return manifest
+
+
+def _flush_all(job: Job, manifest: Manifest) -> None:
+    """What the manifest will name must be on the disk first; many files at a time, since a disk takes them together."""
+    folders = [job.out / stream.path for stream in manifest.streams]
+    files = [file for folder in (*folders, job.out / TOKENIZER_FOLDER) for file in folder.iterdir()]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(flush, [*files, job.out / STATISTICS_NAME, job.out / REJECTED_NAME, *folders]))
 
 
 def _by_stream(
@@ -247,7 +267,6 @@ def _publish_stream(job: Job, windows: Sequence[tuple[Window, WindowRecord]]) ->
     for (place, shard), renamed in zip(places, shards, strict=True):
         _link(place / shard.record.basename, folder / renamed.record.basename)
     index_sha256 = write_index(shards, folder, form=job.shard_format)
-    _flush_folder(folder)
     records = [record for _, record in windows]
     return StreamRecord(
         split=first.split,
@@ -270,15 +289,7 @@ def _link(file: Path, place: Path) -> None:
     try:
         os.link(file, place)
     except OSError:  # a file system without links
-        write_durably(place, file.read_bytes())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.copyfile(file, place)
 
 
 def _books(

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.shard_writer import write_durably
 from prep.sources import Unit
-from prep.work import WorkError
+from prep.work import WorkError, write_durably
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord, read_manifest
 
 PLAN_NAME = "plan.json"

@@ -33,6 +33,7 @@ class ConsoleObserver(pipeline.Observer):
 
     def step(self, name: str, *, total: int) -> None:
         self._name = name
+        self._bars.start()  # not before: it starts a thread, and workers may be forked until now
         self._bars.reset(self._bar, total=total, description=name, speed="")
 
     def done(self, amount: int) -> None:
@@ -85,8 +86,11 @@ def observing(console: Console) -> Iterator[ConsoleObserver]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    try:
         yield ConsoleObserver(console, bars)
+    finally:
+        bars.stop()
 
 
 def stream_table(manifest: Manifest) -> Table:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ def basename(number: int) -> str:
 
 
 def write_shards(packs: Iterable[Pack], folder: Path, *, form: ShardFormat) -> list[Shard]:
-    """Write all packs to `folder` as shard.00000.mds.zstd, … and flush them to the disk; the index is apart."""
+    """Write all packs to `folder` as shard.00000.mds.zstd, …; the index is apart, and so is flushing to the disk."""
     settings = json.dumps(form.settings, sort_keys=True).encode()
     compressor = zstandard.ZstdCompressor(level=form.compression_level)
     shards: list[Shard] = []
@@ -85,7 +84,7 @@ def write_shards(packs: Iterable[Pack], folder: Path, *, form: ShardFormat) -> l
             raw_bytes=len(raw),
             packs=len(samples),
         )
-        write_durably(folder / record.basename, compressed)
+        (folder / record.basename).write_bytes(compressed)
         shards.append(Shard(record=record, raw_sha256=hashlib.sha256(raw).hexdigest()))
     return shards
 
@@ -139,15 +138,5 @@ def index_bytes(shards: Iterable[Shard], *, form: ShardFormat) -> bytes:
 def write_index(shards: Iterable[Shard], folder: Path, *, form: ShardFormat) -> str:
     """Write the index of `folder` and return its sha256."""
     content = index_bytes(shards, form=form)
-    write_durably(folder / INDEX_NAME, content)
+    (folder / INDEX_NAME).write_bytes(content)
     return hashlib.sha256(content).hexdigest()
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Write and flush to the disk; under its name the file is whole or not there."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)

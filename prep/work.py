@@ -95,6 +95,24 @@ def hash_file(file: Path) -> FileRecord:
     return FileRecord(bytes=size, xxh3=digest.hexdigest())
 
 
+def write_durably(file: Path, content: bytes) -> None:
+    """Write and flush to the disk; under its name the file is whole or not there."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    flush(temporary)
+    os.replace(temporary, file)
+    flush(file.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
     """Hold the work folder: two builds in one folder would take each other's work away.
