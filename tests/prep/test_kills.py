@@ -1,0 +1,247 @@
+"""SIGKILL at any moment, then the same command: nothing is lost, nothing is there twice, and the bytes are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from prep.config import PrepConfig
+from prep.pipeline import build
+from prep.units import UnitRecord, unit_name
+from prep.verification import verify
+from prep.work import done_folder, load_done, locked
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    files = [path for path in out.rglob("*") if path.is_file() and ".prep" not in path.parts]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def corpus(tmp_path, write_lines) -> Path:
+    """Many units of different kinds: some seconds of work in small steps."""
+    draw = random.Random(0)
+    words = ["alpha", "beta", "床前", "明月光", "def f():\n", "0123456789", "🎉", " "]
+    for number in range(24):
+        texts = ["".join(draw.choices(words, k=draw.choice([3, 30, 300, 2000]))) for _ in range(40)]
+        write_lines(tmp_path / "corpus" / f"{number:02}.jsonl{'.gz' if number % 2 else ''}", [*texts, *texts[:3]])
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def recipe(corpus, tmp_path, tokenizer_folder) -> Callable[..., Path]:
+    def write(out: Path, **values: object) -> Path:
+        values = {
+            "out": str(out),
+            "tokenizer": str(tokenizer_folder),
+            "sources": {"corpus": {"paths": str(corpus)}},
+            "validation": 0.05,
+            "unit_bytes": 1 << 14,
+            "window_tokens": 1 << 16,
+            "shard_bytes": 1 << 17,
+            "workers": 2,
+            **values,
+        }
+        file = tmp_path / f"{out.name}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    return write
+
+
+@contextlib.contextmanager
+def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
+    """A build in a session of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prep", "build", str(recipe)],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
+def members(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def wait_for(condition: Callable[[], object], *, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def expected(corpus: Path, tokenizer_folder: Path, recipe: Callable[..., Path], tmp_path: Path) -> dict[str, bytes]:
+    values = yaml.safe_load(recipe(tmp_path / "whole", workers=1).read_text())
+    build(PrepConfig.model_validate(values))
+    return content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokenizer_folder, tmp_path):
+    wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
+    file = recipe(tmp_path / "timed")
+    begun = time.monotonic()
+    with started(file) as process:
+        assert process.wait() == 0, process.stderr.read()
+    whole_run = time.monotonic() - begun
+
+    draw = random.Random(1)
+    kills = builds = 0
+    while kills < 20:
+        out = tmp_path / f"killed{builds}"
+        builds += 1
+        finished = False
+        while not finished:
+            with started(recipe(out)) as process:
+                try:
+                    finished = process.wait(timeout=draw.uniform(0.3, 1.0) * whole_run) == 0
+                    assert finished, process.stderr.read()
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    kills += 1
+            wait_for(lambda group=process.pid: not members(group))
+        assert content(out) == wanted
+        verify(out)
+
+
+@pytest.mark.slow
+def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
+    with started(recipe(tmp_path / "out")) as process:
+        wait_for(lambda: len(members(process.pid)) == 4)  # it, the parent of the workers, and two of them
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_for(lambda: not members(process.pid))
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
+    wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
+    file = recipe(tmp_path / "out")
+    with started(file) as process:
+        wait_for(lambda: len(members(process.pid)) == 4)
+        os.kill(max(members(process.pid)), signal.SIGKILL)
+        assert process.wait(timeout=60) == 1
+        assert "error: a worker process died" in process.stderr.read()
+        wait_for(lambda: not members(process.pid))
+    with started(file) as process:
+        assert process.wait() == 0, process.stderr.read()
+    assert content(tmp_path / "out") == wanted
+
+
+# --- what a start finds ---
+
+
+class Stop(Exception):
+    """Interrupts a build from within."""
+
+
+def interrupted_after(units: int, config: PrepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a build in this process until so many units are done."""
+    import prep.pipeline
+
+    done = 0
+    original = prep.pipeline.do_unit
+
+    def counting(*arguments: object) -> object:
+        nonlocal done
+        if done == units:
+            raise Stop
+        done += 1
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prep.pipeline, "do_unit", counting)
+        with pytest.raises(Stop):
+            build(config)
+
+
+@pytest.fixture
+def small(config, write_lines, tmp_path) -> Callable[..., PrepConfig]:
+    for number in range(4):
+        write_lines(tmp_path / "corpus" / f"{number}.jsonl", [f"document {number} {row}" for row in range(50)])
+    return lambda **values: config(unit_bytes=1000, **values)
+
+
+def test_finished_units_are_not_done_again(small, tmp_path, monkeypatch):
+    interrupted_after(3, small(), monkeypatch)
+    records = sorted((tmp_path / "out" / ".prep" / "done" / "units").glob("*/record.json"))
+    times = {file: file.stat().st_mtime_ns for file in records}
+    assert len(times) == 3
+    monkeypatch.setattr("prep.pipeline._clear", lambda work: None)
+    build(small())
+    assert {file: file.stat().st_mtime_ns for file in records} == times
+
+
+def test_a_damaged_unit_is_done_again(small, tmp_path, monkeypatch):
+    build(small(out=str(tmp_path / "whole")))
+    interrupted_after(3, small(), monkeypatch)
+    file = tmp_path / "out" / ".prep" / "done" / unit_name(1) / "pieces.bin"
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    assert load_done(tmp_path / "out" / ".prep", unit_name(1), UnitRecord) is None
+    assert load_done(tmp_path / "out" / ".prep", unit_name(0), UnitRecord) is not None
+    build(small())
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_unit_without_its_record_is_done_again(small, tmp_path, monkeypatch):
+    interrupted_after(2, small(), monkeypatch)
+    (done_folder(tmp_path / "out" / ".prep", unit_name(0)) / "record.json").write_text("{")
+    build(small())
+    verify(tmp_path / "out")
+
+
+def test_a_changed_configuration_over_unfinished_work_is_refused(small, monkeypatch):
+    interrupted_after(2, small(), monkeypatch)
+    with pytest.raises(ValueError, match=r"holds an unfinished build.*\n  config\.pack_tokens: was 8192, is 4096"):
+        build(small(pack_tokens=4096))
+
+
+def test_changed_input_under_unfinished_work_is_refused(small, tmp_path, monkeypatch, write_lines):
+    interrupted_after(2, small(), monkeypatch)
+    write_lines(tmp_path / "corpus" / "3.jsonl", ["another text"])
+    with pytest.raises(ValueError, match=r"holds an unfinished build.*\n  files/corpus/3\.jsonl: \d+ bytes"):
+        build(small())
+
+
+def test_two_builds_at_once_in_one_folder_are_refused(small, tmp_path):
+    with locked(tmp_path / "out" / ".prep"), pytest.raises(ValueError, match=f"another build .process {os.getpid()}"):
+        build(small())
+
+
+def test_what_an_interrupted_start_was_writing_is_cleared(small, tmp_path):
+    stray = tmp_path / "out" / ".prep" / "tmp" / "stray"
+    stray.mkdir(parents=True)
+    build(small())
+    assert not stray.exists()
