@@ -92,23 +92,26 @@ def cached(name: str, key: Sequence[str | bytes], build: Callable[[Path], None])
     return path
 
 
-def build_cpp(source: Path) -> Path:
-    """The shared library of one C++ file, for this machine's processor; headers lie beside it.
+def build_cpp(source: Path, *, flags: Sequence[str] = (), reads: Sequence[Path] = ()) -> Path:
+    """The shared library of one C++ file, for this machine's processor.
 
+    Args:
+        flags: for the compiler, after our own.
+        reads: what the file includes besides the headers beside it.
     Raises:
         KernelError: no compiler, or one that does not compile it.
     """
     compiler = _compiler()
-    command = [*compiler, *CPP_FLAGS, _native_flag()]
-    sources = sorted(path for path in source.parent.iterdir() if path.suffix == ".h")
+    command = [*compiler, *CPP_FLAGS, _native_flag(), *flags, str(source)]
+    headers = sorted(path for path in source.parent.iterdir() if path.suffix == ".h")
 
     def build(path: Path) -> None:
-        _run([*command, str(source), "-o", str(path)], doing=f"compiling {source}")
+        _run([*command, "-o", str(path)], doing=f"compiling {source}")
 
     version = _run([*compiler, "--version"], doing="asking for its version")
     # Machines of different kinds may share a home folder, and each needs its own -march=native.
     key = [*command, version, platform.machine(), _processor_features()]
-    return cached(f"{source.stem}.so", [*key, *(path.read_bytes() for path in [source, *sources])], build)
+    return cached(f"{source.stem}.so", [*key, *(path.read_bytes() for path in (source, *headers, *reads))], build)
 
 
 def _compiler() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import cpp
+from streaming_rwkv.ops import cpp, cuda
 from streaming_rwkv.ops.reference import state_dtype, wkv7_reference
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,9 @@ def _kernel(r: Tensor) -> Any:
         case "cpu":
             _announce("the C++ kernel", "cpu", r.dtype, r.shape[-1])
             return cpp
+        case "cuda":
+            _announce("the CUDA kernel", "cuda", r.dtype, r.shape[-1])
+            return cuda
         case other:
             raise ValueError(f"wkv7: no kernel for inputs on {other}; move them to the CPU or a CUDA device")
 

@@ -1,0 +1,190 @@
+// Runs a CUDA kernel on the CPU, to see whether it computes the right thing: one fiber per thread of a block, blocks
+// one after another. A fiber runs until it needs the others, at a barrier or in a warp shuffle. Lot decides which warp
+// runs next and how far it gets ahead of the others, and the order of its threads; shared memory is full of NaN when a
+// block begins. So a barrier that is missing shows.
+//
+// Include this, then the kernel's source, then launch(). For g++ and clang++ on Linux.
+
+#pragma once
+
+#undef _FORTIFY_SOURCE  // it takes a jump between stacks for an attack
+
+#include <csetjmp>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <tuple>
+#include <type_traits>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("cuda_shared")))
+
+extern char __start_cuda_shared[], __stop_cuda_shared[];  // of that section, by the linker
+
+struct Index {
+    unsigned x;
+};
+static Index threadIdx, blockIdx;
+
+namespace cuda_on_cpu {
+
+constexpr int WARP = 32;
+constexpr size_t STACK_BYTES = 64 << 10;
+
+enum class Waits { nothing, block, warp, ended };
+
+struct Fiber {
+    std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+    ucontext_t first;
+    jmp_buf at;
+    bool started = false;
+    Waits waits = Waits::nothing;
+    float shuffled[2];  // by turns: who is ahead writes the one that nobody still reads
+    int turn = 0;
+};
+
+static std::vector<Fiber> fibers;
+static std::function<void()> body;
+static jmp_buf scheduler;
+static int current;
+
+// Switching by _setjmp is some 30 times faster than by swapcontext, which asks the kernel for the signal mask.
+inline void wait(Waits what) {
+    Fiber& self = fibers[current];
+    self.waits = what;
+    if (_setjmp(self.at) == 0) _longjmp(scheduler, 1);
+}
+
+inline void begin() {
+    body();
+    fibers[current].waits = Waits::ended;
+    _longjmp(scheduler, 1);
+}
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "cuda_on_cpu: %s in block %u\n", what, blockIdx.x);
+    std::abort();
+}
+
+// Those of [first, last) that wait for each other go on, if all do or have ended. True: some do go on.
+inline bool release(size_t first, size_t last, Waits what) {
+    bool any = false;
+    for (size_t n = first; n < last; ++n) {
+        if (fibers[n].waits != what && fibers[n].waits != Waits::ended) return false;
+        any |= fibers[n].waits == what;
+    }
+    for (size_t n = first; any && n < last; ++n)
+        if (fibers[n].waits == what) fibers[n].waits = Waits::nothing;
+    return any;
+}
+
+// Runs a fiber until it waits.
+inline void resume(int n) {
+    current = n;
+    threadIdx.x = n;
+    Fiber& fiber = fibers[n];
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    getcontext(&fiber.first);
+    fiber.first.uc_stack.ss_sp = fiber.stack.get();
+    fiber.first.uc_stack.ss_size = STACK_BYTES;
+    fiber.first.uc_link = nullptr;
+    makecontext(&fiber.first, begin, 0);
+    setcontext(&fiber.first);
+}
+
+// The threads of a warp that can run, each until it waits, in any order. False: none can.
+inline bool run_warp(size_t warp, std::mt19937& lot) {
+    std::vector<int> ready;
+    release(warp, warp + WARP, Waits::warp);
+    for (size_t n = warp; n < warp + WARP; ++n)
+        if (fibers[n].waits == Waits::nothing) ready.push_back(static_cast<int>(n));
+    for (size_t n = ready.size(); n > 1; --n) std::swap(ready[n - 1], ready[lot() % n]);
+    for (const int n : ready) resume(n);
+    return !ready.empty();
+}
+
+inline void run_block(std::mt19937& lot) {
+    std::memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
+    for (auto& fiber : fibers) {
+        fiber.started = false;
+        fiber.waits = Waits::nothing;
+    }
+    const size_t warps = fibers.size() / WARP;
+    for (;;) {
+        // One warp for a while, sometimes as far as it gets: the others are then as late as they can be.
+        const size_t chosen = lot() % warps * WARP;
+        int turns = lot() % 64;
+        while (run_warp(chosen, lot) && --turns > 0) {
+        }
+        bool any = false;
+        for (size_t warp = 0; !any && warp < fibers.size(); warp += WARP) {
+            release(warp, warp + WARP, Waits::warp);
+            for (size_t n = warp; n < warp + WARP; ++n) any |= fibers[n].waits == Waits::nothing;
+        }
+        if (any || release(0, fibers.size(), Waits::block)) continue;
+        for (auto& fiber : fibers)
+            if (fiber.waits != Waits::ended) fail("threads wait for each other at different places");
+        return;
+    }
+}
+
+// All blocks of a grid, each with `threads` threads that run `kernel`; `seed` decides their order.
+inline void launch(unsigned blocks, unsigned threads, unsigned seed, std::function<void()> kernel) {
+    std::mt19937 lot(seed);
+    body = std::move(kernel);
+    fibers.clear();
+    fibers.resize(threads);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(lot);
+}
+
+// The same with the kernel's arguments as they are handed to a GPU: integers, pointers among them.
+template <class... Parameters>
+void launch(unsigned blocks, unsigned threads, unsigned seed, void (*kernel)(Parameters...), const int64_t* arguments) {
+    launch(blocks, threads, seed, [=] {
+        const int64_t* next = arguments;
+        std::tuple<Parameters...> all{[&] {
+            if constexpr (std::is_pointer_v<Parameters>)
+                return reinterpret_cast<Parameters>(*next++);
+            else
+                return static_cast<Parameters>(*next++);
+        }()...};
+        std::apply(kernel, all);
+    });
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::Waits::block); }
+
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+    using namespace cuda_on_cpu;
+    const int self = current, turn = fibers[self].turn ^= 1;
+    fibers[self].shuffled[turn] = x;
+    wait(Waits::warp);
+    return fibers[self ^ mask].shuffled[turn];
+}
+
+inline float __uint_as_float(unsigned x) {
+    float out;
+    std::memcpy(&out, &x, sizeof(out));
+    return out;
+}
+
+inline unsigned __float_as_uint(float x) {
+    unsigned out;
+    std::memcpy(&out, &x, sizeof(out));
+    return out;
+}
+
+[[noreturn]] inline void __trap() { cuda_on_cpu::fail("trap"); }
