@@ -1,9 +1,10 @@
-"""The command line: `python -m prep build|inspect|verify|train-tokenizer`."""
+"""The command line: `python -m prep build|inspect|verify|report|convert|train-tokenizer`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every shard against the manifest")
     verify.add_argument("out", help="the data set")
     verify.set_defaults(command=_verify)
+
+    report = commands.add_parser("report", help="write a page of plots and samples, and its figures as JSON")
+    report.add_argument("out", help="the data set")
+    report.add_argument("--to", help="the folder to write into; the data set's own if not given")
+    report.set_defaults(command=_report)
+
+    convert = commands.add_parser("convert", help="JSON files to parquet files with a text column, folder to folder")
+    convert.add_argument("folder", help="searched at any depth for .jsonl, .json, also .gz and .zst")
+    convert.add_argument("to", help="the folder to write into")
+    convert.add_argument("--text", default="text", help="the key that holds the text")
+    convert.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    convert.set_defaults(command=_convert)
 
     train = commands.add_parser("train-tokenizer", help="train a byte-level BPE on the sources of a configuration")
     train.add_argument("config", help="yamls/prep/NAME.yaml")
@@ -114,6 +127,22 @@ def _verify(options: argparse.Namespace) -> int:
     manifest = verify(options.out)
     packs = sum(stream.packs for stream in manifest.streams)
     print(f"{options.out}: whole; {len(manifest.streams)} streams, {packs:,} packs, {manifest.fingerprint}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from prep.report import write_report
+
+    print(write_report(options.out, to=options.to))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from prep.conversion import convert
+
+    for file in convert(options.folder, options.to, text=options.text, workers=options.workers):
+        rejected = "".join(f", {count} left out: {reason}" for reason, count in file.rejected.items())
+        print(f"{file.name}: {file.documents:,} documents{rejected}{' (was there)' if file.was_there else ''}")
     return 0
 
 

@@ -1,0 +1,73 @@
+"""JSON to parquet, folder to folder."""
+
+from __future__ import annotations
+
+import gzip
+
+import pyarrow.parquet as pq
+import pytest
+
+from prep.conversion import convert
+from prep.readers import InputError
+from streaming_rwkv.config import UserError
+
+
+def test_a_folder_becomes_a_folder_of_the_same_shape(tmp_path, write_lines):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one", "二"], url="u")
+    write_lines(tmp_path / "in" / "deep" / "c4-train.0.json.gz", ["three"])
+    with (tmp_path / "in" / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": null}\n')
+    converted = list(convert(str(tmp_path / "in"), tmp_path / "out"))
+    assert [(file.name, file.documents, file.rejected) for file in converted] == [
+        ("a.jsonl", 2, {"'text' is null": 1}),
+        ("deep/c4-train.0.json.gz", 1, {}),
+    ]
+    table = pq.read_table(tmp_path / "out" / "a.parquet")
+    assert table.column_names == ["text"]
+    assert table["text"].to_pylist() == ["one", "二"]
+    assert pq.read_table(tmp_path / "out" / "deep" / "c4-train.0.parquet")["text"].to_pylist() == ["three"]
+
+
+def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_lines):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one"])
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
+    write_lines(tmp_path / "in" / "a.jsonl", ["two"])
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
+
+
+def test_another_key(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out", text="content"))
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["one"]
+
+
+def test_processes_give_the_same_files(tmp_path, write_lines):
+    for number in range(3):
+        write_lines(tmp_path / "in" / f"{number}.jsonl.gz", [f"text {number}"])
+    list(convert(str(tmp_path / "in"), tmp_path / "one"))
+    list(convert(str(tmp_path / "in"), tmp_path / "two", workers=2))
+    for number in range(3):
+        name = f"{number}.parquet"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_broken_file_leaves_no_half_a_parquet(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-20])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: broken gzip"):
+        list(convert(str(tmp_path), tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_files_that_would_meet_are_refused(tmp_path, write_lines):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    write_lines(tmp_path / "a.json.gz", ["two"])
+    with pytest.raises(UserError, match=r"a\.json\.gz, a\.jsonl would all become .*a\.parquet"):
+        list(convert(str(tmp_path), tmp_path / "out"))
+
+
+def test_nothing_to_convert(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="no JSON file below it"):
+        list(convert(str(tmp_path), tmp_path / "out"))
