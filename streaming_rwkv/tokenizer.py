@@ -40,6 +40,8 @@ WORLD_NAME = "rwkv-world"
 WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
 RECORD_NAME = "record.json"
 _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+# What `Tokenizer.save` writes, by kind: where folders cannot be listed, a reader asks for these.
+SAVED_FILES = {"huggingface": [*_HUB_FILES, RECORD_NAME], "rwkv-world": [WORLD_VOCABULARY, RECORD_NAME]}
 
 
 class TokenizerError(UserError):
@@ -155,7 +157,11 @@ def load_tokenizer(
         return _load_folder(path, bos_token=bos_token, eos_token=eos_token)
     if path.is_file():
         return _load_file(
-            path, name=path.name, named=_special_names(path.parent), bos_token=bos_token, eos_token=eos_token
+            path,
+            name=path.resolve().parent.name,
+            named=_special_names(path.parent),
+            bos_token=bos_token,
+            eos_token=eos_token,
         )
     name = str(name_or_path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in (".json", ".model", ".txt"):
