@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m streaming_rwkv.demo demo-out
+	$(BIN)/python demo.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -47,7 +47,11 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
     if malformed:
         raise ConfigError(f"command line: {malformed[0]!r} is not an override; write key=value, e.g. seed=17")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.load(path)
+        for override in overrides:
+            key, _, value = override.partition("=")
+            # One at a time: merging a dotlist as a whole cannot reach into lists (data.stages.0.tokens=…).
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from streaming_rwkv.shards import (
     FORMAT,
     INDEX_NAME,
     MANIFEST_NAME,
+    TOKENIZER_FOLDER,
     Manifest,
     ShardRecord,
     SourceBooks,
@@ -22,6 +25,7 @@ from streaming_rwkv.shards import (
     columns,
     stream_path,
 )
+from streaming_rwkv.tokenizer import load_tokenizer
 
 VOCAB_SIZE = 97
 PACK_TOKENS = 64
@@ -85,6 +89,17 @@ def write_stream(
     )
 
 
+def _save_tokenizer(folder: Path) -> TokenizerRecord:
+    """Tokens w0 … w96 for the ids 0 … 96; w0 begins and ends a document."""
+    folder.mkdir(parents=True)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.add_special_tokens(["w0"])
+    words.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder, bos_token="w0", eos_token="w0")
+    tokenizer.save(folder)
+    return tokenizer.record()
+
+
 def _write_data_set(
     folder: Path,
     train: Mapping[tuple[str, int, int], int],
@@ -120,9 +135,7 @@ def _write_data_set(
         format=FORMAT,
         pack_tokens=PACK_TOKENS,
         edges=sorted({s.upper for s in streams}),
-        tokenizer=TokenizerRecord(
-            kind="huggingface", name="counting", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0
-        ),
+        tokenizer=_save_tokenizer(folder / TOKENIZER_FOLDER),
         config={},
         books=books,
         streams=streams,

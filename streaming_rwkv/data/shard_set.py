@@ -27,6 +27,7 @@ from streaming_rwkv.processes import FolderLock, lock_folder
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
+    TOKENIZER_FOLDER,
     DataError,
     Manifest,
     StreamRecord,
@@ -34,6 +35,7 @@ from streaming_rwkv.shards import (
     parse_manifest,
     sha256_of_file,
 )
+from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,24 @@ def open_shard_set(
         with ThreadPoolExecutor(8) as executor:
             list(executor.map(check, records))
     return ShardSet(location=location, manifest=manifest, cache=folder, lock=lock)
+
+
+def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
+    """Put the data set's tokenizer beside a run, so that its checkpoints can be tried and exported without the data.
+
+    Raises:
+        DataError: what lies there is not the tokenizer that the manifest names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
+    for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
+        _fetch(f"{source}/{name}", folder / name, timeout_seconds=60)
+    found = load_tokenizer(folder).sha256
+    if found != shard_set.manifest.tokenizer.sha256:
+        raise DataError(
+            f"{source}: tokenizer {found[:16]}… is not the one that made the tokens "
+            f"({shard_set.manifest.tokenizer.sha256[:16]}…); restore it, or rebuild with `python -m prep build`"
+        )
 
 
 def _fetch(remote: str, local: Path, *, timeout_seconds: float) -> bytes:

@@ -16,17 +16,18 @@ from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
 from omegaconf import OmegaConf
+from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
-from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
+from streaming_rwkv.data.shard_set import ShardSet, copy_tokenizer, open_shard_set
 from streaming_rwkv.model.checkpoint import infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import die_with_parent, lock_folder
-from streaming_rwkv.shards import StreamRecord, TokenizerRecord
+from streaming_rwkv.shards import TOKENIZER_FOLDER, StreamRecord, TokenizerRecord
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
@@ -38,7 +39,7 @@ from streaming_rwkv.train.checkpoint import (
 )
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
-from streaming_rwkv.train.optimizer import build_optimizer
+from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ def train(config: RunConfig) -> int:
     dist.barrier()
     prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False)
     root = save_folder / "checkpoints"
+    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
     checkpoint = newest_checkpoint(root)
     if checkpoint is not None:
         check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
@@ -181,6 +183,7 @@ def train(config: RunConfig) -> int:
             show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
             return 0
     if is_leader():
+        copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER)
         write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         start = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
@@ -200,9 +203,9 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
 
     network = RWKV7(prepared.model)
-    if config.model.init_from is not None and checkpoint is None:
+    if checkpoint is None and config.model.init_from is not None:
         load_state(network, read_state(config.model.init_from), where=config.model.init_from)
-    else:
+    elif checkpoint is None:
         initialize(network, seed=config.seed)
     model = RWKV7ForTraining(
         network,
@@ -272,6 +275,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         save_folder=None,
         autoresume=False,
     )
+    _average_gradients(network)
     if checkpoint is not None:
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)
         _go_on_at(trainer, train_set, checkpoint)
@@ -287,6 +291,28 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         raise RuntimeError(f"the loader ended after {steps} of {plan.steps} steps")
     show(f"stopped at step {steps} of {plan.steps} as asked; the same command goes on from there")
     return STOPPED_EARLY
+
+
+def _average_gradients(network: RWKV7) -> None:
+    """Where the backend gives the sum of gradients for their mean (gloo on torch 2.7), divide it.
+
+    AdamW hardly notices a common factor, but gradient norms and clipping do. The backend is asked, not its version.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return
+    ones = torch.ones(world_size, device=next(network.parameters()).device)
+    mean = torch.empty(1, device=ones.device)
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    if mean.item() == 1:
+        return
+
+    def divide(gradient: torch.Tensor) -> None:
+        gradient.div_(world_size)
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(divide)
 
 
 def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) -> None:
