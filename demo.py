@@ -94,7 +94,7 @@ def main() -> None:
             "--to", str(OUT / "tokenizer"))  # fmt: skip
     run("python", "-m", "prep", "build", "yamls/prep/demo.yaml")
     run("composer", "-n", "1", "train.py", "yamls/demo.yaml")
-    run("python", "-m", "streaming_rwkv.generate", str(OUT / "run"), "def main():\n", "--tokens", "60")
+    run("python", "-m", "streaming_rwkv.generate", str(OUT / "run"), "def main():\n", "--max-tokens", "60")
     report(OUT / "run")
 
 
