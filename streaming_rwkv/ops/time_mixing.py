@@ -18,6 +18,7 @@ from streaming_rwkv.ops.reference import state_dtype, wkv7_reference
 logger = logging.getLogger(__name__)
 
 HEAD_SIZE = 64  # of the kernels
+INPUTS = ("r", "log_decay", "k", "v", "a", "b")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -73,7 +74,7 @@ def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens:
     r = inputs[0]
     if r.ndim != 4:
         raise ValueError(f"wkv7: r has shape {tuple(r.shape)}, expected (B, T, H, N)")
-    for name, x in zip(("log_decay", "k", "v", "a", "b"), inputs[1:], strict=True):
+    for name, x in zip(INPUTS[1:], inputs[1:], strict=True):
         if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
             raise ValueError(
                 f"wkv7: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, r is {tuple(r.shape)} {r.dtype} on "

@@ -1,0 +1,79 @@
+"""The CUDA source without a GPU: what its emulation notices, and what NVRTC makes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from streaming_rwkv.ops import cuda
+from streaming_rwkv.ops.build import KernelError, kernel_source
+from streaming_rwkv.ops.testing import Case, errors, make_case, run_reference
+
+BARRIER = "__syncthreads();"
+SOURCE = kernel_source("wkv7/wkv7.cu")
+BuildKernel = Callable[..., Callable[[Case], dict[str, torch.Tensor]]]
+
+
+def without_barrier(number: int, path: Path) -> Path:
+    pieces = SOURCE.read_text().split(BARRIER)
+    path.write_text(BARRIER.join(pieces[: number + 1]) + BARRIER.join(pieces[number + 1 :]))
+    return path
+
+
+def worst_error(kernel: Callable[[Case], dict[str, torch.Tensor]], case: Case) -> float:
+    found = errors(kernel(case), run_reference(case)).values()
+    return max(error if error == error else float("inf") for error in found)
+
+
+@pytest.mark.parametrize("number", range(SOURCE.read_text().count(BARRIER)))
+def test_each_barrier_is_missed(
+    cuda_on_cpu: BuildKernel, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a broken kernel is not worth keeping
+    source = without_barrier(number, tmp_path / "wkv7.cu")
+    case = make_case([70], heads=1)
+    assert max(worst_error(cuda_on_cpu(source=source, seed=seed), case) for seed in range(3)) > 1e-3
+
+
+def test_the_order_of_threads_changes_no_bit(cuda_on_cpu: BuildKernel) -> None:
+    case = make_case([40, 17])
+    first, second = (cuda_on_cpu(seed=seed)(case) for seed in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvrtc_compiles_it_within_bounds(architecture: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("cuda.core", exc_type=ImportError)
+    _, log = cuda.compile_cubin(SOURCE, dtype, architecture)
+    kernels = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
+        r"Used (\d+) registers.*?(\d+) bytes smem",
+        log,
+        flags=re.DOTALL,
+    )
+    assert [name for name, *_ in kernels] == ["wkv7_backward", "wkv7_forward"]
+    for name, *numbers in kernels:
+        stack, spilled, registers, shared = map(int, numbers)
+        print(f"{architecture} {dtype} {name}: {registers} registers, {spilled} bytes spilled, {shared} shared")
+        assert stack == spilled == 0
+        assert registers <= 168  # three blocks of 128 threads in a multiprocessor's 65,536
+        assert shared <= 48 << 10  # what a kernel gets without asking
+
+
+def test_an_architecture_that_nvrtc_does_not_know() -> None:
+    pytest.importorskip("cuda.core", exc_type=ImportError)
+    with pytest.raises(KernelError, match=r"wkv7\.cu: NVRTC does not compile it for sm_10: .*"):
+        cuda.compile_cubin(SOURCE, torch.float32, "sm_10")
+
+
+def test_source_that_does_not_compile_shows_the_compilers_words(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core", exc_type=ImportError)
+    path = tmp_path / "broken.cu"
+    path.write_text('extern "C" __global__ void f() { missing(); }')
+    with pytest.raises(KernelError, match='identifier "missing" is undefined'):
+        cuda.compile_cubin(path, torch.float32, "sm_80")
