@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format s3 clean
+.PHONY: demo test check format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
