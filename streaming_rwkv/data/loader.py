@@ -25,7 +25,7 @@ from streaming.base.shared import SharedArray
 from streaming.base.shared.prefix import _get_path
 from torch.utils.data import DataLoader
 
-from streaming_rwkv.data.batch import blank_pack, collate, count_packs, count_tokens, split_batch
+from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_tokens, finish, join, split_batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
@@ -214,17 +214,26 @@ def training_batches(plan: Plan) -> tuple[Batches, int]:
     return plan.packs, plan.steps
 
 
+class PackLoader(DataLoader[Any]):
+    """Workers read and join packs; the training process makes the batch of them, a fraction of a millisecond."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own iterator class is no part of its use
+        return map(finish, super().__iter__())
+
+
 def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:
     """A loader of this rank's batches, with the counts that Composer needs."""
-    loader: DataLoader[dict[str, Any]] = DataLoader(
+    loader = PackLoader(
         dataset,
         batch_size=dataset.batch_packs // dataset.num_ranks,
-        collate_fn=collate,
+        collate_fn=join,
         num_workers=workers,
         # A worker that neither delivers nor fails must stop the run too.
         timeout=timeout_seconds if workers else 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_init_worker if workers else None,
+        # Whatever the default: workers share the locks and arrays that the data set made.
+        multiprocessing_context="fork" if workers else None,
         persistent_workers=False,
     )
     return DataSpec(
