@@ -20,7 +20,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,8 @@ def save_checkpoint(
         writing.mkdir(parents=True)
     barrier()
     writer = FileSystemWriter(writing, sync_files=True)
-    save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
+    with _quiet_torch():
+        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
     barrier()
     if is_leader():
         files = {
@@ -172,16 +175,20 @@ def save_checkpoint(
         _sync_folder(writing)
         writing.rename(final)
         _sync_folder(root)
-        prune(root, keep=keep)
+        prune(root, keep=keep, last_step=step)
     barrier()
     return final
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, whichever start of the run wrote them."""
+def prune(root: Path, *, keep: int, last_step: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to `last_step`, whichever start of the run wrote them.
+
+    One of a later step is damaged, or the run would have gone on from it: it must not take the place of a whole one.
+    """
     if keep <= 0:
         return
-    for path in sorted(path for path in root.glob("step-*") if NAME.fullmatch(path.name))[:-keep]:
+    found = sorted((int(name[1]), path) for path in root.glob("step-*") if (name := NAME.fullmatch(path.name)))
+    for _, path in [(step, path) for step, path in found if step <= last_step][:-keep]:
         # Renamed first: killed in between, this must not leave a checkpoint with files missing.
         leaving = path.with_name(path.name + WRITING)
         path.rename(leaving)
@@ -203,7 +210,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
         raise CheckpointError(
             f"{checkpoint.path}/{INDEX_NAME}: refused ({error}); it was not written by torch"
         ) from None
-    load_sharded(state, storage_reader=reader, no_dist=not _distributed())
+    with _quiet_torch():
+        load_sharded(state, storage_reader=reader, no_dist=not _distributed())
     # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = state["optimizer"][name]
@@ -270,6 +278,15 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without torch's warnings of what is meant (one process alone) and of its own use of TypedStorage."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
+        yield
 
 
 def _distributed() -> bool:
