@@ -17,6 +17,8 @@ litdata comes with `pip install -e .[bench]`; without it that row is left out.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import statistics
 import tempfile
 import time
@@ -27,17 +29,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from streaming import Stream, StreamingDataset
+from streaming import MDSWriter, Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
-from prep.shard_writer import ShardFormat, write_index, write_shards
 from streaming_rwkv.data.loader import PackDataset, data_spec, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.shards import (
     FORMAT,
+    INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
+    ShardRecord,
     StreamRecord,
     TokenizerRecord,
     columns,
@@ -52,7 +55,6 @@ PACK_TOKENS = 8192
 def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) -> Path:
     """`streams` streams with `packs` packs each, of documents of 32 … 1024 random tokens."""
     rng = np.random.default_rng(0)
-    form = ShardFormat(columns=columns(VOCAB_SIZE), compression_level=1, shard_bytes=shard_bytes)
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         for _ in range(packs):
@@ -71,9 +73,17 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
     for number in range(streams):
         source = f"source-{number}"
         path = folder / stream_path("train", source, "1-1024")
-        path.mkdir(parents=True)
         written = list(generate())
-        shards = write_shards(written, path, form=form)
+        with MDSWriter(
+            out=str(path),
+            columns=columns(VOCAB_SIZE),
+            compression="zstd:1",
+            hashes=["sha256"],
+            size_limit=shard_bytes,
+        ) as writer:
+            for pack in written:
+                writer.write(pack)
+        index = (path / INDEX_NAME).read_bytes()
         pieces = sum(len(pack["lengths"]) for pack in written)
         record = StreamRecord(
             split="train",
@@ -85,8 +95,17 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             targets=sum(len(pack["tokens"]) for pack in written) - pieces,
             bytes=sum(int(pack["bytes"].sum()) for pack in written),
             packs=packs,
-            index_sha256=write_index(shards, path, form=form),
-            shards=[shard.record for shard in shards],
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            shards=[
+                ShardRecord(
+                    basename=shard["zip_data"]["basename"],
+                    bytes=shard["zip_data"]["bytes"],
+                    sha256=shard["zip_data"]["hashes"]["sha256"],
+                    raw_bytes=shard["raw_data"]["bytes"],
+                    packs=shard["samples"],
+                )
+                for shard in json.loads(index)["shards"]
+            ],
         )
         records.append(record)
     manifest = Manifest(

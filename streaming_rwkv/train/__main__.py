@@ -13,15 +13,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="composer train.py", description="Train RWKV-7 from packed MDS shards.")
     parser.add_argument("config", help="a YAML file, e.g. yamls/stage2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the run and one batch, and stop")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="with --dry-run: show a run on so many")
+    options = parser.parse_intermixed_args(arguments)  # options may stand between settings
+    if options.processes < 1:
+        parser.error(f"--processes: found {options.processes}, expected 1 or more")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
         # After the arguments are known: importing torch and composer takes seconds.
         from streaming_rwkv.train.config import RunConfig
+        from streaming_rwkv.train.dry_run import dry_run
         from streaming_rwkv.train.run import train
 
-        return train(load_config(RunConfig, options.config, overrides=options.overrides))
+        config = load_config(RunConfig, options.config, overrides=options.overrides)
+        return dry_run(config, processes=options.processes) if options.dry_run else train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

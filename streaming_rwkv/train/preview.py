@@ -1,12 +1,28 @@
-"""What a run will do, before it does it: the mixture table."""
+"""What a run will do, before it does it: the mixture, what it costs, and one batch as the model will see it."""
 
 from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from streaming_rwkv.data.batch import IGNORED, Batch
 from streaming_rwkv.data.mixture import Plan
+from streaming_rwkv.model.config import RWKV7Config, flops_per_token, parameter_count
+from streaming_rwkv.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the run shows the mixture table as well
+    from streaming_rwkv.train.run import Prepared
+
+GB = 1e9
+# What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py).
+SAVED_BYTES = {"fp32": 184, "amp_bf16": 134}
+RESIDUAL_BYTES = 4  # of which only the block's input is kept with activation checkpointing
+SHOWN_DOCUMENTS = 8
+EDGE_TOKENS = 4
 
 
 def show(what: Table | str) -> None:
@@ -41,4 +57,105 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
             f"! seen more than data.max_repeats = {max_repeats:g} times: {', '.join(too_often)}; "
             "lower their share, or train on fewer tokens"
         )
+    return table
+
+
+def state_bytes(config: RWKV7Config, *, processes: int) -> int:
+    """Weights, gradients and AdamW's two moments, all float32, sharded over the processes."""
+    return 16 * parameter_count(config) // processes
+
+
+def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int) -> int:
+    """An estimate for one microbatch of `tokens`, at the end of its forward pass.
+
+        layers   T·C·184 B in float32, 134 B with bf16 autocast; with checkpointing 4 B for each and one layer's in full
+        head     two buffers of chunk·V float32, its weight's gradient of V·C, and 8 B·T·C round it
+        gathered with FSDP, embedding, head and one layer whole, float32
+
+    The allocator's slack, communication buffers and the CUDA context come on top.
+    """
+    row = tokens * config.hidden_size
+    saved, layers = SAVED_BYTES[precision], config.num_layers
+    kept = row * (layers * RESIDUAL_BYTES + saved if config.activation_checkpointing else layers * saved)
+    words = config.vocab_size * config.hidden_size
+    head = 8 * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
+    per_layer = (parameter_count(config) - 2 * words) // layers
+    return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
+
+
+def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
+    """After which steps a checkpoint is written: every `interval`, and at the end."""
+    return sorted(
+        {*range(interval * (first // interval + 1), steps + 1, interval), *({steps} if first < steps else ())}
+    )
+
+
+def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Table:
+    """Steps, tokens, parameters, FLOPs, memory of a process, and the checkpoints to come."""
+    config, plan, model = prepared.config, prepared.plan, prepared.model
+    per_process = plan.batch_packs // processes
+    microbatch = min(config.microbatch_packs or per_process, per_process)
+    precision = config.precision or ("fp32" if config.device == "cpu" else "amp_bf16")
+    micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens
+    state = state_bytes(model, processes=processes)
+    activations = activation_bytes(model, tokens=micro_tokens, precision=precision, processes=processes)
+    flops = flops_per_token(model)
+    steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
+    shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
+    each = 12 * parameter_count(model)
+    keep = min(config.checkpoint.keep or len(steps), len(steps))
+    table = Table(title="The run", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in {
+        "begins at": f"step {first_step}" + (" (a checkpoint is there)" if first_step else ""),
+        "steps": f"{plan.steps:,} of {plan.batch_packs} packs, about {prepared.total_tokens // plan.steps:,} tokens",
+        "tokens": f"{prepared.total_tokens:,}",
+        "processes": f"{processes}, each with {per_process} packs of a step, {microbatch} in a microbatch",
+        "parameters": f"{parameter_count(model):,} ({model.num_layers} layers of {model.hidden_size}, "
+        f"vocabulary {model.vocab_size:,})",
+        "FLOPs": f"{flops:.3g} per token, {flops * prepared.total_tokens:.3g} in all",
+        "memory, each": f"{(state + activations) / GB:.2f} GB: weights, gradients, moments in float32 "
+        f"{state / GB:.2f}; activations of {micro_tokens:,} tokens in {precision} about {activations / GB:.2f} "
+        "(an estimate: preview.activation_bytes)",
+        "checkpoints": f"{len(steps)} to come, after steps {shown}; about {each / GB:.2f} GB each, "
+        f"{keep} kept: {keep * each / GB:.2f} GB",
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) -> Table:
+    """The first documents of a batch: where they begin and end, their first and last inputs, each with its target."""
+    tokens, targets = batch["tokens"][0].tolist(), batch["targets"][0].tolist()
+    bounds, packs = batch["cu_seqlens"].tolist(), batch["pack_starts"].tolist()
+    pieces = len(bounds) - 1
+    table = Table(
+        title=f"Batch of step {step}: {len(packs) - 1} packs, {pieces} documents, {len(tokens):,} inputs, "
+        f"{batch['num_targets']:,} targets; input → target",
+        title_justify="left",
+        show_lines=True,
+    )
+    table.add_column("pack", justify="right")
+    table.add_column("stream")
+    table.add_column("inputs", justify="right")
+    table.add_column("begins", overflow="fold")
+    table.add_column("ends", overflow="fold")
+
+    def word(token: int) -> str:
+        return "ignored" if token == IGNORED else f"{token} {tokenizer.decode([token])!r}"
+
+    def pairs(low: int, high: int) -> str:
+        return "\n".join(f"{word(tokens[i])} → {word(targets[i])}" for i in range(low, high))
+
+    for low, high in itertools.pairwise(bounds[: SHOWN_DOCUMENTS + 1]):
+        pack = int(np.searchsorted(packs, low, side="right")) - 1
+        record = plan.streams[int(batch["streams"][pack])]
+        edge = min(high, low + EDGE_TOKENS)
+        middle = max(edge, high - EDGE_TOKENS)
+        table.add_row(
+            str(pack), f"{record.source}/{record.bucket}", f"{low} … {high - 1}", pairs(low, edge), pairs(middle, high)
+        )
+    if pieces > SHOWN_DOCUMENTS:
+        table.caption = f"and {pieces - SHOWN_DOCUMENTS} more documents"
     return table

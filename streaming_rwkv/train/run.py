@@ -215,7 +215,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     optimizer = build_optimizer(network, config.optimizer)
 
     batches, num_batches = training_batches(plan)
-    train_set = _dataset(prepared, train_records, batches, num_batches, plan.batch_packs)
+    train_set = open_packs(prepared, train_records, batches, num_batches, plan.batch_packs)
     interval = config.log.interval_steps
     consumption = cb.Consumption(train_records, interval_steps=interval)
     checkpointer = cb.Checkpointer(
@@ -328,9 +328,10 @@ def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) 
     train_set.start_at(checkpoint.step)
 
 
-def _dataset(
+def open_packs(
     prepared: Prepared, records: list[StreamRecord], batches: Batches, num_batches: int, batch_packs: int
 ) -> PackDataset:
+    """The packs of `records` in the order of `batches`, with the options of the configuration's `data`."""
     data = prepared.config.data
     return PackDataset(
         prepared.shard_set,
@@ -352,7 +353,7 @@ def _evaluator(prepared: Prepared, records: list[StreamRecord], checkpointer: cb
     batches, num_batches = evaluation_batches(
         [record.packs for record in records], batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
     )
-    dataset = _dataset(prepared, records, batches, num_batches, batch_packs)
+    dataset = open_packs(prepared, records, batches, num_batches, batch_packs)
     return Evaluator(
         label="eval",
         # In the training process: workers of its own would be started anew for each evaluation.

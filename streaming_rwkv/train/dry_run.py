@@ -1,0 +1,64 @@
+"""`train.py CONFIG --dry-run`: everything that a run does before its first step, shown; then it stops.
+
+It validates the configuration, opens and checks the data, works out the plan and reads one batch through the real
+loader. Nothing is left behind but the cache of shards, which the run will use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.data.batch import Batch
+from streaming_rwkv.data.loader import data_spec, training_batches
+from streaming_rwkv.data.shard_set import copy_tokenizer
+from streaming_rwkv.shards import TOKENIZER_FOLDER
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.checkpoint import check_same_run, newest_checkpoint
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.optimizer import lr_multiplier
+from streaming_rwkv.train.preview import batch_table, mixture_table, show, summary_table
+from streaming_rwkv.train.run import Prepared, open_packs, prepare
+
+
+def dry_run(config: RunConfig, *, processes: int) -> int:
+    """Show what `train` would do on so many processes; returns the exit status.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    prepared = prepare(config, world_size=processes, leader=True)
+    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
+    step = _first_step(prepared)
+    plan = prepared.plan
+    show(mixture_table(plan, max_repeats=config.data.max_repeats))
+    show(summary_table(prepared, processes=processes, first_step=step))
+    if step == plan.steps:
+        show(f"{config.save_folder}: this run is finished ({step} steps); nothing to do")
+        return 0
+    batch, tokenizer = _read(prepared, step)
+    show(batch_table(batch, plan, tokenizer, step=step))
+    return 0
+
+
+def _first_step(prepared: Prepared) -> int:
+    """Where the run would begin: after the newest checkpoint of its save folder, if that is of the same run."""
+    config = prepared.config
+    checkpoint = newest_checkpoint(Path(config.save_folder) / "checkpoints")
+    if checkpoint is None:
+        return 0
+    check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
+    if checkpoint.step > prepared.plan.steps:
+        raise ConfigError(f"{checkpoint.path}: beyond this run's {prepared.plan.steps} steps; train on more tokens")
+    return checkpoint.step
+
+
+def _read(prepared: Prepared, step: int) -> tuple[Batch, Tokenizer]:
+    """The whole global batch of `step`, whatever the number of processes, and what its tokens mean."""
+    folder = prepared.shard_set.cache / TOKENIZER_FOLDER
+    copy_tokenizer(prepared.shard_set, folder)
+    plan, timeout = prepared.plan, prepared.config.data.timeout_seconds
+    dataset = open_packs(prepared, plan.streams, *training_batches(plan), plan.batch_packs)
+    dataset.start_at(step)
+    spec = data_spec(dataset, workers=0, timeout_seconds=timeout)
+    return next(iter(spec.dataloader)), load_tokenizer(folder)

@@ -1,0 +1,144 @@
+"""A look before spending money: what `--dry-run` shows is what the run will do, and it leaves nothing but the cache."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from streaming_rwkv.data.loader import data_spec
+from streaming_rwkv.model.config import RWKV7Config, parameter_count
+from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.train.__main__ import main
+from streaming_rwkv.train.preview import activation_bytes, checkpoint_steps, state_bytes
+
+CONFIG = """
+save_folder: {run}
+device: cpu
+data:
+  path: {data}
+  batch_packs: 4
+  workers: 0
+  stages:
+    - tokens: 4000
+      sources: {{web: 0.75, code: 0.25}}
+    - passes: 1
+      min_length: 17
+model: {{hidden_size: 128, num_layers: 2}}
+checkpoint: {{interval_steps: 10, keep: 2}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, write_data_set, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    data = write_data_set(tmp_path / "data", {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23})
+    file = tmp_path / "run.yaml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", data=data))
+    return file
+
+
+def test_a_dry_run_shows_the_mixture_the_costs_and_a_batch(config, capsys):
+    assert main([str(config), "--dry-run", "--processes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "code   │   1-16" in out
+    assert "25.00% → 2" in out  # effective: whole packs, so not to the last digit
+    model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
+    assert f"{parameter_count(model):,} (2 layers of 128, vocabulary 97)" in out
+    assert "2, each with 2 packs of a step, 2 in a microbatch" in out
+    assert "2 kept" in out
+    assert "Batch of step 0: 4 packs" in out
+
+
+def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeypatch):
+    import streaming_rwkv.train.dry_run as module
+
+    batches = []
+
+    def recorded(*args, **kwargs):
+        spec = data_spec(*args, **kwargs)
+        batches.append(next(iter(spec.dataloader)))
+        return spec
+
+    monkeypatch.setattr(module, "data_spec", recorded)
+    assert main([str(config), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    tokens, last = batches[0]["tokens"][0].tolist(), int(batches[0]["cu_seqlens"][1]) - 1
+    # In the data sets of these tests each target is one more than its input, and id n reads 'wn'.
+    for token in (tokens[0], tokens[last]):
+        assert f"{token} 'w{token}' → {(token + 1) % 97} 'w{(token + 1) % 97}'" in out
+    assert f"0 … {last}" in out
+
+
+def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
+    before = set(os.listdir(tmp_path))
+    assert main([str(config), "--dry-run"]) == 0
+    assert set(os.listdir(tmp_path)) - before == {"run"}
+    assert os.listdir(tmp_path / "run") == ["cache"]
+    assert main([str(config), "--dry-run"]) == 0  # and the cache is free again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "3"], "data.batch_packs: 4 packs do not divide among 3 processes"),
+        (["data.path=/nowhere"], "/nowhere/manifest.json: not there"),
+        (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),
+        (["data.stages.0.sources.code=-1"], "shares must not be negative"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):
+    assert main([str(config), "--dry-run", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_processes_must_be_positive(config, capsys):
+    with pytest.raises(SystemExit):
+        main([str(config), "--dry-run", "--processes", "0"])
+    assert "--processes: found 0, expected 1 or more" in capsys.readouterr().err
+
+
+def test_checkpoints_to_come():
+    assert checkpoint_steps(steps=25, interval=10) == [10, 20, 25]
+    assert checkpoint_steps(steps=30, interval=10, first=10) == [20, 30]
+    assert checkpoint_steps(steps=30, interval=10, first=30) == []
+    assert checkpoint_steps(steps=7, interval=10) == [7]
+
+
+def test_weights_gradients_and_moments_are_shared_out():
+    model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
+    assert state_bytes(model, processes=1) == 16 * sum(p.numel() for p in RWKV7(model).parameters())
+    assert state_bytes(model, processes=4) == state_bytes(model, processes=1) // 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_the_estimate_of_activations_is_what_autograd_keeps(precision, checkpointing):
+    model = RWKV7Config(
+        vocab_size=50, hidden_size=192, num_layers=6, activation_checkpointing=checkpointing, loss_chunk_tokens=32
+    )
+    network = RWKV7(model)
+    initialize(network, seed=1)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(50, (1, 512), generator=torch.Generator().manual_seed(1))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "amp_bf16"),
+    ):
+        network(tokens, cu_seqlens=torch.tensor([0, 200, 512], dtype=torch.int32), targets=tokens)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    row = 512 * 192
+    if checkpointing:  # a block's insides are made again during the backward pass, one at a time
+        counted += row * {"fp32": 184, "amp_bf16": 134}[precision]
+    estimate = activation_bytes(model, tokens=512, precision=precision, processes=1)
+    # A figure to plan with, not to the byte: LoRA ranks and norms depend on the width in other ways.
+    assert estimate == pytest.approx(counted, rel=0.1)
