@@ -93,6 +93,7 @@ def _launch_on_device(device: torch.device, name: str, dtype: torch.dtype, block
     """On torch's current stream of `device`. cuda-core raises what the launch returns."""
     core = _cuda_core()
     with torch.cuda.device(device):
+        core.Device(torch.cuda.current_device()).set_current()  # torch's own context
         kernel = _module(dtype, "sm_{}{}".format(*torch.cuda.get_device_capability(device))).get_kernel(name)
         stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         core.launch(stream, core.LaunchConfig(grid=blocks, block=THREADS), kernel, *arguments)
