@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
 
 
 class UserError(ValueError):
@@ -49,21 +50,28 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
     try:
         merged = OmegaConf.load(path)
         for override in overrides:
-            key, _, value = override.partition("=")
-            # One at a time: merging a dotlist as a whole cannot reach into lists (data.stages.0.tokens=…).
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+            _apply(merged, override)
         values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
+    except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
     return validate(config_type, values, where=str(path), overrides=overrides)
+
+
+def _apply(config: Any, override: str) -> None:
+    """Put one override in its place; merging them all at once cannot reach into lists (data.stages.0.tokens=…)."""
+    key, _, value = override.partition("=")
+    try:
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+    except YAMLError as error:
+        raise ConfigError(f"command line: {override!r}: the value is not valid YAML: {error}") from error
+    except (OmegaConfBaseException, TypeError, IndexError) as error:  # a list's index that is none, or too large
+        raise ConfigError(f"command line: {override!r} leads nowhere in the file: {error}") from error
 
 
 def validate(
