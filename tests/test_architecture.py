@@ -1,0 +1,63 @@
+"""Who imports whom, and what a file may be called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "streaming", "composer", "transformers", "torchmetrics", "boto3", "ray")
+OURS = sorted(path for folder in ("prep", "streaming_rwkv") for path in (ROOT / folder).rglob("*.py"))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `statement`."""
+    program = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "prep.__main__", "prep.pipeline", "prep.config", "streaming_rwkv.config", "streaming_rwkv.shards",
+        "streaming_rwkv.tokenizer", "streaming_rwkv.processes", "streaming_rwkv.train.__main__",
+    ],
+)  # fmt: skip
+def test_preparation_and_the_command_line_start_without_the_training_libraries(module: str) -> None:
+    assert loaded_by(f"import {module}") & set(HEAVY) == set()
+
+
+def test_the_check_above_can_fail() -> None:
+    assert "torch" in loaded_by("import streaming_rwkv.ops")
+
+
+def test_the_import_contracts_hold() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_is_a_folder_of_sources_not_a_package() -> None:
+    """Hugging Face's package `kernels` has that import name."""
+    assert not list((ROOT / "kernels").rglob("*.py"))
+
+
+def test_tests_are_no_packages() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_module_has_a_name_of_the_standard_library() -> None:
+    names = {path.stem for path in OURS} - {"__init__", "__main__"}
+    names |= {path.stem for path in ROOT.glob("*.py")} | {"prep", "streaming_rwkv"}
+    assert names & set(sys.stdlib_module_names) == set()
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT)) for path in OURS if path.stat().st_size and not path.read_text().startswith('"""')
+    ]
+    assert silent == []

@@ -1,0 +1,106 @@
+"""No process outlives its parent, and no two runs write to one folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.processes import lock_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from streaming_rwkv.processes import lock_folder
+lock = lock_folder(Path(sys.argv[1]), what="save folder", remedy="take another")
+print("held", flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+CHILD = """
+import signal, time
+from streaming_rwkv.processes import die_with_parent
+{call}
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_held_folder_is_refused_with_its_holder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    lock = lock_folder(folder, what="save folder", remedy="take another")
+    with pytest.raises(UserError) as caught:
+        lock_folder(folder, what="save folder", remedy="take another")
+    assert str(caught.value) == (
+        f"{folder}: this save folder is in use (by process {os.getpid()}); stop that run, or take another"
+    )
+    lock.release()
+    lock.release()
+    lock_folder(folder, what="save folder", remedy="take another").release()
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"by process {holder.pid}"):
+        lock_folder(tmp_path, what="save folder", remedy="take another")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait(timeout=10)
+    lock_folder(tmp_path, what="save folder", remedy="take another").release()
+
+
+def test_a_shorter_process_number_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("9" * 50)
+    lock = lock_folder(tmp_path, what="save folder", remedy="take another")
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    lock.release()
+
+
+def orphan(call: str) -> psutil.Process:
+    """A child whose parent has just got SIGKILL."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD.format(call=call)], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    with parent.stdout:
+        child = psutil.Process(int(parent.stdout.readline()))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait(timeout=10)
+    return child
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_process_dies_with_its_parent() -> None:
+    child = orphan("die_with_parent()")
+    deadline = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(child)
+
+
+def test_without_the_call_it_would_live_on() -> None:
+    child = orphan("")
+    time.sleep(0.5)
+    assert is_alive(child)
+    child.kill()
