@@ -1,0 +1,404 @@
+"""Whole runs by `composer train.py`: killed at every kind of moment and started again, they are the unbroken run.
+
+A run is stopped where a test wants it by a hook that each of its processes loads (`FREEZE`): the process that is about
+to write the n-th time to the file named there stops itself, and with it the run; then the test sends its signal. The
+processes of a run are found by a word in their environment, whoever their parent is by then: no test passes because
+an orphan finished the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from streaming_rwkv.model.checkpoint import read_state
+from streaming_rwkv.train.checkpoint import newest_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+TAG = "STREAMING_RWKV_TEST_RUN"
+STEPS = 30  # two passes over 60 packs, 4 to a step; checkpoints at 6, 12, …, evaluation at 12, 24 and the end
+SETTINGS = [
+    "model.hidden_size=64", "model.num_layers=1", "data.batch_packs=4", "data.stages.0.passes=2",
+    "checkpoint.interval_steps=6", "evaluation.interval_steps=12", "log.interval_steps=5", "log.tensorboard=false",
+]  # fmt: skip
+TRAIN = {("web", 1, 16): 24, ("web", 17, 32): 20, ("code", 1, 16): 16}
+VALIDATION = {("web", 1, 16): 4, ("code", 1, 16): 3}
+
+FREEZE = """
+import os, signal, sys
+
+suffix, _, number = os.environ.get("FREEZE_AT", "").rpartition(":")
+if suffix:
+    count = 0
+
+    def hook(event, arguments):
+        global count
+        if event == "open" and str(arguments[0]).endswith(suffix) and (arguments[1] or "r")[0] in "aw":
+            count += 1
+            if count == int(number):
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.addaudithook(hook)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    launcher: subprocess.Popen[bytes]
+    tag: str
+    log: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that descends from the launcher, and the launcher."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(TAG) == self.tag and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:  # gone, or not ours
+                continue
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        children = psutil.Process(self.launcher.pid).children()
+        return [process for process in children if "train.py" in " ".join(process.cmdline())]
+
+    def wait_until_frozen(self) -> psutil.Process:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            for process in self.processes():
+                try:
+                    if process.status() == psutil.STATUS_STOPPED:
+                        return process
+                except psutil.Error:
+                    continue
+            assert self.launcher.poll() is None, f"ended before it was frozen:\n{self.log.read_text()}"
+            time.sleep(0.1)
+        raise AssertionError(f"not frozen in time:\n{self.log.read_text()}")
+
+    def kill_all(self) -> None:
+        killed = 0
+        while processes := self.processes():
+            for process in processes:
+                try:
+                    process.kill()
+                    killed += 1
+                except psutil.NoSuchProcess:
+                    continue
+        assert killed >= 2  # the launcher and a rank at least
+        self.launcher.wait(timeout=10)
+
+    def assert_nothing_left(self, *, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"still there: {[(process.pid, process.cmdline()) for process in left]}"
+
+    def finish(self, *, seconds: float = 300) -> tuple[int, str]:
+        """Exit status and output, once all processes are gone."""
+        status = self.launcher.wait(timeout=seconds)
+        self.assert_nothing_left()
+        return status, self.log.read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """A data set, and the hook's folder."""
+
+    data: Path
+    folder: Path
+
+    @contextmanager
+    def run(
+        self, save_folder: Path, *overrides: str, processes: int = 1, freeze_at: str = "", data: Path | None = None
+    ) -> Iterator[Run]:
+        tag = uuid.uuid4().hex
+        environment = os.environ | {
+            TAG: tag, "FREEZE_AT": freeze_at, "PYTHONPATH": str(self.folder / "hook"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [
+            Path(sys.executable).with_name("composer"), "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
+            f"data.path={data or self.data}", f"save_folder={save_folder}", *SETTINGS, *overrides,
+        ]  # fmt: skip
+        log = self.folder / f"{tag}.log"
+        with open(log, "wb") as output:
+            launcher = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        run = Run(launcher=launcher, tag=tag, log=log)
+        try:
+            yield run
+        finally:
+            for process in run.processes():
+                process.kill()
+            launcher.wait(timeout=10)
+
+    def train(self, save_folder: Path, *overrides: str, **options: Any) -> tuple[int, str]:
+        with self.run(save_folder, *overrides, **options) as run:
+            return run.finish()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path]) -> Workplace:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(FREEZE)
+    return Workplace(data=write_data_set(folder / "data", TRAIN, validation=VALIDATION), folder=folder)
+
+
+def train_losses(save_folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (save_folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
+
+
+def validation_losses(save_folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (save_folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["validation/loss/all"]) for line in lines if "validation/loss/all" in line]
+
+
+def checkpoints(save_folder: Path) -> list[str]:
+    return sorted(path.name for path in (save_folder / "checkpoints").iterdir())
+
+
+def newest_step(save_folder: Path) -> int:
+    checkpoint = newest_checkpoint(save_folder / "checkpoints")
+    return checkpoint.step if checkpoint else 0
+
+
+def last_weights(save_folder: Path) -> dict[str, torch.Tensor]:
+    return read_state(save_folder / "checkpoints" / f"step-{STEPS:08}")
+
+
+def assert_same_run(save_folder: Path, reference: Path) -> None:
+    """To the last bit: weights, and the loss of each step, which stands there once."""
+    weights, expected = last_weights(save_folder), last_weights(reference)
+    assert weights.keys() == expected.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
+    assert train_losses(save_folder) == train_losses(reference)
+    assert validation_losses(save_folder) == validation_losses(reference)
+    mark, expected_mark = (newest_checkpoint(folder / "checkpoints").mark for folder in (save_folder, reference))  # type: ignore[union-attr]
+    assert [mark[key] for key in ("tokens", "samples", "consumed")] == [
+        expected_mark[key] for key in ("tokens", "samples", "consumed")
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Workplace) -> Path:
+    status, output = place.train(place.folder / "unbroken")
+    assert status == 0, output
+    return place.folder / "unbroken"
+
+
+@pytest.fixture(scope="module")
+def unbroken_with_two(place: Workplace) -> Path:
+    status, output = place.train(place.folder / "unbroken-2", processes=2)
+    assert status == 0, output
+    return place.folder / "unbroken-2"
+
+
+def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
+    losses = train_losses(unbroken)
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert losses[-1][1] < losses[0][1] - 1
+    assert [step for step, _ in validation_losses(unbroken)] == [12, 24, 30]
+    assert checkpoints(unbroken) == ["step-00000018", "step-00000024", "step-00000030"]
+    mark = newest_checkpoint(unbroken / "checkpoints").mark  # type: ignore[union-attr]
+    assert mark["samples"] == 2 * (24 + 20 + 16)
+    assert mark["tokens"] == sum(mark["consumed"].values())
+
+
+def test_two_processes_train_as_one_does(unbroken: Path, unbroken_with_two: Path) -> None:
+    """The same packs in every step; sums over ranks round in another order."""
+    for (step, one), (_, two) in zip(train_losses(unbroken), train_losses(unbroken_with_two), strict=True):
+        assert two == pytest.approx(one, abs=1e-5 * 3 ** (step / 10)), step
+
+
+def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
+    folder = place.folder / "killed"
+    with place.run(folder, freeze_at="/metrics.jsonl:9") as run:  # step 9 is done, but not yet in the log
+        run.wait_until_frozen()
+        assert newest_step(folder) == 6
+        status, output = place.train(folder)
+        assert status == 1
+        assert "this save folder is in use (by process" in output
+        assert "give this run its own `save_folder`" in output
+        run.kill_all()
+        run.assert_nothing_left(seconds=0)
+
+    with place.run(folder, freeze_at="step-00000012.writing/complete.json.tmp:1") as run:
+        run.wait_until_frozen()
+        assert "going on from" in run.log.read_text()
+        assert "step-00000006" in run.log.read_text()
+        assert checkpoints(folder) == ["step-00000006", "step-00000012.writing"]
+        run.kill_all()
+        run.assert_nothing_left(seconds=0)
+    assert newest_step(folder) == 6
+
+    with place.run(folder, "data.workers=2", freeze_at="/metrics.jsonl:11") as run:
+        frozen = run.wait_until_frozen()  # step 16 (with the evaluation after 12, the 11th line after step 6)
+        assert newest_step(folder) == 12
+        os.kill(frozen.pid, signal.SIGCONT)
+        os.kill(run.launcher.pid, signal.SIGKILL)  # alone
+        run.launcher.wait(timeout=10)
+        run.assert_nothing_left(seconds=10)
+    assert newest_step(folder) < STEPS
+
+    before = newest_step(folder)
+    status, output = place.train(folder, "data.workers=0")
+    assert status == 0, output
+    assert f"step-{before:08}" in output.replace("\n", "")
+    assert_same_run(folder, unbroken)
+
+    status, output = place.train(folder)
+    assert status == 0
+    assert "this run is finished (30 steps); nothing to do" in output
+    assert_same_run(folder, unbroken)
+
+
+def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_with_two: Path) -> None:
+    folder = place.folder / "killed-2"
+    with place.run(folder, processes=2, freeze_at="/metrics.jsonl:9") as run:
+        run.wait_until_frozen()
+        assert len(run.ranks()) == 2
+        assert newest_step(folder) == 6
+        run.kill_all()
+        run.assert_nothing_left(seconds=0)
+
+    with place.run(folder, processes=2, freeze_at="step-00000012.writing/__0_0.distcp:1") as run:
+        frozen = run.wait_until_frozen()
+        assert "step-00000006" in run.log.read_text()
+        os.kill(run.launcher.pid, signal.SIGKILL)
+        run.launcher.wait(timeout=10)
+        run.assert_nothing_left(seconds=10)  # one rank stopped, the other waiting for it
+        assert not psutil.pid_exists(frozen.pid)
+    assert newest_step(folder) == 6
+
+    status, output = place.train(folder, processes=2)
+    assert status == 0, output
+    assert_same_run(folder, unbroken_with_two)
+
+
+def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Workplace, unbroken: Path) -> None:
+    folder = place.folder / "moved"
+    for processes, microbatch, step, freeze_at in ((1, 4, 9, "/metrics.jsonl:9"), (2, 1, 16, "/metrics.jsonl:8")):
+        overrides = [f"microbatch_packs={microbatch}"]
+        with place.run(folder, *overrides, processes=processes, freeze_at=freeze_at) as run:
+            frozen = run.wait_until_frozen()
+            for rank in run.ranks():
+                rank.send_signal(signal.SIGTERM)
+            os.kill(frozen.pid, signal.SIGCONT)
+            status, output = run.finish()
+        assert status == 143, output
+        assert f"stopped at step {step} of 30 as asked; the same command goes on from there" in output
+        assert newest_step(folder) == step
+    status, output = place.train(folder)
+    assert status == 0, output
+    assert "step-00000016" in output.replace("\n", "")
+    losses, expected = train_losses(folder), train_losses(unbroken)
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    for (step, loss), (_, other) in zip(losses, expected, strict=True):
+        assert loss == pytest.approx(other, abs=1e-5 * 3 ** (step / 10)), step
+    consumed, expected_consumed = (
+        newest_checkpoint(path / "checkpoints").mark["consumed"]  # type: ignore[union-attr]
+        for path in (folder, unbroken)
+    )
+    assert consumed == expected_consumed
+
+
+def changed_manifest(data: Path, to: Path) -> Path:
+    """The data set with another tokenizer in its manifest, and so another data set."""
+    shutil.copytree(data, to)
+    manifest = json.loads((to / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "f" * 64
+    (to / "manifest.json").write_text(json.dumps(manifest))
+    return to
+
+
+def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
+    place: Workplace, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(unbroken, folder, ignore=shutil.ignore_patterns("step-00000030"))
+    other = changed_manifest(place.data, tmp_path / "other")
+    status, output = place.train(folder, "data.batch_packs=2", "data.stages.0.passes=1", data=other)
+    assert status == 1
+    for name in (
+        "batch_packs: the checkpoint has 4, this run 2",
+        "data: the checkpoint has ",
+        "mixture: ",
+        "tokenizer:",
+    ):
+        assert f"\n  {name}" in output
+    assert "checkpoint.allow_changed=[batch_packs,data,mixture,tokenizer]" in output
+    assert checkpoints(folder) == ["step-00000018", "step-00000024"]
+
+    status, output = place.train(folder, "data.batch_packs=3", "checkpoint.allow_changed=[batch_packs]")
+    assert status == 0, output
+    assert "going on from" in output
+    assert newest_step(folder) == 40
+
+
+def damaged_shard(data: Path, to: Path, *, how: str) -> Path:
+    shutil.copytree(data, to)
+    (shard,) = (to / "train" / "web" / "17-32").glob("*.zstd")
+    if how == "missing":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    return to
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("how", "text"), [("missing", "cannot be fetched"), ("corrupt", "does not have the hash that the index gives")]
+)
+def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
+    how: str, text: str, workers: int, place: Workplace, tmp_path: Path
+) -> None:
+    data = damaged_shard(place.data, tmp_path / "data", how=how)
+    with place.run(tmp_path / "run", f"data.workers={workers}", data=data) as run:
+        while "starting at step 0" not in run.log.read_text():
+            assert run.launcher.poll() is None, run.log.read_text()
+            time.sleep(0.1)
+        status, output = run.finish(seconds=60)
+    assert status != 0
+    assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unknown_key_is_named_with_its_neighbour(workers: int, place: Workplace, tmp_path: Path) -> None:
+    with place.run(tmp_path / "run", "data.stgaes=1", f"data.workers={workers}") as run:
+        status, output = run.finish(seconds=60)
+    assert status == 1
+    assert "command line: data.stgaes: unknown key; did you mean 'stages'?" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(workers: int, place: Workplace, tmp_path: Path) -> None:
+    data = changed_manifest(place.data, tmp_path / "data")
+    with place.run(tmp_path / "run", f"data.workers={workers}", data=data) as run:
+        status, output = run.finish(seconds=60)
+    assert status == 1
+    assert "is not the one that made the tokens (ffffffffffffffff…)" in output
+    assert "Traceback" not in output
