@@ -76,7 +76,7 @@ class PrepConfig(Config):
     """zstd's. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
     shard_bytes: int = Field(default=1 << 26, ge=1 << 10, lt=1 << 32)
     """The most uncompressed bytes in a shard."""
-    unit_bytes: int = Field(default=1 << 24, ge=1)
+    unit_bytes: int = Field(default=1 << 23, ge=1)
     """Input for one unit of work, where the format can be cut there."""
     window_tokens: int = Field(default=1 << 24, ge=1)
     """Tokens of one bucket that are packed together: what bounds the memory of packing."""

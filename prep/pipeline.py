@@ -123,37 +123,30 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
             observer.step("counting", total=sum(unit.input_bytes for unit in units))
-            return _collect(run, count_unit, units, lambda index, _: observer.done(units[index].input_bytes))
+            return _collect(run, count_unit, units, [unit.input_bytes for unit in units], observer)
 
 
 def _do_all(job: Job, run: Run, observer: Observer) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
-    units = job.units
-    observer.step("tokenizing", total=sum(unit.input_bytes for unit in units))
-    units_done: list[UnitRecord] = _collect(
-        run, do_unit, units, lambda index, _: observer.done(units[index].input_bytes)
-    )
-    _check_not_empty(job, units_done)
-    ranges = plan_ranges(units_done) if job.config.deduplicate == "exact" else []
-    observer.step("finding duplicates", total=len(ranges))
-    _collect(run, do_range, ranges, lambda index, _: observer.done(1))
-    windows = plan_windows(job, units_done, duplicate_ranges=len(ranges))
-    sizes = [sum(block.tokens for _, block in window.blocks) for window in windows]
-    observer.step("packing", total=sum(sizes))
-    # The largest first, so that no worker is left alone with one at the end.
-    order = sorted(range(len(windows)), key=lambda index: -sizes[index])
-    done = _collect(
-        run, do_window, [windows[index] for index in order], lambda index, _: observer.done(sizes[order[index]])
-    )
-    windows_done = [done[order.index(index)] for index in range(len(windows))]
-    return units_done, windows, windows_done
+    def step(name: str, task: Task, items: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+        observer.step(name, total=sum(sizes))
+        return _collect(run, task, items, sizes, observer)
+
+    units = step("tokenizing", do_unit, job.units, [unit.input_bytes for unit in job.units])
+    _check_not_empty(job, units)
+    ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
+    step("finding duplicates", do_range, ranges, [1] * len(ranges))
+    windows = plan_windows(job, units, duplicate_ranges=len(ranges))
+    records = step("packing", do_window, windows, [window.tokens for window in windows])
+    return units, windows, records
 
 
-def _collect(run: Run, task: Task, items: Sequence[Any], on_done: Callable[[int, Any], None]) -> list[Any]:
-    """The results in the order of the items."""
+def _collect(run: Run, task: Task, items: Sequence[Any], sizes: Sequence[int], observer: Observer) -> list[Any]:
+    """The results in the order of the items. Large ones are begun first, or one would keep everybody waiting."""
+    order = sorted(range(len(items)), key=lambda index: -sizes[index])
     results: dict[int, Any] = {}
-    for index, result in run(task, items):
-        results[index] = result
-        on_done(index, result)
+    for place, result in run(task, [items[index] for index in order]):
+        results[order[place]] = result
+        observer.done(sizes[order[place]])
     return [results[index] for index in range(len(items))]
 
 

@@ -46,6 +46,10 @@ class Window(Config):
         return stream_path(self.split, self.source, bucket_name(self.lower, self.upper))
 
     @property
+    def tokens(self) -> int:
+        return sum(block.tokens for _, block in self.blocks)
+
+    @property
     def name(self) -> str:
         return f"windows/{self.stream}/{self.number:06}"
 
@@ -126,7 +130,7 @@ def do_window(job: Job, window: Window, report: Report) -> WindowRecord:
 
 def _read(job: Job, window: Window) -> tuple[Pieces, tuple[int, int]]:
     """The window's pieces without duplicates, and how many documents and targets those had."""
-    tokens = np.empty(sum(block.tokens for _, block in window.blocks), job.token_dtype)
+    tokens = np.empty(window.tokens, job.token_dtype)
     found: list[dict[str, NDArray[np.unsignedinteger]]] = []
     repeats: list[NDArray[np.bool_]] = []
     duplicates = Duplicates(job, ranges=window.duplicate_ranges)

@@ -18,7 +18,7 @@ import yaml
 
 from prep.config import PrepConfig
 from prep.pipeline import build
-from prep.units import UnitRecord, unit_name
+from prep.units import UnitRecord
 from prep.verification import verify
 from prep.work import done_folder, load_done, locked
 
@@ -205,19 +205,22 @@ def test_finished_units_are_not_done_again(small, tmp_path, monkeypatch):
 def test_a_damaged_unit_is_done_again(small, tmp_path, monkeypatch):
     build(small(out=str(tmp_path / "whole")))
     interrupted_after(3, small(), monkeypatch)
-    file = tmp_path / "out" / ".prep" / "done" / unit_name(1) / "pieces.bin"
-    damaged = bytearray(file.read_bytes())
-    damaged[100] ^= 1
-    file.write_bytes(damaged)
-    assert load_done(tmp_path / "out" / ".prep", unit_name(1), UnitRecord) is None
-    assert load_done(tmp_path / "out" / ".prep", unit_name(0), UnitRecord) is not None
+    work = tmp_path / "out" / ".prep"
+    damaged, whole, _ = sorted(f"units/{folder.name}" for folder in (work / "done" / "units").iterdir())
+    file = done_folder(work, damaged) / "pieces.bin"
+    content_of_file = bytearray(file.read_bytes())
+    content_of_file[100] ^= 1
+    file.write_bytes(content_of_file)
+    assert load_done(work, damaged, UnitRecord) is None
+    assert load_done(work, whole, UnitRecord) is not None
     build(small())
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_unit_without_its_record_is_done_again(small, tmp_path, monkeypatch):
     interrupted_after(2, small(), monkeypatch)
-    (done_folder(tmp_path / "out" / ".prep", unit_name(0)) / "record.json").write_text("{")
+    record = next((tmp_path / "out" / ".prep" / "done" / "units").glob("*/record.json"))
+    record.write_text("{")
     build(small())
     verify(tmp_path / "out")
 
