@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     Raises:
         UserError: a path that is not there, or nothing readable below them.
     """
+    paths = [path if path.startswith("s3://") else os.path.normpath(os.path.expanduser(path)) for path in paths]
     found = {file: (size, changed_ns) for path in paths for file, size, changed_ns in _walk(source, path)}
     if not found:
         raise UserError(
@@ -52,17 +54,19 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
 def _common_root(files: list[str], paths: list[str]) -> str:
     """What all names are relative to: the folder that was given, or the nearest one above all that were."""
     folders = [path.rstrip("/") for path in paths if path.rstrip("/") not in files and not glob.has_magic(path)]
-    single = [os.path.dirname(file) for file in files if not any(file.startswith(f"{folder}/") for folder in folders)]
-    root = os.path.commonpath([*folders, *single])
-    return root.rstrip("/") + "/" if root else ""
+    single = [file.rpartition("/")[0] for file in files if not any(file.startswith(f"{above}/") for above in folders)]
+    # Not os.path.commonpath, which makes one slash of the two in s3://.
+    parts = [folder.split("/") for folder in (*folders, *single)]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    root = "/".join(level[0] for level in shared)
+    return f"{root}/" if root else ""
 
 
 def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
     if path.startswith("s3://"):
         yield from _walk_s3(source, path)
         return
-    expanded = os.path.expanduser(path)
-    matches = sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else [expanded]
+    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
     for match in matches:
         if os.path.isdir(match):
             for folder, folders, files in os.walk(match, followlinks=True):

@@ -68,3 +68,8 @@ def test_what_cannot_be_found_names_the_source_and_the_path(tree, path, message)
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         find_files("s", [str(tree / path)])
+
+
+def test_a_path_with_a_trailing_slash_is_the_same_folder(tree):
+    assert [file.name for file in find_files("s", [f"{tree}/a/"])] == names(tree, "a")
+    assert [file.name for file in find_files("s", [f"{tree}/a", f"{tree}//b/../a"])] == names(tree, "a")
