@@ -2,7 +2,7 @@
 
     python -m venv .venv-peers
     .venv-peers/bin/pip install 'datatrove[io]==0.10.0' datasets transformers
-    python bench/prep.py --corpus ../shared/corpus --tokenizer FOLDER
+    python bench/prep.py --corpus CORPUS --tokenizer FOLDER
 
 The corpus (folders of .jsonl, .json, .gz, .parquet files with `text`) is first written as parquet and as .jsonl.gz, one
 folder for each of its sources. The slow peers get a part of it: the first files of each source.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,9 @@ EDGE_TOKENS = 4
 
 
 def show(what: Table | str) -> None:
-    Console(highlight=False, soft_wrap=isinstance(what, str)).print(what, markup=False)
+    # A log file has no width: 80 columns, which rich would take it for, cut every name of a wide mixture.
+    width = None if sys.stdout.isatty() else LOG_COLUMNS
+    Console(highlight=False, width=width, soft_wrap=isinstance(what, str)).print(what, markup=False)
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
