@@ -228,7 +228,7 @@ class Throughput(Callback):
 
 
 class Checkpointer(Callback):
-    """Checkpoints at their interval, at the end, and when the run is asked to stop (SIGTERM)."""
+    """Checkpoints at their interval, at the end, and when the run is asked to stop (SIGTERM, Ctrl-C)."""
 
     def __init__(
         self,
@@ -250,12 +250,15 @@ class Checkpointer(Callback):
         self.stopping = False
 
     def listen(self) -> None:
-        """Take SIGTERM as a wish to stop at the end of the step."""
+        """Take SIGTERM, and the first Ctrl-C, as a wish to stop at the end of the step."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.asked_to_stop:
+                raise KeyboardInterrupt
             self.asked_to_stop = True
 
         signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)

@@ -24,6 +24,7 @@ SAVED_BYTES = {"fp32": 184, "amp_bf16": 134}
 RESIDUAL_BYTES = 4  # of which only the block's input is kept with activation checkpointing
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
+LOG_COLUMNS = 160
 
 
 def show(what: Table | str) -> None:
