@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [
-                "weed",
+                str(Path(sys.executable).with_name("weed")),
                 "server",
                 f"-dir={folder}",
                 "-s3",
