@@ -11,6 +11,7 @@ What is replaced, and why (mosaicml-streaming 0.13.0, pinned in pyproject):
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -246,3 +247,8 @@ def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> 
 
 def _init_worker(worker: int) -> None:
     die_with_parent()
+    # Launchers and terminals signal a rank's whole group. The rank then finishes its step and writes a checkpoint,
+    # which it could not do without its workers.
+    os.setpgid(0, 0)
+    # Ctrl-C and a scheduler's SIGTERM go to the whole group; the run still needs us for the step that it is in.
+    os.setpgid(0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -195,6 +196,16 @@ def test_a_data_set_that_was_iterated_here_can_be_iterated_by_workers(data, tmp_
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     read(dataset, 0)
     assert len(read(dataset, 2)) == plan.steps
+
+
+def test_a_signal_to_the_ranks_group_does_not_reach_its_workers(data, tmp_path):
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    assert {os.getpgid(worker.pid) for worker in workers} == {worker.pid for worker in workers}
+    assert len(list(batches)) == plan.steps - 1
 
 
 def test_a_cache_in_use_is_refused(data, tmp_path):
