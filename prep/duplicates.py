@@ -68,7 +68,7 @@ def _find(job: Job, hash_range: HashRange) -> NDArray[np.uint64]:
             begin, end = (
                 len(run) if bound >> 64 else int(np.searchsorted(run[:, 0], np.uint64(bound))) for bound in bounds
             )
-            hashes.append(run[begin:end])
+            hashes.append(np.array(run[begin:end]))  # a copy, or thousands of files would stay mapped
             places.append(documents[begin:end].astype(np.uint64) | np.uint64(unit << 32))
     return first_come(np.concatenate(hashes), np.concatenate(places))
 

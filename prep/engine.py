@@ -141,7 +141,12 @@ def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Con
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the one that was started decides
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already
-    job.tokenizer.load()
+    try:
+        job.tokenizer.load()
+    except UserError as error:
+        for connection in connections:
+            connection.send(_Failure(error, traceback.format_exc()))
+        return
     workers = []
     for connection in connections:
         worker = os.fork()

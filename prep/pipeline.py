@@ -32,7 +32,16 @@ from prep.shard_writer import write_index
 from prep.sources import plan_units
 from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
 from prep.windows import Window, WindowRecord, do_window, plan_windows
-from prep.work import done_folder, explained_write_errors, flush, locked, temporary_folder, write_durably
+from prep.work import (
+    DONE_FOLDER,
+    TEMPORARY_FOLDER,
+    done_folder,
+    explained_write_errors,
+    flush,
+    locked,
+    temporary_folder,
+    write_durably,
+)
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import (
     FORMAT,
@@ -91,6 +100,9 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
     job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
     plan = make_plan(config, tokenizer.record(), units)
     if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
+        if (job.work / DONE_FOLDER).exists():  # killed between the manifest and the end
+            with locked(job.work):
+                _clear(job.work)
         return Built(manifest=manifest, was_finished=True)
     with explained_write_errors(job.out), locked(job.work):
         # Again: until we had the lock, another build may have been here.
@@ -308,7 +320,7 @@ def _books(
 
 
 def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
-    temporary = job.work / "tmp" / REJECTED_NAME
+    temporary = job.work / TEMPORARY_FOLDER / REJECTED_NAME
     temporary.parent.mkdir(exist_ok=True)
     with temporary.open("wb") as together:
         for index in range(len(units)):
@@ -319,5 +331,5 @@ def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
 
 def _clear(work: Path) -> None:
     """All but the plan, by which the next start knows that there is nothing to do."""
-    for folder in ("done", "tmp"):
+    for folder in (DONE_FOLDER, TEMPORARY_FOLDER):
         shutil.rmtree(work / folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from prep.ragged import offsets_of
 from prep.work import FileRecord
-from streaming_rwkv.config import Config
 
 PIECES_NAME = "pieces.bin"
 HASHES_NAME = "hashes.bin"
@@ -35,8 +34,8 @@ COLUMNS: dict[str, Any] = {
 _BYTES_PER_PIECE = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
 
 
-class Block(Config):
-    """Where the pieces of one stream lie in pieces.bin."""
+class Block(NamedTuple):
+    """Where the pieces of one stream lie in pieces.bin. A tuple, since a large corpus has millions of them."""
 
     stream: int
     offset: int

@@ -26,6 +26,8 @@ import xxhash
 from streaming_rwkv.config import Config, UserError
 
 WORK_FOLDER = ".prep"
+DONE_FOLDER = "done"
+TEMPORARY_FOLDER = "tmp"
 _RECORD_NAME = "record.json"
 
 
@@ -50,7 +52,7 @@ RecordT = TypeVar("RecordT", bound=DoneRecord)
 
 
 def done_folder(work: Path, name: str) -> Path:
-    return work / "done" / name
+    return work / DONE_FOLDER / name
 
 
 def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | None:
@@ -67,8 +69,8 @@ def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | No
 @contextlib.contextmanager
 def temporary_folder(work: Path) -> Iterator[Path]:
     """A folder of this task's own; removed unless it was renamed by `finish`."""
-    (work / "tmp").mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=work / "tmp"))
+    (work / TEMPORARY_FOLDER).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=work / TEMPORARY_FOLDER))
     try:
         yield folder
     finally:
@@ -136,7 +138,7 @@ def locked(work: Path) -> Iterator[None]:
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
-        shutil.rmtree(work / "tmp", ignore_errors=True)
+        shutil.rmtree(work / TEMPORARY_FOLDER, ignore_errors=True)
         yield
 
 

@@ -110,3 +110,11 @@ def test_without_ray_the_remedy_is_named(config, corpus, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UserError, match="'ray' is not installed; pip install 'streaming-rwkv"):
         build(config(engine="ray"))
+
+
+def test_a_tokenizer_that_workers_cannot_load_is_explained(config, corpus, tmp_path):
+    (tmp_path / "bad").mkdir()
+    definition = '{"model": {"type": "Nope", "vocab": {"</s>": 0}}}'
+    (tmp_path / "bad" / "tokenizer.json").write_text(definition)
+    with pytest.raises(UserError, match=r"tokenizer\.json: Hugging Face tokenizers [\d.]+ cannot read it"):
+        build(config(tokenizer=str(tmp_path / "bad"), eos_token="</s>", workers=2, audit_bytes=0))

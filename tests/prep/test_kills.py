@@ -248,3 +248,12 @@ def test_what_an_interrupted_start_was_writing_is_cleared(small, tmp_path):
     stray.mkdir(parents=True)
     build(small())
     assert not stray.exists()
+
+
+def test_work_left_behind_a_finished_data_set_is_cleared(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("prep.pipeline._clear", lambda work: None)  # killed just before it
+        build(small())
+    assert (tmp_path / "out" / ".prep" / "done").exists()
+    assert build(small()).was_finished
+    assert not (tmp_path / "out" / ".prep" / "done").exists()
