@@ -110,12 +110,15 @@ def start(data: Path, folder: Path) -> int:
 
 
 def kill_all(group: int) -> int:
-    """SIGKILL to every process of the group; they are ours to wait for, orphans too. Returns how many there were."""
+    """SIGKILL to the loop's group; its loader workers, in groups of their own, die with it. Returns how many went.
+
+    All of them, orphans too, are ours to wait for: none is left when this returns.
+    """
     os.killpg(group, signal.SIGKILL)
     count = 0
     while True:
         try:
-            os.waitpid(-group, 0)
+            os.waitpid(-1, 0)
             count += 1
         except ChildProcessError:
             return count
