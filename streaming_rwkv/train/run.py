@@ -165,6 +165,9 @@ def train(config: RunConfig) -> int:
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
     device = get_device(config.device)
+    if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
     dist.initialize_dist(device, timeout=max(300.0, 2 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
     run_lock = None
