@@ -250,5 +250,3 @@ def _init_worker(worker: int) -> None:
     # Launchers and terminals signal a rank's whole group. The rank then finishes its step and writes a checkpoint,
     # which it could not do without its workers.
     os.setpgid(0, 0)
-    # Ctrl-C and a scheduler's SIGTERM go to the whole group; the run still needs us for the step that it is in.
-    os.setpgid(0, 0)
