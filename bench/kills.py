@@ -1,6 +1,6 @@
 """Kill a training loop at random moments until it has finished, and compare it with one that was never killed.
 
-    python bench/kills.py --kills 200
+    python -m bench.kills --kills 200
 
 The loop is a run without Composer, whose start alone takes ten seconds: the plan, a forked loader worker, the model,
 AdamW, and checkpoints by `train.checkpoint`. Every process of it gets SIGKILL, and is waited for before the next start.
