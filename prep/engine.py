@@ -210,8 +210,8 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
         raise UserError("engine: 'ray' is not installed; pip install 'streaming-rwkv[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": job.config.worker_count}
-        ray.init(log_to_driver=False, include_dashboard=False, **local)
+        local = {"num_cpus": job.config.worker_count, "include_dashboard": False}
+        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
     shared_job = ray.put(pickle.dumps(job))
     do = ray.remote(_do_for_ray)
 
