@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test check format clean
 
 $(STAMP): pyproject.toml
