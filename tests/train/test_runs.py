@@ -226,7 +226,7 @@ def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
 def test_two_processes_train_as_one_does(unbroken: Path, unbroken_with_two: Path) -> None:
     """The same packs in every step; sums over ranks round in another order."""
     for (step, one), (_, two) in zip(train_losses(unbroken), train_losses(unbroken_with_two), strict=True):
-        assert two == pytest.approx(one, abs=1e-5 * 3 ** (step / 10)), step
+        assert two == pytest.approx(one, abs=1e-5), step
 
 
 def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Wo
     losses, expected = train_losses(folder), train_losses(unbroken)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     for (step, loss), (_, other) in zip(losses, expected, strict=True):
-        assert loss == pytest.approx(other, abs=1e-5 * 3 ** (step / 10)), step
+        assert loss == pytest.approx(other, abs=1e-5), step
     consumed, expected_consumed = (
         newest_checkpoint(path / "checkpoints").mark["consumed"]  # type: ignore[union-attr]
         for path in (folder, unbroken)
