@@ -211,7 +211,13 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
     started = not ray.is_initialized()
     if started:
         local = {"num_cpus": job.config.worker_count, "include_dashboard": False}
-        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
+        try:
+            ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
+        except ConnectionError as error:
+            raise UserError(
+                f"engine: no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}); start one "
+                "with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
     shared_job = ray.put(pickle.dumps(job))
     do = ray.remote(_do_for_ray)
 

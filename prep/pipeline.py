@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +59,10 @@ from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 class Observer:
     """Is told how a build goes on; this one keeps it to itself."""
 
-    def step(self, name: str, *, total: int) -> None:
-        """A step of `total` input bytes or tokens begins."""
+    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
+        """A step begins; `totals` is its work by source, in bytes of input or in tokens."""
 
-    def done(self, amount: int) -> None:
+    def done(self, source: str, amount: int) -> None:
         """So much more of the step is done."""
 
     def progress(self, progress: Progress) -> None:
@@ -134,31 +134,35 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
         )
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
-            observer.step("counting", total=sum(unit.input_bytes for unit in units))
-            return _collect(run, count_unit, units, [unit.input_bytes for unit in units], observer)
+            sizes = [(unit.source, unit.input_bytes) for unit in units]
+            return _step("counting", run, count_unit, units, sizes, observer)
 
 
 def _do_all(job: Job, run: Run, observer: Observer) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
-    def step(name: str, task: Task, items: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-        observer.step(name, total=sum(sizes))
-        return _collect(run, task, items, sizes, observer)
-
-    units = step("tokenizing", do_unit, job.units, [unit.input_bytes for unit in job.units])
+    sizes = [(unit.source, unit.input_bytes) for unit in job.units]
+    units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer)
     _check_not_empty(job, units)
     ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
-    step("finding duplicates", do_range, ranges, [1] * len(ranges))
+    _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
     windows = plan_windows(job, units, duplicate_ranges=len(ranges))
-    records = step("packing", do_window, windows, [window.tokens for window in windows])
+    sizes = [(window.source, window.tokens) for window in windows]
+    records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer)
     return units, windows, records
 
 
-def _collect(run: Run, task: Task, items: Sequence[Any], sizes: Sequence[int], observer: Observer) -> list[Any]:
+def _step(
+    name: str, run: Run, task: Task, items: Sequence[Any], sizes: Sequence[tuple[str, int]], observer: Observer
+) -> list[Any]:
     """The results in the order of the items. Large ones are begun first, or one would keep everybody waiting."""
-    order = sorted(range(len(items)), key=lambda index: -sizes[index])
+    totals: Counter[str] = Counter()
+    for source, size in sizes:
+        totals[source] += size
+    observer.step(name, totals=totals)
+    order = sorted(range(len(items)), key=lambda index: -sizes[index][1])
     results: dict[int, Any] = {}
     for place, result in run(task, [items[index] for index in order]):
         results[order[place]] = result
-        observer.done(sizes[order[place]])
+        observer.done(*sizes[order[place]])
     return [results[index] for index in range(len(items))]
 
 

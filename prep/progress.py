@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from prep import pipeline, units
@@ -17,34 +17,45 @@ from streaming_rwkv.shards import Manifest, bucket_bounds, bucket_name
 
 _REJECTIONS_SHOWN = 5
 _SECONDS_BETWEEN_LINES = 10
+_ALL = ""  # no source is called so
 
 
 class ConsoleObserver(pipeline.Observer):
-    """A bar on a terminal, a line now and then elsewhere, and the first rejections of each reason."""
+    """A bar for each source on a terminal, a line now and then elsewhere, and the first rejections of each reason."""
 
     def __init__(self, console: Console, bars: Progress) -> None:
         self._console = console
         self._bars = bars
-        self._bar = bars.add_task("starting", total=None, speed="")
-        self._started = self._said = time.monotonic()
+        self._tasks: dict[str, TaskID] = {}
         self._name = "starting"
-        self._sources: dict[str, Counter[str]] = defaultdict(Counter)
+        self._started = self._said = time.monotonic()
+        self._read: dict[str, Counter[str]] = defaultdict(Counter)
         self._rejections: Counter[str] = Counter()
 
-    def step(self, name: str, *, total: int) -> None:
-        self._name = name
+    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
+        self._name, self._started = name, time.monotonic()
         self._bars.start()  # not before: it starts a thread, and workers may be forked until now
-        self._bars.reset(self._bar, total=total, description=name, speed="")
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        named = {source: total for source, total in totals.items() if total}
+        self._tasks = {
+            source: self._bars.add_task(f"{name} {source}", total=total, speed="") for source, total in named.items()
+        }
+        if len(named) != 1:
+            self._tasks[_ALL] = self._bars.add_task(name, total=sum(named.values()), speed="")
 
-    def done(self, amount: int) -> None:
-        self._bars.advance(self._bar, amount)
+    def done(self, source: str, amount: int) -> None:
+        for name in (source, _ALL):
+            if name in self._tasks:
+                self._bars.advance(self._tasks[name], amount)
         self._say()
 
     def progress(self, progress: units.Progress) -> None:
-        self._sources[progress.source].update(
-            documents=progress.documents, text_bytes=progress.text_bytes, tokens=progress.tokens
-        )
-        self._bars.update(self._bar, speed=self._speed(progress.source))
+        amounts = {"documents": progress.documents, "text_bytes": progress.text_bytes, "tokens": progress.tokens}
+        for name in (progress.source, _ALL):
+            self._read[name].update(amounts)
+            if name in self._tasks:
+                self._bars.update(self._tasks[name], speed=self._speed(name))
         self._say()
 
     def rejection(self, rejection: Rejection) -> None:
@@ -52,37 +63,33 @@ class ConsoleObserver(pipeline.Observer):
         seen = self._rejections[rejection.reason]
         if seen <= _REJECTIONS_SHOWN:
             more = "; further ones are listed in rejected.jsonl only" if seen == _REJECTIONS_SHOWN else ""
-            self._console.print(
-                f"left out: {rejection.source}: {rejection}{more}", markup=False, highlight=False, soft_wrap=True
-            )
+            self._print(f"left out: {rejection.source}: {rejection}{more}")
 
-    def _speed(self, source: str) -> str:
-        total = sum(self._sources.values(), Counter[str]())
-        seconds = max(time.monotonic() - self._started, 1e-3)
+    def _speed(self, name: str) -> str:
+        read, seconds = self._read[name], max(time.monotonic() - self._started, 1e-3)
         return (
-            f"{total['text_bytes'] / 1e6 / seconds:.1f} MB/s {total['tokens'] / 1e6 / seconds:.2f} M tokens/s "
-            f"{total['documents']:,} documents · {source} {self._sources[source]['documents']:,}"
+            f"{read['documents']:,} documents {read['text_bytes'] / 1e6 / seconds:.1f} MB/s "
+            f"{read['tokens'] / 1e6 / seconds:.2f} M tokens/s"
         )
 
     def _say(self) -> None:
         if self._console.is_terminal or time.monotonic() - self._said < _SECONDS_BETWEEN_LINES:
             return
         self._said = time.monotonic()
-        task = self._bars.tasks[0]
-        speed = task.fields["speed"]
-        left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-        self._console.print(
-            f"{self._name}: {task.percentage:.0f} %{left}; {speed}", markup=False, highlight=False, soft_wrap=True
-        )
+        whole = self._bars.tasks[-1]
+        left = f", {whole.time_remaining:.0f} s left" if whole.time_remaining is not None else ""
+        self._print(f"{self._name}: {whole.percentage:.0f} %{left}; {whole.fields['speed']}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def observing(console: Console) -> Iterator[ConsoleObserver]:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )

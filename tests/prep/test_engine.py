@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -53,14 +54,13 @@ def test_a_users_error_in_a_worker_comes_back_as_it_is(config, corpus, engine):
 class Counting(Observer):
     def __init__(self) -> None:
         self.documents = 0
-        self.steps: list[tuple[str, int]] = []
-        self.amount = 0
+        self.left: dict[str, dict[str, int]] = {}
 
-    def step(self, name: str, *, total: int) -> None:
-        self.steps.append((name, total))
+    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
+        self.left[name] = dict(totals)
 
-    def done(self, amount: int) -> None:
-        self.amount += amount
+    def done(self, source: str, amount: int) -> None:
+        list(self.left.values())[-1][source] -= amount
 
     def progress(self, progress: Progress) -> None:
         self.documents += progress.documents
@@ -73,8 +73,11 @@ def test_progress_reaches_the_observer(config, corpus, engine):
     observer = Counting()
     build(config(**SMALL, **engine), observer=observer)
     assert observer.documents == 8 * 61
-    assert [name for name, _ in observer.steps] == ["tokenizing", "finding duplicates", "packing"]
-    assert observer.amount == sum(total for _, total in observer.steps)
+    assert observer.left == {
+        "tokenizing": {"corpus": 0},
+        "finding duplicates": {"all sources": 0},
+        "packing": {"corpus": 0},
+    }
 
 
 def doubled(job: Job, item: int, report: object) -> int:

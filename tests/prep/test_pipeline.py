@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from prep.pipeline import build, count
+from prep.pipeline import AuditError, build, count
 from prep.readers import InputError
 from prep.shard_reader import read_shard
 from prep.verification import verify
 from prep.work import WorkError
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
-from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.tokenizer import HuggingFaceTokenizer, TokenBatch, load_tokenizer
 
 LENGTHS = [0, 1, 2, 254, 255, 256, 257, 258, 2046, 2047, 2048, 2049, 2050, 4096, 10_000]
 
@@ -322,6 +323,50 @@ def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_pa
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(WorkError, match=r"holds other files \(thesis\.tex\); choose an empty `out=`"):
         build(config())
+
+
+# --- ids ---
+
+
+def test_another_id_than_the_references_stops_the_build(config, write_lines, tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
+    right = HuggingFaceTokenizer.encode_batch
+
+    def wrong(self, texts):
+        batch = right(self, texts)
+        ids = batch.ids.copy()
+        ids[-2] += 1
+        return TokenBatch(ids=ids, offsets=batch.offsets)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", wrong)
+    with pytest.raises(AuditError, match=r"a\.jsonl: row 1: id 8 is \[\d+\], the reference gives \[\d+\].*'456789'"):
+        build(config())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_missing_id_stops_it_too(config, write_lines, tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789"])
+    right = HuggingFaceTokenizer.encode_batch
+    monkeypatch.setattr(
+        HuggingFaceTokenizer, "encode_batch", lambda self, texts: right(self, [text[:-1] for text in texts])
+    )
+    with pytest.raises(AuditError, match=r"id 9 is \[\], the reference gives \[\d+\]"):
+        build(config())
+
+
+def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_are_rejected(
+    config, write_lines, tmp_path
+):
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["a b a", "b", "a [SEP] b"])
+    manifest = build(config(tokenizer=str(tmp_path / "tokenizer.json"), eos_token="[SEP]")).manifest
+    stored = sorted(of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values())
+    assert stored == [[1, 2, 3, 2, 1], [1, 3, 1]]
+    # Here [SEP] is a word of the model itself: no way of encoding keeps it out of the third document.
+    assert manifest.books["corpus"].rejected == {"text encodes to bos or eos": 1}
+    assert manifest.books["corpus"].targets_read == 4 + 2
 
 
 # --- verify ---
