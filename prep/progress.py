@@ -34,7 +34,8 @@ class ConsoleObserver(pipeline.Observer):
 
     def step(self, name: str, *, totals: Mapping[str, int]) -> None:
         self._name, self._started = name, time.monotonic()
-        self._bars.start()  # not before: it starts a thread, and workers may be forked until now
+        if self._console.is_terminal:
+            self._bars.start()  # not before: it starts a thread, and workers may be forked until now
         for task in self._tasks.values():
             self._bars.remove_task(task)
         named = {source: total for source, total in totals.items() if total}
@@ -97,7 +98,8 @@ def observing(console: Console) -> Iterator[ConsoleObserver]:
     try:
         yield ConsoleObserver(console, bars)
     finally:
-        bars.stop()
+        if console.is_terminal:
+            bars.stop()
 
 
 def stream_table(manifest: Manifest) -> Table:
