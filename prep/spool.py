@@ -82,14 +82,6 @@ def write_blocks(stretch: Sequence[SortedPieces], file: HashedFile) -> list[Bloc
     return blocks
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """P pieces of one stream."""
-
-    columns: dict[str, NDArray[Any]]  # (P,) each
-    tokens: NDArray[Any]  # (S,)
-
-
 def read_block(file: IO[bytes], block: Block, *, tokens_into: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """The columns of a block; its tokens are read into `tokens_into` (block.tokens,)."""
     file.seek(block.offset)

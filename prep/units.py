@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from prep.readers import InputError
 from prep.sources import Unit, read_unit
 from prep.spool import HASHES_NAME, PIECES_NAME, Block, HashedFile, SortedPieces, write_blocks, write_hashes
 from prep.work import DoneRecord, finish, load_done, temporary_folder
-from streaming_rwkv.config import Config
 from streaming_rwkv.tokenizer import TokenBatch
 
 REJECTED_NAME = "rejected.jsonl"
@@ -57,7 +56,7 @@ class AuditSample:
 Report = Callable[[Progress | AuditSample | Rejection], None]
 
 
-class StreamCount(Config):
+class StreamCount(NamedTuple):
     """What a unit has for one stream, duplicates included."""
 
     documents: int

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -20,7 +22,7 @@ from prep.job import Job
 from prep.packing import assign_best_fit
 from prep.ragged import gather, offsets_of
 from prep.shard_writer import Pack, Shard, write_shards
-from prep.spool import COLUMNS, PIECES_NAME, Block, Pieces, read_block
+from prep.spool import COLUMNS, PIECES_NAME, Block, read_block
 from prep.units import Report, UnitRecord, unit_name
 from prep.work import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
 from streaming_rwkv.config import Config
@@ -128,33 +130,39 @@ def do_window(job: Job, window: Window, report: Report) -> WindowRecord:
     return record
 
 
-def _read(job: Job, window: Window) -> tuple[Pieces, tuple[int, int]]:
+@dataclass(frozen=True, kw_only=True)
+class _Pieces:
+    """P pieces of one stream, and their tokens somewhere in `tokens`."""
+
+    columns: dict[str, NDArray[Any]]  # (P,) each
+    first_tokens: NDArray[np.int64]  # (P,) where each begins
+    tokens: NDArray[Any]
+
+
+def _read(job: Job, window: Window) -> tuple[_Pieces, tuple[int, int]]:
     """The window's pieces without duplicates, and how many documents and targets those had."""
     tokens = np.empty(window.tokens, job.token_dtype)
-    found: list[dict[str, NDArray[np.unsignedinteger]]] = []
+    found: list[dict[str, NDArray[Any]]] = []
     repeats: list[NDArray[np.bool_]] = []
     duplicates = Duplicates(job, ranges=window.duplicate_ranges)
     at = 0
     for unit, block in window.blocks:
         with (done_folder(job.work, unit_name(unit)) / PIECES_NAME).open("rb") as file:
-            columns = read_block(file, block, tokens_into=tokens[at : at + block.tokens])
+            found.append(read_block(file, block, tokens_into=tokens[at : at + block.tokens]))
         at += block.tokens
-        found.append(columns)
-        repeats.append(np.isin(columns["documents"], duplicates.of_unit(unit)))
+        repeats.append(np.isin(found[-1]["documents"], duplicates.of_unit(unit)))
     columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
+    first_tokens = offsets_of(columns["lengths"])[:-1]
     is_repeat = np.concatenate(repeats)
-    if not is_repeat.any():
-        return Pieces(columns=columns, tokens=tokens), (0, 0)
     left_out = (
         int((is_repeat & (columns["starts"] == 0)).sum()),
         int((columns["lengths"][is_repeat].astype(np.int64) - 1).sum()),
     )
-    lengths = columns["lengths"].astype(np.int64)
-    kept = gather(tokens, offsets_of(lengths)[:-1][~is_repeat], lengths[~is_repeat])
-    return Pieces(columns={name: column[~is_repeat] for name, column in columns.items()}, tokens=kept), left_out
+    kept = {name: column[~is_repeat] for name, column in columns.items()}
+    return _Pieces(columns=kept, first_tokens=first_tokens[~is_repeat], tokens=tokens), left_out
 
 
-def _packs(job: Job, window: Window, pieces: Pieces) -> tuple[Iterator[Pack], list[int]]:
+def _packs(job: Job, window: Window, pieces: _Pieces) -> tuple[Iterator[Pack], list[int]]:
     """The packs in seeded order, and how full they are."""
     lengths = pieces.columns["lengths"].astype(np.int64)
     pack_of, count = assign_best_fit(lengths - 1, capacity=job.config.pack_tokens)
@@ -170,10 +178,10 @@ def _order_seed(job: Job, window: Window) -> int:
     return xxhash.xxh3_64_intdigest(f"{job.config.seed}\0{window.stream}\0{window.number}")
 
 
-def _gather_packs(pieces: Pieces, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> Iterator[Pack]:
+def _gather_packs(pieces: _Pieces, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> Iterator[Pack]:
     """Packs of the pieces `order[bounds[i]:bounds[i + 1]]`, gathered some at a time."""
     lengths = pieces.columns["lengths"].astype(np.int64)[order]
-    starts = offsets_of(pieces.columns["lengths"])[:-1][order]
+    first_tokens = pieces.first_tokens[order]
     token_bounds = offsets_of(lengths)[bounds]
     columns = {name: pieces.columns[name][order] for name in ("bytes", "keys", "lengths", "starts")}
     first = 0
@@ -182,7 +190,7 @@ def _gather_packs(pieces: Pieces, order: NDArray[np.int64], bounds: NDArray[np.i
             first + 1, int(np.searchsorted(token_bounds, token_bounds[first] + _GATHER_TOKENS, side="right")) - 1
         )
         rows = slice(bounds[first], bounds[last])
-        tokens = gather(pieces.tokens, starts[rows], lengths[rows])
+        tokens = gather(pieces.tokens, first_tokens[rows], lengths[rows])
         for pack in range(first, last):
             within = slice(bounds[pack], bounds[pack + 1])
             begin, end = token_bounds[pack : pack + 2] - token_bounds[first]
