@@ -84,7 +84,7 @@ class PrepConfig(Config):
     workers: int | None = Field(default=None, ge=1)
     """Processes; by default one for each core."""
     engine: Literal["processes", "ray"] = "processes"
-    audit_bytes: int = Field(default=1 << 16, ge=0)
+    audit_bytes: int = Field(default=1 << 15, ge=0)
     """Text of each unit on which the fast tokenizer is compared with the one that defines the ids."""
 
     @field_validator("sources")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ HOLDS_SPECIAL = "text encodes to bos or eos"
 
 # Pieces are written in stretches of about as many tokens: few blocks, bounded memory.
 _STRETCH_TOKENS = 4 << 20
+_REJECTIONS_REPORTED = 5  # of each reason, while the unit is worked on; all of them are listed
 LENGTHS_PER_DOUBLING = 4
 
 
@@ -118,7 +119,7 @@ def tokenize_unit(job: Job, unit: Unit, *, folder: Path, report: Report) -> Unit
                 hash_runs.append(write_hashes(hashes, numbers, hashes_file))
             stretch.clear()
 
-        for chunk in tokenize_chunks(job, unit, report=report):
+        for chunk in _chunks(job, unit, report=report):
             tally.add(chunk)
             rejected_file.write(b"".join(_json_line(rejection) for rejection in chunk.rejections))
             stretch.append(chunk)
@@ -132,7 +133,7 @@ def tokenize_unit(job: Job, unit: Unit, *, folder: Path, report: Report) -> Unit
 def count_unit(job: Job, unit: Unit, report: Report) -> UnitRecord:
     """The same counts without writing anything."""
     tally = _Tally(streams=len(job.streams))
-    for chunk in tokenize_chunks(job, unit, report=report):
+    for chunk in _chunks(job, unit, report=report):
         tally.add(chunk)
     return tally.record(source=unit.source, files={}, blocks=[], hash_runs=[])
 
@@ -151,9 +152,10 @@ class _Chunk:
     rejections: list[Rejection]
 
 
-def tokenize_chunks(job: Job, unit: Unit, *, report: Report) -> Any:
+def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
     """The unit's documents, tokenized, cut, and sorted by stream."""
     first = 0
+    seen: Counter[str] = Counter()
     audit_bytes = job.config.audit_bytes
     for documents in read_unit(unit, job.config.sources[unit.source]):
         batch = job.tokenizer.encode_batch(documents.texts)
@@ -166,7 +168,9 @@ def tokenize_chunks(job: Job, unit: Unit, *, report: Report) -> Any:
                 raise InputError(
                     f"{rejection}; mend it, or set on_error=skip to leave such documents out and count them"
                 )
-            report(rejection)
+            seen[rejection.reason] += 1
+            if seen[rejection.reason] <= _REJECTIONS_REPORTED:
+                report(rejection)
         chunk = _chunk(job, documents, batch, first=first)
         first += len(batch)
         report(
