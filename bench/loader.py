@@ -147,7 +147,7 @@ def opened(data: Path, cache: Path, *, batch_packs: int, passes: float, start: i
     finally:
         assert shard_set.lock is not None
         shard_set.lock.release()
-        dataset.__del__()
+        dataset.close()
 
 
 def rate(batches: Iterable[Any], tokens_of: Callable[[Any], int]) -> float:

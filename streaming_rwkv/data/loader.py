@@ -5,25 +5,29 @@ What is replaced, and why (mosaicml-streaming 0.13.0, pinned in pyproject):
 - the iteration: Streaming's ends silently, or hangs, when a shard cannot be prepared; ours fetches ahead on a best
   effort, and whoever needs the shard raises;
 - failures: a shard that fails goes back to 'remote', so that no other worker waits for it for ever;
-- lock files: in the cache, not in the temporary folder, where each run would leave some.
+- lock files: in the cache, not in the temporary folder, where each run would leave some;
+- shared memory: closed when the data set is. Streaming's stays until the process ends, and looking for a free name it
+  keeps open what it meets of all other data sets on the machine: files that add up to the limit of a process.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from composer.core import DataSpec
 from filelock import FileLock
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
-from streaming.base.shared import SharedArray
-from streaming.base.shared.prefix import _get_path
+from streaming.base.shared import SharedArray, SharedMemory, array, prefix
 from torch.utils.data import DataLoader
 
 from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_tokens, finish, join, split_batch
@@ -56,16 +60,24 @@ class PackDataset(StreamingDataset):
         download_attempts: int,
         timeout_seconds: float,
     ) -> None:
-        super().__init__(
-            streams=shard_set.streams(records, download_attempts=download_attempts, timeout_seconds=timeout_seconds),
-            cache_limit=cache_limit,
-            predownload=fetch_ahead,
-            # Not used by our iteration, but set, so that no default of Streaming's can decide anything.
-            batch_size=batch_packs,
-            num_canonical_nodes=1,
-            shuffle=False,
-            batching_method="random",
-        )
+        with _recorded_shared_memory() as opened:
+            super().__init__(
+                streams=shard_set.streams(
+                    records, download_attempts=download_attempts, timeout_seconds=timeout_seconds
+                ),
+                cache_limit=cache_limit,
+                predownload=fetch_ahead,
+                # Not used by our iteration, but set, so that no default of Streaming's can decide anything.
+                batch_size=batch_packs,
+                num_canonical_nodes=1,
+                shuffle=False,
+                batching_method="random",
+            )
+            name = prefix._get_path(self._shm_prefix_int, VERIFIED)
+            self._verified = SharedArray(self.num_shards, np.uint8, name)
+        ours = prefix._get_path(self._shm_prefix_int, "")
+        self._shared_memory = [memory for memory in opened if memory.shm.name.startswith(ours)]
+        _close_shared_memory([memory for memory in opened if memory not in self._shared_memory])
         self.records = records
         self.manifest = shard_set.manifest
         self.batches = batches
@@ -77,7 +89,6 @@ class PackDataset(StreamingDataset):
             raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
         self._first_pack = self.sample_offset_per_stream
         self._cache_filelock_path = str(shard_set.cache / f".{records[0].split}.lock")
-        self._verified = SharedArray(self.num_shards, np.uint8, _get_path(self._shm_prefix_int, VERIFIED))
         if self._unique_rank_world.is_local_leader:
             self._verified[:] = 0
         self._blank = blank_pack(self.manifest.tokenizer.bos_id, token_dtype(self.manifest.tokenizer.vocab_size))
@@ -85,6 +96,12 @@ class PackDataset(StreamingDataset):
     def __len__(self) -> int:
         """Packs for this rank in the whole run."""
         return self.num_batches * self.batch_packs // self.num_ranks
+
+    def close(self) -> None:
+        """Give up the shared memory; nothing can be read afterwards. The cache's lock is the shard set's."""
+        self.__del__()
+        _close_shared_memory(self._shared_memory)
+        self._shared_memory = []
 
     def start_at(self, batch: int) -> None:
         """The next iteration begins with this batch."""
@@ -185,6 +202,26 @@ class PackDataset(StreamingDataset):
         return sample
 
 
+@contextmanager
+def _recorded_shared_memory() -> Iterator[list[SharedMemory]]:
+    """Whatever shared memory Streaming opens meanwhile; it hands out only a part of it."""
+    opened: list[SharedMemory] = []
+
+    class Recorded(SharedMemory):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            opened.append(self)
+
+    with patch.object(prefix, "SharedMemory", Recorded), patch.object(array, "SharedMemory", Recorded):
+        yield opened
+
+
+def _close_shared_memory(opened: list[SharedMemory]) -> None:
+    for memory in opened:
+        atexit.unregister(memory.cleanup)
+        memory.cleanup()
+
+
 def share_of_batches(
     batches: Batches, *, start: int, stop: int, batch_packs: int, rank: int, ranks: int, worker: int, workers: int
 ) -> Iterator[int]:
@@ -219,7 +256,12 @@ class PackLoader(DataLoader[Any]):
     """Workers read and join packs; the training process makes the batch of them, a fraction of a millisecond."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own iterator class is no part of its use
-        return map(finish, super().__iter__())
+        batches = super().__iter__()
+        try:
+            yield from map(finish, batches)
+        finally:
+            if self.num_workers:  # not left to the garbage collector, in which torch waits 5 s for each of them
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -32,6 +33,17 @@ def data(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "data"))
 
 
+@pytest.fixture(autouse=True)
+def opened():
+    """What `open_dataset` opens, closed after each test."""
+    yield OPENED
+    while OPENED:
+        OPENED.pop().close()
+
+
+OPENED: list[PackDataset] = []
+
+
 def open_dataset(data, cache, *, stages=({"passes": 2},), batch_packs=4, split="train", **options):
     shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=20, leader=True)
     records = shard_set.manifest.select(split)
@@ -52,6 +64,7 @@ def open_dataset(data, cache, *, stages=({"passes": 2},), batch_packs=4, split="
         download_attempts=2,
         timeout_seconds=20,
     )
+    OPENED.append(dataset)
     return dataset, plan, shard_set
 
 
@@ -169,7 +182,7 @@ def test_a_shard_damaged_in_the_cache_is_fetched_again(data, tmp_path, workers):
 
 def close(dataset, shard_set):
     shard_set.lock.release()
-    dataset.__del__()
+    dataset.close()
 
 
 def test_a_repaired_shard_is_used_by_the_next_run(data, tmp_path):
@@ -213,6 +226,23 @@ def test_a_cache_in_use_is_refused(data, tmp_path):
     assert holder.lock is not None
     with pytest.raises(UserError, match=f"data cache is in use .*{os.getpid()}.*own `data.cache`"):
         open_dataset(data, tmp_path / "cache")
+
+
+def test_a_closed_data_set_leaves_neither_open_files_nor_shared_memory(data, tmp_path):
+    def left():
+        return len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
+
+    other, _, _ = open_dataset(data, tmp_path / "other")  # Streaming opens its shared memory too, and never closes it
+    gc.collect()
+    files, shared_memory = left()
+    dataset, _, shard_set = open_dataset(data, tmp_path / "cache")
+    assert read(dataset, 1)
+    dataset.close()
+    dataset.close()
+    shard_set.lock.release()
+    files_left, shared_memory_left = left()
+    assert (files_left <= files, shared_memory_left) == (True, shared_memory)
+    assert len(read(other, 1)) == len(read(other, 0))
 
 
 def test_no_lock_files_are_left_in_the_temporary_folder(data, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def open_run(data, cache, *, rank=0, ranks=1):
 
     def close():
         shard_set.lock.release()
-        dataset.__del__()
+        dataset.close()
 
     return dataset, plan, close
 

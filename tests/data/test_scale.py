@@ -140,7 +140,7 @@ def test_ten_million_packs_are_opened_in_seconds(large, tmp_path, start):
     assert first == plan.packs(start, start + 1)[0, 0]
     assert seconds < 20, seconds  # 2 on a quiet machine with two cores
     shard_set.lock.release()
-    dataset.__del__()
+    dataset.close()
 
 
 def test_any_step_of_the_plan_is_worked_out_in_a_moment(large):
