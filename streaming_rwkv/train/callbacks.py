@@ -72,6 +72,16 @@ class LearningRate(Callback):
         logger.log_metrics({"optimizer/lr": self.config.lr * multiplier})
 
 
+class StageNumber(Callback):
+    """Which stage of the curriculum a step belongs to, counted from 0."""
+
+    def __init__(self, stage_of: Callable[[int], int]) -> None:
+        self.stage_of = stage_of
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({"stage": self.stage_of(int(state.timestamp.batch))})
+
+
 class ClipGradient(Callback):
     """Clip to the largest norm, report it, and catch a gradient that is not finite before it reaches the weights."""
 

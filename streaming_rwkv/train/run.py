@@ -235,6 +235,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     callbacks: list[Callback] = [
         cb.StepSeed(config.seed),
         cb.LearningRate(config.optimizer, total_tokens=prepared.total_tokens),
+        cb.StageNumber(plan.stage_of),
         cb.ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite),
         consumption,
         cb.Throughput(

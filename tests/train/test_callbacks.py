@@ -21,6 +21,7 @@ from streaming_rwkv.train.callbacks import (
     Consumption,
     JSONLines,
     LearningRate,
+    StageNumber,
     StepSeed,
     TrainingStopped,
     ValidationReport,
@@ -132,6 +133,15 @@ def test_each_group_follows_the_schedule_from_its_own_rate() -> None:
     assert metrics["optimizer/lr"] == pytest.approx(0.6)
     schedule.batch_start(state, logger)  # not twice
     assert state.optimizers[0].param_groups[1]["lr"] == pytest.approx(1.2)
+
+
+def test_the_stage_of_each_step_is_logged() -> None:
+    stages = []
+    for step in range(5):
+        state, logger, metrics = state_at(step=step)
+        StageNumber(lambda step: int(step >= 3)).batch_start(state, logger)
+        stages.append(metrics["stage"])
+    assert stages == [0, 0, 0, 1, 1]
 
 
 def with_gradient(value: float) -> tuple[State, Logger, dict[str, Any], list[torch.Tensor]]:
