@@ -1,0 +1,166 @@
+"""Drawing runs: the numbers behind the curves, done by hand, and the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from streaming_rwkv.plot import History, main, mixture, read_run, smooth, summary, thin, write_plot
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def steps(count: int, *, stage_of: Any = lambda step: 0) -> list[dict[str, Any]]:
+    """Steps of 100 tokens; as Composer logs them, with the tokens before the step."""
+    return [
+        {
+            "step": step,
+            "time/token": 100 * (step - 1),
+            "loss/train/total": 8.0 / step,
+            "stage": stage_of(step),
+            "optimizer/lr": 1e-3,
+            "optimizer/gradient_norm": 1.0,
+        }
+        for step in range(1, count + 1)
+    ]
+
+
+def evaluation(step: int, loss: float) -> dict[str, Any]:
+    groups = ("all", "source/web", "source/代码", "bucket/17-32", "bucket/1-16", "stream/web/1-16")
+    return {
+        "step": step,
+        **{f"validation/{kind}/{group}": loss for kind in ("loss", "bits_per_byte") for group in groups},
+    }
+
+
+def test_values_stand_over_the_tokens_after_their_step(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [*steps(3), evaluation(2, 5.0), evaluation(5, 4.0)]))
+    assert [part.tolist() for part in run.series("loss/train/total")] == [[100, 200, 300], [8, 4, 8 / 3]]
+    assert [part.tolist() for part in run.series("validation/loss/all")] == [[200, 500], [5, 4]]
+
+
+def test_a_run_goes_on_where_the_one_before_it_ended(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "stage1", steps(4))
+    second = write_run(tmp_path / "stage2", steps(6, stage_of=lambda step: (step - 1) // 2))
+    history = History(runs=[read_run(first), read_run(second)])
+    assert [tokens[0] for tokens, _ in history.curves("loss/train/total")] == [100, 500]
+    assert history.marks() == [
+        (0, "stage1", True),
+        (400, "stage2, stage 0", True),
+        (600, "stage 1", False),
+        (800, "stage 2", False),
+    ]
+
+
+def test_the_mixture_is_what_was_consumed_between_two_points(tmp_path: Path) -> None:
+    rows = steps(4)
+    rows[1] |= {"share/web/1-16": 0.5, "share/web/17-32": 0.5}  # 100 and 100 of 200
+    rows[3] |= {"share/web/1-16": 0.5, "share/web/17-32": 0.25, "share/code/1-16": 0.25}  # 200, 100, 100 of 400
+    run = read_run(write_run(tmp_path / "run", rows))
+    edges, sources = mixture(run, by=0)
+    assert edges.tolist() == [0, 200, 400]
+    assert {name: shares.tolist() for name, shares in sources.items()} == {"web": [1, 0.5], "code": [0, 0.5]}
+    _, buckets = mixture(run, by=1)
+    assert {name: shares.tolist() for name, shares in buckets.items()} == {"1-16": [0.5, 1], "17-32": [0.5, 0]}
+
+
+def test_a_mean_of_neighbours_shrinks_at_the_ends() -> None:
+    assert smooth(np.array([1.0, 2.0, 6.0, 4.0]), 3).tolist() == [1.5, 3.0, 4.0, 5.0]
+    assert smooth(np.array([1.0, 2.0, 6.0]), 1).tolist() == [1, 2, 6]
+
+
+def test_a_long_curve_is_thinned_to_means() -> None:
+    tokens = np.arange(6000.0)
+    thinned, values = thin(tokens, 2 * tokens)
+    assert (len(thinned), thinned[0], values[0], thinned[-1]) == (2000, 1.0, 2.0, 5998.0)
+
+
+def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
+    rows = [*steps(10, stage_of=lambda step: step // 6), evaluation(5, 5.25), evaluation(10, 4.125)]
+    rows[9] |= {"share/web/1-16": 0.75, "share/代码/17-32": 0.25, "throughput/tokens_per_second": 1234.0}
+    first, second = write_run(tmp_path / "stage1", rows), write_run(tmp_path / "stage2", rows)
+    assert main([str(first), str(second)]) == 0
+    page = (second / "plot.html").read_text(encoding="utf-8")
+    for text in (
+        "stage1 → stage2",
+        "Training loss",
+        "Validation loss by source",
+        "Validation loss by bucket",
+        "Validation bits per byte by source",
+        "Mixture consumed, by source",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "tokens trained on",
+        "代码",
+        "1-16: 4.125",
+        "stage 1",
+    ):
+        assert text in page, text
+    assert all(link.startswith("#") for link in re.findall(r'(?:href|src)="([^"]*)"', page))
+    assert "<script" not in page
+    again = tmp_path / "again.html"
+    write_plot([first, second], to=again)
+    assert again.read_text(encoding="utf-8") == page
+
+
+def test_a_picture_is_1200_pixels_wide(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [*steps(10), evaluation(10, 4.0)])
+    write_plot([run / "metrics.jsonl"], to=tmp_path / "figures" / "run.png")
+    with Image.open(tmp_path / "figures" / "run.png") as image:
+        assert image.format == "PNG"
+        assert image.width == 1200
+
+
+def test_a_run_without_evaluations_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps(1))
+    write_plot([run], to=tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "Training loss" in page
+    assert "Validation" not in page
+
+
+def test_the_summary_says_how_far_a_run_came(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [*steps(10), evaluation(10, 4.125)])
+    assert summary(History(runs=[read_run(run)]))[1] == ["run", "10", "1,000", "0.8000", "4.1250", "4.1250", "–"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "no step was logged yet"),
+        ('{"step": 1, "validation/loss/all": 2}\n', "no step was logged yet"),
+        ('garbage\n{"step": 1, "time/token": 0}\n', "line 1 is no line of metrics: 'garbage'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    content: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert main([str(tmp_path)]) == 1
+    assert error in capsys.readouterr().err
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps(3))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "time/tok')
+    assert read_run(run).last_step == 3
+
+
+def test_other_files_than_pages_and_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", steps(3))
+    assert main([str(run), "--to", str(tmp_path / "run.pdf")]) == 1
+    assert "run.pdf: found suffix '.pdf', expected .html or .png" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "nothing: cannot be read (No such file or directory); give a run's save_folder" in capsys.readouterr().err
