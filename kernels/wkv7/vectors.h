@@ -8,7 +8,7 @@
 #include <utility>
 
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -62,23 +62,60 @@ inline void store(bf16* p, vec x) {  // to nearest, ties to even; a NaN stays a 
     std::memcpy(p, &out, sizeof(out));
 }
 
+// A store past the caches, for what is read much later if at all: an ordinary one would first read the line. `p` is
+// aligned as the vector is. Where there is no such instruction, an ordinary store.
+inline void stream(float* p, vec x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+
+inline void stream(bf16* p, vec x) {
+#if defined(__AVX__)
+    hvec out;
+    store(reinterpret_cast<bf16*>(&out), x);
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)out);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)out);
+#endif
+#else
+    store(p, x);
+#endif
+}
+
+// After this, other threads see what was streamed.
+inline void end_of_stream() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
+
 template <class To, class From>
 inline void copy(To* out, const From* in) {  // a row
 #pragma GCC unroll 4
     for (int n = 0; n < N; n += LANES) store(out + n, load(in + n));
 }
 
-inline void clear(float* out) { std::memset(out, 0, sizeof(Row)); }
-
-// Hints to the second-level cache: the first one is full of states.
-template <class T>
-inline void will_read(const T* p) {
-    for (int n = 0; n < N; n += 64 / sizeof(T)) __builtin_prefetch(p + n, 0, 2);
+template <class To>
+inline void stream_row(To* out, const float* in) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n += LANES) stream(out + n, load(in + n));
 }
 
+inline void clear(float* out) { std::memset(out, 0, sizeof(Row)); }
+
+// A hint: this row into the second-level cache; the first one is full of states. Inlined by force, since GCC takes a
+// function that does nothing but hint for one that does nothing, and drops the calls.
 template <class T>
-inline void will_write(T* p) {
-    for (int n = 0; n < N; n += 64 / sizeof(T)) __builtin_prefetch(p + n, 1, 2);
+[[gnu::always_inline]] inline void will_read(const T* p) {
+    for (int n = 0; n < N; n += 64 / sizeof(T)) __builtin_prefetch(p + n, 0, 2);
 }
 
 // Not 0 + x: that is an addition, lest x be -0.
@@ -142,18 +179,22 @@ void transpose(const float (*in)[IN], float (*out)[OUT]) {
         }
 }
 
-// out[m][n] = Σ_i c[m][i] x[i][n]
-template <int ROWS, int COLUMNS>
-void multiply(const Row* __restrict c, const float (*__restrict x)[COLUMNS], float (*__restrict out)[COLUMNS]) {
+// out[m][n] = Σ_i c[m][i] x[i][n]. `meanwhile` is called now and then.
+template <int ROWS, int COLUMNS, class Meanwhile>
+void multiply(const Row* __restrict c, const float (*__restrict x)[COLUMNS], float (*__restrict out)[COLUMNS],
+              const Meanwhile& meanwhile) {
     for (int n = 0; n < COLUMNS; n += 2 * LANES)
         for (int m = 0; m < ROWS; m += DOWN) {
             vec sum[DOWN][2] = {};
-            for (int i = 0; i < N; ++i) {
-                const vec left = load(&x[i][n]), right = load(&x[i][n + LANES]);
+            for (int start = 0; start < N; start += N / 2) {
+                meanwhile();
+                for (int i = start; i < start + N / 2; ++i) {
+                    const vec left = load(&x[i][n]), right = load(&x[i][n + LANES]);
 #pragma GCC unroll 8
-                for (int q = 0; q < DOWN; ++q) {
-                    sum[q][0] += left * c[m + q][i];
-                    sum[q][1] += right * c[m + q][i];
+                    for (int q = 0; q < DOWN; ++q) {
+                        sum[q][0] += left * c[m + q][i];
+                        sum[q][1] += right * c[m + q][i];
+                    }
                 }
             }
 #pragma GCC unroll 8

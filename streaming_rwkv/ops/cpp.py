@@ -1,6 +1,6 @@
 """The C++ kernel of WKV-7, called through ctypes: no torch headers, so any compiler goes with any torch.
 
-Shapes: T tokens of all documents, H heads, N = 64, D documents, K = T // 16 + D saved states.
+Shapes: T tokens of all documents, H heads, N = 64, D documents, K = T // 64 + D saved states.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streaming_rwkv.ops.build import build_cpp, kernel_source
 
-CHUNK = 16  # tokens between saved states
+SAVED_EVERY = 64  # tokens
 _DIMENSIONS = ("tokens", "heads", "documents", "threads")
 _POINTERS = (
     "cu_seqlens", "r", "log_decay", "k", "v", "a", "b", "initial_state", "y", "final_state", "removed", "states",
@@ -58,7 +58,7 @@ def forward(
     y = torch.empty_like(v)
     final_state = r.new_empty(documents, heads, size, size, dtype=torch.float32)
     removed = r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32)
-    states = r.new_empty((tokens // CHUNK + documents, heads, size, size) if save else 0, dtype=torch.float32)
+    states = r.new_empty((tokens // SAVED_EVERY + documents, heads, size, size) if save else 0, dtype=torch.float32)
     _run(
         "forward",
         cu_seqlens,

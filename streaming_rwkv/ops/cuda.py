@@ -21,7 +21,7 @@ from streaming_rwkv.ops.build import KernelError, cached, kernel_source
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 16  # tokens between saved states
+SAVED_EVERY = 16  # tokens
 THREADS = 128  # of a block
 _MACROS = {torch.float32: None, torch.bfloat16: "WKV7_BFLOAT16"}
 
@@ -45,7 +45,7 @@ def forward(
     y = torch.empty_like(r)
     final_state = r.new_empty(documents, heads, size, size, dtype=torch.float32)
     removed = r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32)
-    states = r.new_empty((tokens // CHUNK + documents, heads, size, size) if save else 0, dtype=torch.float32)
+    states = r.new_empty((tokens // SAVED_EVERY + documents, heads, size, size) if save else 0, dtype=torch.float32)
     kept = (removed, states) if save else (None, None)
     _run("wkv7_forward", r, cu_seqlens, [*inputs, initial_state, y, final_state, *kept], launch)
     return y, final_state, removed, states

@@ -167,7 +167,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, tokens, heads, size = r.shape
     documents = cu_seqlens.shape[0] - 1
-    slots = tokens // cpp.CHUNK + documents
+    slots = tokens // (cpp if r.device.type == "cpu" else cuda).SAVED_EVERY + documents
     return (
         r.new_empty(r.shape),
         r.new_empty(documents, heads, size, size, dtype=torch.float32),

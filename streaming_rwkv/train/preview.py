@@ -13,14 +13,17 @@ from rich.table import Table
 from streaming_rwkv.data.batch import IGNORED, Batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token, parameter_count
+from streaming_rwkv.ops import cpp, cuda
+from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # the run shows the mixture table as well
     from streaming_rwkv.train.run import Prepared
 
 GB = 1e9
-# What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py).
-SAVED_BYTES = {"fp32": 184, "amp_bf16": 134}
+# What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);
+# the kernel's saved states come on top.
+SAVED_BYTES = {"fp32": 168, "amp_bf16": 118}
 RESIDUAL_BYTES = 4  # of which only the block's input is kept with activation checkpointing
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
@@ -69,17 +72,19 @@ def state_bytes(config: RWKV7Config, *, processes: int) -> int:
     return 16 * parameter_count(config) // processes
 
 
-def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int) -> int:
+def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
     """An estimate for one microbatch of `tokens`, at the end of its forward pass.
 
-        layers   T·C·184 B in float32, 134 B with bf16 autocast; with checkpointing 4 B for each and one layer's in full
+        layers   T·C·168 B in float32, 118 B with bf16 autocast, and the kernel's states, 16 B on a GPU and 4 B on the
+                 CPU; with checkpointing 4 B for each and one layer's in full
         head     two buffers of chunk·V float32, its weight's gradient of V·C, and 8 B·T·C round it
         gathered with FSDP, embedding, head and one layer whole, float32
 
     The allocator's slack, communication buffers and the CUDA context come on top.
     """
     row = tokens * config.hidden_size
-    saved, layers = SAVED_BYTES[precision], config.num_layers
+    states = 4 * HEAD_SIZE // (cpp if device == "cpu" else cuda).SAVED_EVERY
+    saved, layers = SAVED_BYTES[precision] + states, config.num_layers
     kept = row * (layers * RESIDUAL_BYTES + saved if config.activation_checkpointing else layers * saved)
     words = config.vocab_size * config.hidden_size
     head = 8 * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
@@ -99,10 +104,11 @@ def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Tab
     config, plan, model = prepared.config, prepared.plan, prepared.model
     per_process = plan.batch_packs // processes
     microbatch = min(config.microbatch_packs or per_process, per_process)
-    precision = config.precision or ("fp32" if config.device == "cpu" else "amp_bf16")
+    device = config.device or "gpu"  # most often planned for where none is at hand
+    precision = config.precision or ("fp32" if device == "cpu" else "amp_bf16")
     micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens
     state = state_bytes(model, processes=processes)
-    activations = activation_bytes(model, tokens=micro_tokens, precision=precision, processes=processes)
+    activations = activation_bytes(model, tokens=micro_tokens, precision=precision, processes=processes, device=device)
     flops = flops_per_token(model)
     steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
     shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
