@@ -138,7 +138,7 @@ def prepare_inputs(corpus: str, folder: Path, *, part_bytes: float) -> Path:
                 share = max(1, int(len(texts) * min(1.0, part_bytes / len(sources) / size)))
                 wanted["part"] = texts[:share]
             if number == 0 and source == sources[0]:
-                wanted["tiny"] = texts[:1]
+                wanted["tiny"] = texts[:10]
             written += size
             for kind, chosen in wanted.items():
                 sizes[kind] += sum(len(text.encode()) for text in chosen)
@@ -214,7 +214,7 @@ def _run(command: Command, folder: Path, out: Path, options: argparse.Namespace)
         peak = 0.0
         while process.poll() is None:
             peak = max(peak, _proportional_bytes(process))
-            time.sleep(0.2)
+            time.sleep(0.5)
     seconds = time.monotonic() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-3000:]}")

@@ -61,4 +61,6 @@ def _read(prepared: Prepared, step: int) -> tuple[Batch, Tokenizer]:
     dataset = open_packs(prepared, plan.streams, *training_batches(plan), plan.batch_packs)
     dataset.start_at(step)
     spec = data_spec(dataset, workers=0, timeout_seconds=timeout)
-    return next(iter(spec.dataloader)), load_tokenizer(folder)
+    batch = next(iter(spec.dataloader))
+    dataset.close()
+    return batch, load_tokenizer(folder)
