@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -155,29 +155,58 @@ def save_checkpoint(
     """
     final, writing = root / step_name(step), root / (step_name(step) + WRITING)
     if is_leader():
-        if final.exists():  # damaged, or this step would not be written again
-            final.rename(final.with_name(final.name + ".replaced" + WRITING))
-        for left_over in root.glob(f"step-*{WRITING}"):
-            shutil.rmtree(left_over)
-        writing.mkdir(parents=True)
+        _make_room(final, writing)
     barrier()
+    if _leads_node() and not writing.exists():  # a disk of its own
+        _make_room(final, writing)
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
         save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
-    barrier()
+    # Each rank vouches for the files that it wrote, which no other may be able to see.
+    written = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(writing.iterdir())
+        if wrote(path.name)
+    }
+    files = {name: record for part in all_gather(written) for name, record in part.items()}
+    content = json.dumps(
+        {"format": FORMAT, "step": step, **mark, "files": dict(sorted(files.items()))}, indent=1, ensure_ascii=False
+    )
+    content = all_gather(content)[0]  # times differ by a little
     if is_leader():
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in sorted(writing.iterdir())
-        }
-        content = json.dumps({"format": FORMAT, "step": step, **mark, "files": files}, indent=1, ensure_ascii=False)
-        write_durably(writing / MARK_NAME, content.encode())
-        _sync_folder(writing)
-        writing.rename(final)
-        _sync_folder(root)
-        prune(root, keep=keep, last_step=step)
+        _complete(writing, final, content.encode(), keep=keep, step=step)
+    barrier()
+    if _leads_node() and writing.exists():
+        _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
     return final
+
+
+def wrote(name: str) -> bool:
+    """Whether this rank writes the checkpoint file `name`: torch puts the rank into its name; the index is rank 0's."""
+    rank = re.match(r"__(\d+)_", name)
+    return int(rank[1]) == _rank() if rank else is_leader()
+
+
+def _make_room(final: Path, writing: Path) -> None:
+    if final.exists():  # damaged, or this step would not be written again
+        final.rename(final.with_name(final.name + ".replaced" + WRITING))
+    for left_over in final.parent.glob(f"step-*{WRITING}"):
+        shutil.rmtree(left_over)
+    writing.mkdir(parents=True)
+
+
+def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: int) -> None:
+    install(writing, final, content)
+    prune(final.parent, keep=keep, last_step=step)
+
+
+def install(writing: Path, final: Path, mark: bytes) -> None:
+    """Give the files in `writing`, which are on the disk, their completion mark and their name."""
+    write_durably(writing / MARK_NAME, mark)
+    _sync_folder(writing)
+    writing.rename(final)
+    _sync_folder(final.parent)
 
 
 def prune(root: Path, *, keep: int, last_step: int) -> None:
@@ -238,7 +267,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
     """Each rank compares its part of the files; together they compare all."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world = _rank(), dist.get_world_size() if _distributed() else 1
     for name, record in sorted(checkpoint.mark["files"].items())[rank::world]:
         if sha256_of_file(checkpoint.path / name) != record["sha256"]:
             raise CheckpointError(
@@ -293,10 +322,30 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
 def is_leader() -> bool:
-    return not _distributed() or dist.get_rank() == 0
+    return _rank() == 0
+
+
+def _leads_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def barrier() -> None:
     if _distributed():
         dist.barrier()
+
+
+Value = TypeVar("Value")
+
+
+def all_gather(value: Value) -> list[Value]:
+    """What each rank gives, by rank."""
+    if not _distributed():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
