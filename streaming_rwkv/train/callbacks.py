@@ -320,12 +320,8 @@ class JSONLines(LoggerDestination):
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: a resumed run writes them again."""
-        if not self.writes or not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self.path)
+        if self.writes:
+            forget_lines_after(self.path, step)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():
@@ -344,6 +340,17 @@ class JSONLines(LoggerDestination):
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **self.pending}) + "\n")
         self.pending = {}
+
+
+def forget_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of JSON up to `step`, in one move; a line that a kill tore goes too."""
+    if not path.exists():
+        return
+    # Not splitlines(): text may carry line separators of Unicode's that JSON leaves as they are.
+    kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) <= step]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from streaming_rwkv.config import Config
 from streaming_rwkv.data.mixture import StageConfig
@@ -70,6 +70,12 @@ class EvaluationConfig(Config):
     packs_per_stream: PositiveInt | None = None
     """Only the first so many packs of each validation stream; by default all."""
     microbatch_packs: PositiveInt | None = None
+    prompts: list[str] = Field(default=[])
+    """Texts to go on with at each evaluation, into samples.jsonl, TensorBoard and the console."""
+    sample_tokens: PositiveInt = 64
+    sample_temperature: NonNegativeFloat = 1.0
+    """0 takes the likeliest token."""
+    sample_top_p: float = Field(default=0.9, gt=0, le=1)
 
 
 class CheckpointConfig(Config):

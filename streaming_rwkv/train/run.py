@@ -41,6 +41,7 @@ from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
+from streaming_rwkv.train.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
         leader=leader,
     )
     manifest = shard_set.manifest
+    if config.evaluation.prompts and not manifest.select("validation"):
+        raise ConfigError(
+            f"evaluation.prompts: texts are drawn at evaluations, but {data.path} has no validation packs; "
+            "build it with `validation` above 0, or leave the prompts out"
+        )
     plan = make_plan(
         _all_stages(config),
         manifest.select("train"),
@@ -232,8 +238,15 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     on_gpu = device.name == "gpu"
     name = torch.cuda.get_device_name() if on_gpu else ""
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    samples = Samples(
+        save_folder / "samples.jsonl",
+        config.evaluation,
+        tokenizer_folder=save_folder / TOKENIZER_FOLDER,
+        seed=config.seed,
+    )
     callbacks: list[Callback] = [
         cb.StepSeed(config.seed),
+        samples,  # before the throughput is taken up again
         cb.LearningRate(config.optimizer, total_tokens=prepared.total_tokens),
         cb.StageNumber(plan.stage_of),
         cb.ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite),
@@ -284,7 +297,8 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)
         _go_on_at(trainer, train_set, checkpoint)
         consumption.load(checkpoint.mark["consumed"])
-    lines.rewind(checkpoint.step if checkpoint else 0)
+    for written in (lines, samples):
+        written.rewind(checkpoint.step if checkpoint else 0)
     checkpointer.listen()
     trainer.fit()
     steps = int(trainer.state.timestamp.batch)
