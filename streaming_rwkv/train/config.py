@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from streaming_rwkv.config import Config
 from streaming_rwkv.data.mixture import StageConfig
@@ -86,9 +87,44 @@ class CheckpointConfig(Config):
     """Settings that may differ from the checkpoint's, by the names that a refusal gives."""
 
 
+class WandbConfig(Config):
+    """Weights & Biases; `entity` and whatever else is not given are those of the environment or the login."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    """By default the save folder's."""
+    tags: list[str] = Field(default=[])
+
+
+class MlflowConfig(Config):
+    """MLflow; what is not given is as its environment variables say."""
+
+    experiment_name: str | None = None
+    run_name: str | None = None
+    """By default the save folder's."""
+    tracking_uri: str | None = None
+    """A server, or a folder's file store; by default MLFLOW_TRACKING_URI."""
+    tags: dict[str, str] = Field(default={})
+    log_system_metrics: bool = False
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in urlsplit(uri).netloc:
+            raise ValueError(
+                "holds a user name or a password, and this configuration is saved with the run; give them as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
+
+
 class LogConfig(Config):
     interval_steps: PositiveInt = 10
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
     progress_bar: bool = False
 
 

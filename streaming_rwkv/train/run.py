@@ -39,6 +39,7 @@ from streaming_rwkv.train.checkpoint import (
 )
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
+from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
 from streaming_rwkv.train.samples import Samples
@@ -83,6 +84,7 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
     Raises:
         UserError: anything in configuration or data that the run could not be finished with.
     """
+    check_trackers(config.log)
     data = config.data
     shard_set = open_shard_set(
         data.path,
@@ -265,6 +267,8 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         loggers.append(cb.Console(interval_steps=interval, last_step=plan.steps))
     if config.log.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
+    trackers = build_trackers(config.log, save_folder=save_folder)
+    loggers += trackers
     evaluators = []
     if validation_records:
         callbacks.append(cb.ValidationReport(validation_records))
@@ -292,6 +296,8 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         save_folder=None,
         autoresume=False,
     )
+    for tracker in trackers:
+        tracker.log_hyperparameters(flat_settings(config.model_dump(mode="json", exclude_none=True)))
     _average_gradients(network)
     if checkpoint is not None:
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)

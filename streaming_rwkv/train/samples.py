@@ -93,7 +93,7 @@ class Samples(Callback):
                     # Markdown: a fence keeps line breaks.
                     content = f"````\n{prompt}{text}\n````"
                     destination.writer.add_text(f"samples/{number}", content, global_step=step)
-        logger.log_table(columns=["prompt", "text"], rows=[list(row) for row in rows], name="samples", step=step)
+        logger.log_table(["step", "prompt", "text"], [[step, *row] for row in rows], name="samples", step=step)
 
 
 def text_until_end(tokens: Sequence[int], *, end: int, decode: Callable[[Sequence[int]], str]) -> str:

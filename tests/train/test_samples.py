@@ -99,8 +99,8 @@ def test_each_prompt_is_gone_on_with_as_generation_does(tokenizer_folder: Path, 
         expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(drawn)})
     assert lines_of(tmp_path / "samples.jsonl") == expected
     assert all(line["text"] for line in expected)
-    rows = [[line["prompt"], line["text"]] for line in expected]
-    assert tables.tables == [("samples", ["prompt", "text"], rows, 12)]
+    rows = [[12, line["prompt"], line["text"]] for line in expected]
+    assert tables.tables == [("samples", ["step", "prompt", "text"], rows, 12)]
 
 
 def test_a_text_ends_at_the_end_of_the_document() -> None:
