@@ -293,18 +293,12 @@ class Checkpointer(Callback):
             state.stop_training()
 
 
-def evaluation_interval(interval_steps: int, checkpointer: Checkpointer) -> Callable[[State, Event], bool]:
-    """Evaluate every so many steps and at the end, each step at most once, and not on the way out."""
-    last: list[int] = []
+def evaluation_interval(interval_steps: int, *, last_step: int) -> Callable[[State, Event], bool]:
+    """Evaluate every so many steps and at the end; before the step's checkpoint, so that a kill can lose neither."""
 
     def due(state: State, event: Event) -> bool:
         step = int(state.timestamp.batch)
-        regular = event == Event.BATCH_END and step % interval_steps == 0
-        final = event == Event.FIT_END and not checkpointer.stopping
-        if (regular or final) and step not in last:
-            last[:] = [step]
-            return True
-        return False
+        return event == Event.BATCH_END and (step % interval_steps == 0 or step == last_step)
 
     return due
 

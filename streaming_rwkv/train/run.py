@@ -272,7 +272,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     evaluators = []
     if validation_records:
         callbacks.append(cb.ValidationReport(validation_records))
-        evaluators.append(_evaluator(prepared, validation_records, checkpointer))
+        evaluators.append(_evaluator(prepared, validation_records))
 
     trainer = Trainer(
         run_name=save_folder.name,
@@ -370,7 +370,7 @@ def open_packs(
     )
 
 
-def _evaluator(prepared: Prepared, records: list[StreamRecord], checkpointer: cb.Checkpointer) -> Evaluator:
+def _evaluator(prepared: Prepared, records: list[StreamRecord]) -> Evaluator:
     evaluation = prepared.config.evaluation
     per_rank = evaluation.microbatch_packs or prepared.config.microbatch_packs or 1
     batch_packs = per_rank * dist.get_world_size()
@@ -383,5 +383,5 @@ def _evaluator(prepared: Prepared, records: list[StreamRecord], checkpointer: cb
         # In the training process: workers of its own would be started anew for each evaluation.
         dataloader=data_spec(dataset, workers=0, timeout_seconds=prepared.config.data.timeout_seconds),
         metric_names=["loss"],
-        eval_interval=cb.evaluation_interval(evaluation.interval_steps, checkpointer),
+        eval_interval=cb.evaluation_interval(evaluation.interval_steps, last_step=prepared.plan.steps),
     )
