@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from composer.core import State, Timestamp
+from composer.core import Event, State, Timestamp
 from composer.devices import DeviceCPU
 from composer.loggers import Logger, LoggerDestination
 
@@ -25,6 +25,7 @@ from streaming_rwkv.train.callbacks import (
     StepSeed,
     TrainingStopped,
     ValidationReport,
+    evaluation_interval,
 )
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
 from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
@@ -279,3 +280,14 @@ def test_a_stream_without_validation_packs_is_left_out() -> None:
     assert {name for name in metrics if "loss" in name} == {
         f"validation/loss/{name}" for name in ("all", "source/web", "bucket/1-16", "stream/web/1-16")
     }
+
+
+def test_evaluations_come_before_the_checkpoint_of_their_step_and_at_the_end():
+    due = evaluation_interval(4, last_step=10)
+    state, _, _ = state_at()
+    asked = []
+    for step in range(1, 11):
+        state.timestamp = Timestamp(batch=step)
+        # Composer asks at each of these in turn, and writes checkpoints between the first two.
+        asked += [(step, event) for event in (Event.BATCH_END, Event.EPOCH_END, Event.FIT_END) if due(state, event)]
+    assert asked == [(4, Event.BATCH_END), (8, Event.BATCH_END), (10, Event.BATCH_END)]
