@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from streaming_rwkv.shards import (
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
+from tests.s3_server import S3Server, running
 
 VOCAB_SIZE = 97
 PACK_TOKENS = 64
@@ -147,3 +149,19 @@ def _write_data_set(
 @pytest.fixture(scope="session")
 def write_data_set() -> WriteDataSet:
     return _write_data_set
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One SeaweedFS for all tests, with the bucket `tests`. Who kills it starts it again."""
+    with running(tmp_path_factory.mktemp("s3")) as server:
+        server.create_bucket("tests")
+        yield server
+
+
+@pytest.fixture
+def s3_place(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://tests/… where nothing lies yet; the environment leads there."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://tests/{uuid.uuid4().hex}"

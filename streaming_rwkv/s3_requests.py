@@ -1,0 +1,256 @@
+"""Requests to an S3 server that end: repeated while what goes wrong may pass, and given up when they stand still.
+
+Refused and broken connections, 429, 500, 503 and garbled answers are followed by another attempt after a growing
+pause. What will not pass (403, a bucket that is not there) is an error at once. An attempt that moves less than
+`STEP_BYTES` in a quarter of `timeout_seconds` is given up, and when `timeout_seconds` have gone by without a success or
+a byte gained, the request has failed. So no server, however slow, holds a program for longer than 1.25
+`timeout_seconds` beyond its last step forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from streaming_rwkv.config import UserError
+
+logger = logging.getLogger(__name__)
+
+STEP_BYTES = 1 << 17
+_LONGEST_PAUSE_SECONDS = 5.0
+_CONNECT_SECONDS = 10.0
+_MISCONFIGURED_SECONDS = 15.0  # for an address that has never answered: most likely a typing error
+_CONNECTIONS = 64
+
+T = TypeVar("T")
+
+
+class StorageError(UserError):
+    """A store that cannot be used, or an object that is not what it should be."""
+
+
+class ObjectMissing(StorageError):
+    """There is no object of that name."""
+
+
+class UploadMissing(StorageError):
+    """The multipart upload is not there any more: completed, or aborted."""
+
+
+class FaultyAnswer(Exception):
+    """An answer that cannot be right; the next one may be."""
+
+
+class Moved:
+    """How far an attempt has come, told by the thread that makes it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.abandoned = False
+        self.lock = threading.Lock()
+
+
+def shown_endpoint(endpoint: str | None) -> str:
+    """An address without the user and password that may be in it."""
+    if endpoint is None:
+        return "AWS"
+    parts = urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+class Connection:
+    """boto3's client, made on first use in each process: its sockets must not be shared after a fork."""
+
+    def __init__(self, *, endpoint: str | None, timeout_seconds: float) -> None:
+        self.endpoint = endpoint
+        self.timeout_seconds = timeout_seconds
+        self._answered = False
+        self._client: Any = None
+        self._process = 0
+        self._lock = threading.Lock()
+
+    def ask(self, call: Callable[[Any, Moved], T], *, url: str, verb: str, gained: Callable[[], int] = lambda: 0) -> T:
+        """What `call(client, moved)` gives, called until it succeeds.
+
+        Args:
+            url, verb: what is done to what, for errors.
+            gained: tells how much of what attempts have got is kept by the next one.
+
+        Raises:
+            StorageError: what went wrong, without what may be secret in it, and what to do.
+        """
+        begun = forward = time.monotonic()
+        before, fruitless = gained(), 0
+        for attempt in itertools.count(1):
+            try:
+                client = self._client_of_this_process()
+                result = _watched(functools.partial(call, client), seconds=self.timeout_seconds / 4)
+            except _failures() as error:
+                problem = _diagnose(error, answered=self._answered, attempt=attempt)
+            else:
+                self._answered = True
+                return result
+            now = time.monotonic()
+            fruitless += 1
+            if gained() > before:
+                before, forward, fruitless = gained(), now, 0
+            patience = self.timeout_seconds
+            if problem.unreachable and not self._answered:
+                patience = min(patience, _MISCONFIGURED_SECONDS)
+            pause = min(_LONGEST_PAUSE_SECONDS, 0.2 * 2 ** min(fruitless, 10)) * random.uniform(0.5, 1)
+            if not problem.may_pass or now + pause - forward > patience:
+                tried = f" ({attempt} attempts in {now - begun:.0f} s)" if attempt > 1 else ""
+                where = shown_endpoint(self.endpoint)
+                raise problem.kind(f"{url}: cannot {verb} it at {where}{tried}: {problem.text}") from None
+            logger.info("%s: %s; trying again in %.1f s", url, problem.text.partition(";")[0], pause)
+            time.sleep(pause)
+        raise AssertionError
+
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None and self._process == os.getpid():
+                self._client.close()
+            self._client = None
+
+    def _client_of_this_process(self) -> Any:
+        with self._lock:
+            if self._client is None or self._process != os.getpid():
+                self._client, self._process = self._make_client(), os.getpid()
+            return self._client
+
+    def _make_client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        session = boto3.session.Session()
+        config = Config(
+            connect_timeout=min(_CONNECT_SECONDS, self.timeout_seconds / 4),
+            read_timeout=self.timeout_seconds / 4,
+            retries={"mode": "standard", "total_max_attempts": 1},  # `ask` repeats, and knows when to stop
+            max_pool_connections=_CONNECTIONS,
+            # Checksum trailers, boto3's default since 1.36, damage objects on servers that do not know them.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path" if self.endpoint else "auto"},
+        )
+        # Servers other than Amazon's take any region, but a signature needs one.
+        region = session.region_name or ("us-east-1" if self.endpoint else None)
+        return session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"endpoint": self.endpoint, "timeout_seconds": self.timeout_seconds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # what cannot be pickled is made anew
+
+
+class _Stalled(Exception):
+    """An attempt that stands still."""
+
+
+def _watched(call: Callable[[Moved], T], *, seconds: float) -> T:
+    """The result of `call`, in a thread of its own, as long as it moves.
+
+    Socket timeouts hold for each read by itself: a server that sends a byte a second defeats them.
+    """
+    moved = Moved()
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(moved))
+        except BaseException as error:  # noqa: BLE001  # raised again by the one who waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="storage", daemon=True).start()
+    before = 0
+    while not wait([future], timeout=seconds).done:
+        with moved.lock:
+            if moved.bytes - before < STEP_BYTES:
+                moved.abandoned = True
+                raise _Stalled
+            before = moved.bytes
+    return future.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """What an error means, without what may be secret in it."""
+
+    text: str
+    may_pass: bool = False
+    unreachable: bool = False
+    kind: type[StorageError] = StorageError
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    return BotoCoreError, ClientError, ResponseParserError, OSError, FaultyAnswer, _Stalled
+
+
+_REPEATABLE = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout", "SlowDown", "Throttling"}
+_ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+_ADDRESS_REMEDY = "check S3_ENDPOINT_URL, the network, and that the server runs"
+_KEYS_REMEDY = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and what they are allowed to do in this bucket"
+_TLS_REMEDY = "check whether S3_ENDPOINT_URL begins with http:// or https://, and the certificate (AWS_CA_BUNDLE)"
+
+
+def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
+    from botocore import exceptions as boto
+
+    match error:
+        case boto.ClientError():
+            return _diagnose_answer(error, answered=answered, attempt=attempt)
+        case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
+            return _Problem(text=f"no credentials; {_KEYS_REMEDY}")
+        case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError():
+            return _Problem(text=str(error))
+        case boto.SSLError():
+            return _Problem(text=f"the TLS connection failed; {_TLS_REMEDY}")
+        case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
+            return _Problem(text=f"cannot connect; {_ADDRESS_REMEDY}", may_pass=True, unreachable=True)
+        case _Stalled() | boto.ReadTimeoutError():
+            return _Problem(text=f"timed out, since the server stands still; {_ADDRESS_REMEDY}", may_pass=True)
+        case FaultyAnswer():
+            return _Problem(text=f"{error}; the server or something before it damages answers", may_pass=True)
+        case OSError() if not isinstance(error, (ConnectionError, TimeoutError)):
+            raise error  # of a local file
+        case _:
+            return _Problem(text=f"the connection broke ({type(error).__name__}); {_ADDRESS_REMEDY}", may_pass=True)
+
+
+def _diagnose_answer(error: Any, *, answered: bool, attempt: int) -> _Problem:
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    shown = f"{status} {code}" if code and code != str(status) else str(status)
+    if code == "NoSuchBucket":
+        return _Problem(text=f"{shown}: there is no such bucket; create it, or check its name and S3_ENDPOINT_URL")
+    if code == "NoSuchUpload":
+        return _Problem(text=f"{shown}: the upload was aborted by someone else", kind=UploadMissing)
+    if code == "RequestTimeTooSkewed":
+        return _Problem(text=f"{shown}: this machine's clock is wrong; set it")
+    if code in _ELSEWHERE:
+        return _Problem(text=f"{shown}: the bucket is in another region; set AWS_DEFAULT_REGION")
+    if status == 403:
+        # A request that was damaged on its way has a wrong signature too.
+        may_pass = code == "SignatureDoesNotMatch" and answered and attempt < 3
+        return _Problem(text=f"{shown}: refused; {_KEYS_REMEDY}", may_pass=may_pass)
+    if status == 404:
+        return _Problem(text=f"{shown}: there is no such object", kind=ObjectMissing)
+    if status in (412, 416):
+        return _Problem(text=f"{shown}: it was replaced while it was read; run the command again")
+    if code in _REPEATABLE or status == 429 or (status >= 500 and status != 501):
+        return _Problem(text=f"the server answers {shown}; it is overloaded or broken: try again later", may_pass=True)
+    return _Problem(text=f"the server answers {shown}; check the location and S3_ENDPOINT_URL")
