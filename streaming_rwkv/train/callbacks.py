@@ -27,6 +27,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoint import save_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
+from streaming_rwkv.train.mirror import Mirror
 from streaming_rwkv.train.optimizer import OptimizerConfig, lr_multiplier
 
 logger = logging.getLogger(__name__)
@@ -249,6 +250,7 @@ class Checkpointer(Callback):
         last_step: int,
         run: dict[str, Any],
         consumption: Consumption,
+        mirror: Mirror | None = None,
     ) -> None:
         self.root = root
         self.interval_steps = interval_steps
@@ -256,6 +258,7 @@ class Checkpointer(Callback):
         self.last_step = last_step
         self.run = run
         self.consumption = consumption
+        self.mirror = mirror
         self.asked_to_stop = False
         self.stopping = False
 
@@ -272,12 +275,18 @@ class Checkpointer(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
+        mirror = self.mirror
         # One rank may hear the signal a step before another: they must agree, or they would wait for each other.
+        flags = [self.asked_to_stop, *((mirror.busy, mirror.failed) if mirror else (False, False))]
         device = next(state.model.parameters()).device
-        asked = all_reduce_sum(torch.tensor(float(self.asked_to_stop), device=device))
-        self.stopping = bool(asked)
+        asked, busy, failed = all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
+        if mirror and not busy and not failed:
+            mirror.advance()
+        self.stopping = bool(asked or failed)
         if not (self.stopping or step % self.interval_steps == 0 or step == self.last_step):
             return
+        if mirror and not failed:
+            failed = not mirror.settle()  # one checkpoint at a time: no queue grows before a slow network
         assert isinstance(state.model, RWKV7ForTraining)
         mark = {
             "tokens": int(state.timestamp.token),
@@ -286,9 +295,13 @@ class Checkpointer(Callback):
             "consumed": self.consumption.consumed(),
             "run": self.run,
         }
-        save_checkpoint(
+        path = save_checkpoint(
             self.root, step=step, model=state.model.network, optimizer=state.optimizers[0], mark=mark, keep=self.keep
         )
+        if mirror and failed:
+            raise mirror.error()
+        if mirror:
+            mirror.begin(path)
         if self.stopping and step < self.last_step:
             state.stop_training()
 

@@ -109,15 +109,28 @@ def read_mark(path: Path) -> dict[str, Any]:
         CheckpointError: none there, or not one of this format.
     """
     try:
-        mark = json.loads((path / MARK_NAME).read_bytes())
+        content = (path / MARK_NAME).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
         ) from None
+    return parse_mark(content, where=str(path / MARK_NAME))
+
+
+def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
+    """Check a completion mark's form.
+
+    Raises:
+        CheckpointError: not JSON, of another format, or naming a file outside its folder.
+    """
+    try:
+        mark = json.loads(content)
     except ValueError as error:
-        raise CheckpointError(f"{path / MARK_NAME}: not valid JSON ({error})") from None
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(mark, dict) or mark.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MARK_NAME}: not of the format {FORMAT!r}")
+        raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
+    if outside := [name for name in mark["files"] if Path(name).name != name]:
+        raise CheckpointError(f"{where}: names a file outside its folder, {outside[0]!r}")
     return mark
 
 
@@ -157,7 +170,7 @@ def save_checkpoint(
     if is_leader():
         _make_room(final, writing)
     barrier()
-    if _leads_node() and not writing.exists():  # a disk of its own
+    if leads_node() and not writing.exists():  # a disk of its own
         _make_room(final, writing)
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
@@ -176,7 +189,7 @@ def save_checkpoint(
     if is_leader():
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
-    if _leads_node() and writing.exists():
+    if leads_node() and writing.exists():
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
     return final
@@ -184,8 +197,8 @@ def save_checkpoint(
 
 def wrote(name: str) -> bool:
     """Whether this rank writes the checkpoint file `name`: torch puts the rank into its name; the index is rank 0's."""
-    rank = re.match(r"__(\d+)_", name)
-    return int(rank[1]) == _rank() if rank else is_leader()
+    number = re.match(r"__(\d+)_", name)
+    return int(number[1]) == rank() if number else is_leader()
 
 
 def _make_room(final: Path, writing: Path) -> None:
@@ -204,9 +217,9 @@ def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: in
 def install(writing: Path, final: Path, mark: bytes) -> None:
     """Give the files in `writing`, which are on the disk, their completion mark and their name."""
     write_durably(writing / MARK_NAME, mark)
-    _sync_folder(writing)
+    sync(writing)
     writing.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 def prune(root: Path, *, keep: int, last_step: int) -> None:
@@ -267,8 +280,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
     """Each rank compares its part of the files; together they compare all."""
-    rank, world = _rank(), dist.get_world_size() if _distributed() else 1
-    for name, record in sorted(checkpoint.mark["files"].items())[rank::world]:
+    world = dist.get_world_size() if _distributed() else 1
+    for name, record in sorted(checkpoint.mark["files"].items())[rank() :: world]:
         if sha256_of_file(checkpoint.path / name) != record["sha256"]:
             raise CheckpointError(
                 f"{checkpoint.path / name}: its content is not what was written; move {checkpoint.path} away to go on "
@@ -301,7 +314,7 @@ def write_durably(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _sync_folder(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -322,15 +335,15 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _rank() -> int:
+def rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
 def is_leader() -> bool:
-    return _rank() == 0
+    return rank() == 0
 
 
-def _leads_node() -> bool:
+def leads_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 from streaming_rwkv.config import Config
 from streaming_rwkv.data.mixture import StageConfig
 from streaming_rwkv.model.config import Preset
+from streaming_rwkv.storage import is_remote
 from streaming_rwkv.train.optimizer import OptimizerConfig
 
 
@@ -37,7 +38,9 @@ class DataConfig(Config):
     fetch_ahead: PositiveInt = 64
     """Packs that each worker looks ahead for shards to download."""
     download_attempts: PositiveInt = 3
+    """For paths other than s3://, for which attempts are counted by time alone."""
     timeout_seconds: PositiveFloat = 120.0
+    """Stop the run when a download got nowhere for so long."""
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> DataConfig:
@@ -85,6 +88,8 @@ class CheckpointConfig(Config):
     """So many on disk, the newest; 0 keeps all."""
     allow_changed: list[str] = Field(default=[])
     """Settings that may differ from the checkpoint's, by the names that a refusal gives."""
+    upload_timeout_seconds: PositiveFloat = 300.0
+    """Stop the run when an upload to `save_remote` got nowhere for so long."""
 
 
 class WandbConfig(Config):
@@ -130,6 +135,8 @@ class LogConfig(Config):
 
 class RunConfig(Config):
     save_folder: str
+    save_remote: str | None = None
+    """s3://bucket/prefix: checkpoints and logs go there too, and an empty machine goes on from there."""
     seed: int = Field(default=17, ge=0)
     data: DataConfig
     model: ModelConfig
@@ -144,3 +151,10 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("save_remote")
+    @classmethod
+    def _in_object_storage(cls, location: str | None) -> str | None:
+        if location is not None and not is_remote(location):
+            raise ValueError(f"found {location!r}; expected s3://bucket/prefix (`save_folder` is the local folder)")
+        return location

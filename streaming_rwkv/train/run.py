@@ -28,6 +28,7 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import die_with_parent, lock_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER, StreamRecord, TokenizerRecord
+from streaming_rwkv.storage import open_store
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
@@ -40,6 +41,7 @@ from streaming_rwkv.train.checkpoint import (
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
+from streaming_rwkv.train.mirror import Mirror, restore
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
 from streaming_rwkv.train.samples import Samples
@@ -176,7 +178,7 @@ def train(config: RunConfig) -> int:
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
-    dist.initialize_dist(device, timeout=max(300.0, 2 * config.data.timeout_seconds))
+    dist.initialize_dist(device, timeout=max(300.0, 4 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
     run_lock = None
     if is_leader():
@@ -187,10 +189,18 @@ def train(config: RunConfig) -> int:
     prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False)
     root = save_folder / "checkpoints"
     lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
-    checkpoint = newest_checkpoint(root)
+    store = None
+    if config.save_remote is not None:
+        store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
+    mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
+    checkpoint, in_store = restore(store, save_folder) if store else (newest_checkpoint(root), False)
     if checkpoint is not None:
         check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
+        if mirror and not in_store:
+            mirror.begin(checkpoint.path, all_by_leader=True)
         if checkpoint.step >= prepared.plan.steps:
+            if mirror:
+                mirror.finish()
             show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
             return 0
     if is_leader():
@@ -202,13 +212,15 @@ def train(config: RunConfig) -> int:
             f"{prepared.plan.steps} steps of {prepared.plan.batch_packs} packs, "
             f"{prepared.total_tokens:,} tokens; {start}"
         )
-    status = _fit(prepared, checkpoint, root=root, device=device)
+    if mirror:
+        mirror.send_logs()
+    status = _fit(prepared, checkpoint, mirror, root=root, device=device)
     if run_lock is not None:
         run_lock.release()
     return status
 
 
-def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, device: Any) -> int:
+def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | None, *, root: Path, device: Any) -> int:
     config, plan = prepared.config, prepared.plan
     save_folder = Path(config.save_folder)
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
@@ -236,6 +248,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         last_step=plan.steps,
         run=prepared.identity,
         consumption=consumption,
+        mirror=mirror,
     )
     on_gpu = device.name == "gpu"
     name = torch.cuda.get_device_name() if on_gpu else ""
@@ -288,7 +301,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
         device_train_microbatch_size=config.microbatch_packs or plan.batch_packs // dist.get_world_size(),
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
-        dist_timeout=max(300.0, 2 * config.data.timeout_seconds),
+        dist_timeout=max(300.0, 4 * config.data.timeout_seconds),
         parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
         progress_bar=config.log.progress_bar,
         spin_dataloaders=False,
@@ -309,6 +322,8 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, *, root: Path, devic
     trainer.fit()
     steps = int(trainer.state.timestamp.batch)
     trainer.close()
+    if mirror:
+        mirror.finish()
     if steps == plan.steps:
         return 0
     if not checkpointer.stopping:

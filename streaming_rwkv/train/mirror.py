@@ -1,0 +1,378 @@
+"""A run's save folder on object storage: all that an empty machine needs to go on.
+
+    {remote}/checkpoints/step-00000500/…              as in the save folder; each rank brings the files that it wrote
+    {remote}/checkpoints/step-00000500/uploading.0    begun by rank 0; removed once the mark is there
+    {remote}/checkpoints/step-00000500/complete.json  last: what has it is whole
+    {remote}/{config.yaml, metrics.jsonl, samples.jsonl, tokenizer/, tensorboard/}
+                                                      with each checkpoint, and at the end of the run
+
+Files go up in a thread while training goes on, but one checkpoint at a time: the next is written when the one before is
+up, so what waits for a slow network never grows. The thread calls no collective. Ranks learn from each other in the
+reduction that ends each step (`train.callbacks.Checkpointer`), and enter the next stage at the same step:
+
+    idle ─ begin ─▶ files ─ no rank is busy: advance ─▶ sealing (the leader: logs, mark, pruning) ─ advance ─▶ idle
+
+A checkpoint's folder without mark is an upload that was interrupted if it has an `uploading.…`, and damage if it has
+not. A mark whose files are not all there is damage. Where there is nothing but damage, a person has to decide.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.model.checkpoint import CheckpointError
+from streaming_rwkv.model.sharded import MARK_NAME
+from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
+from streaming_rwkv.storage import Store
+from streaming_rwkv.train.checkpoint import (
+    NAME,
+    WRITING,
+    Checkpoint,
+    all_gather,
+    find_problem,
+    install,
+    is_leader,
+    leads_node,
+    newest_checkpoint,
+    parse_mark,
+    rank,
+    read_mark,
+    step_name,
+    sync,
+    wrote,
+)
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+UPLOADING = "uploading."
+LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", TOKENIZER_FOLDER, "tensorboard")
+FETCH_THREADS = 4
+LARGEST_MARK_BYTES = 1 << 26
+POLL_SECONDS = 0.1
+
+
+class MirrorError(UserError):
+    """The run's folder on object storage cannot be written, or what lies there cannot be used."""
+
+
+class Mirror:
+    """This rank's part in keeping a run's folder in a store up to date; all ranks call the methods together."""
+
+    def __init__(self, store: Store, folder: Path, *, keep: int) -> None:
+        """
+        Args:
+            store: the run's folder; its timeout says how long an upload may get nowhere before the run stops.
+            folder: the save folder; nothing is changed there.
+            keep: so many checkpoints stay in the store, the newest; 0 keeps all.
+        """
+        self.store = store
+        self.folder = folder
+        self.keep = keep
+        self._stage: Literal["idle", "files", "sealing"] = "idle"
+        self._checkpoint = Path()
+        self._sent: dict[str, tuple[int, int]] = {}  # logs by name: time and size of what went up
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self._problem is not None and not self.busy
+
+    def begin(self, checkpoint: Path, *, all_by_leader: bool = False) -> None:
+        """Have a whole local checkpoint go up; `all_by_leader` if the ranks of another world wrote it."""
+        assert self._stage == "idle", "the checkpoint before this one is not up yet"
+        names = sorted(read_mark(checkpoint)["files"])
+        mine = [name for name in names if (is_leader() if all_by_leader else wrote(name))]
+        self._stage, self._checkpoint = "files", checkpoint
+        if mine:
+            self._run(lambda: self._send_files(checkpoint, mine))
+
+    def advance(self) -> None:
+        """No rank is busy, and none has failed: go on to the next stage."""
+        match self._stage:
+            case "files":
+                self._stage = "sealing"
+                if is_leader():
+                    checkpoint = self._checkpoint
+                    self._run(lambda: self._seal(checkpoint))
+            case "sealing":
+                self._stage = "idle"
+
+    def settle(self) -> bool:
+        """Wait until the checkpoint is up; False if a rank's upload failed."""
+        while self._stage != "idle":
+            flags = all_gather((self.busy, self.failed))
+            if any(failed for _, failed in flags):
+                return False
+            if any(busy for busy, _ in flags):
+                time.sleep(POLL_SECONDS)
+            else:
+                self.advance()
+        return True
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is up, then bring the logs up to their end.
+
+        Raises:
+            MirrorError: an upload failed.
+        """
+        if not self.settle():
+            raise self.error()
+        self.send_logs()
+        self.store.close()
+
+    def send_logs(self) -> None:
+        """Before the first step too: a store that cannot be written stops the run at once."""
+        run_together(self._send_logs if is_leader() else None)
+
+    def error(self) -> MirrorError:
+        """Why an upload failed, whichever rank's it was."""
+        problem = next(text for text in all_gather(self._problem) if text is not None)
+        return MirrorError(
+            f"{self._checkpoint.name} could not be uploaded: {problem}. Nothing is lost on this machine: the newest "
+            f"checkpoint is in {self.folder / CHECKPOINTS}; once the cause is gone, the same command goes on from there"
+        )
+
+    def _run(self, work: Callable[[], None]) -> None:
+        def target() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - `error` raises it, in the main thread
+                self._problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+        # A daemon: a run that stops for another cause does not wait for its uploads.
+        self._thread = threading.Thread(target=target, name="mirror", daemon=True)
+        self._thread.start()
+
+    def _send_files(self, checkpoint: Path, names: Sequence[str]) -> None:
+        folder = f"{CHECKPOINTS}/{checkpoint.name}"
+        files = read_mark(checkpoint)["files"]
+        self.store.put_bytes(b"begun\n", f"{folder}/{UPLOADING}{rank()}")
+        for name in names:
+            self.store.put_file(checkpoint / name, f"{folder}/{name}", sha256=files[name]["sha256"])
+
+    def _seal(self, checkpoint: Path) -> None:
+        self._send_logs()
+        folder = f"{CHECKPOINTS}/{checkpoint.name}/"
+        self.store.put_bytes((checkpoint / MARK_NAME).read_bytes(), folder + MARK_NAME)
+        self.store.delete(name for name in self.store.list(folder) if name.startswith(folder + UPLOADING))
+        prune(self.store, keep=self.keep, last=checkpoint.name)
+
+    def _send_logs(self) -> None:
+        for path in _log_files(self.folder):
+            status = path.stat()
+            name, state = path.relative_to(self.folder).as_posix(), (status.st_mtime_ns, status.st_size)
+            if self._sent.get(name) != state:
+                self.store.put_bytes(path.read_bytes(), name)  # one moment of it: training goes on writing
+                self._sent[name] = state
+
+
+def _log_files(folder: Path) -> list[Path]:
+    found = [path for name in LOGS for path in (folder / name, *(folder / name).rglob("*"))]
+    return sorted(path for path in found if path.is_file() and path.suffix != ".tmp")
+
+
+def prune(store: Store, *, keep: int, last: str) -> None:
+    """Delete all but the `keep` newest whole checkpoints up to `last`, and interrupted uploads before it.
+
+    One of a later step is damaged, or the run would have gone on from it; a person has to look at it.
+    """
+    listed = {name: files for name, files in _checkpoints(store).items() if _step(name) <= _step(last)}
+    whole = [name for name in sorted(listed, key=_step) if MARK_NAME in listed[name]]
+    kept = whole[-keep:] if keep else whole
+    for name in listed:
+        if name != last and name not in kept:
+            # The mark first: killed in between, this must not leave a checkpoint with files missing.
+            store.delete([f"{CHECKPOINTS}/{name}/{MARK_NAME}"])
+            store.delete(f"{CHECKPOINTS}/{name}/{file}" for file in listed[name])
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _checkpoints(store: Store) -> dict[str, dict[str, int]]:
+    """Checkpoint → file → bytes, of all that have a checkpoint's name."""
+    listed: dict[str, dict[str, int]] = {}
+    for key, size in store.list(f"{CHECKPOINTS}/").items():
+        _, _, below = key.partition("/")
+        name, _, file = below.partition("/")
+        if NAME.fullmatch(name):
+            listed.setdefault(name, {})[file] = size
+    return listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteCheckpoint:
+    """A whole checkpoint in the store."""
+
+    name: str
+    content: bytes  # of its mark
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        return parse_mark(self.content, where=self.name)
+
+    @property
+    def step(self) -> int:
+        return int(self.mark["step"])
+
+
+def newest_remote(store: Store) -> RemoteCheckpoint | None:
+    """The newest whole checkpoint of the store, or None where none was ever finished.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+        StorageError: the store cannot be read.
+    """
+    problems: list[str] = []
+    listed = _checkpoints(store)
+    for name in sorted(listed, key=_step, reverse=True):
+        files = listed[name]
+        where = f"{CHECKPOINTS}/{name}/{MARK_NAME}"
+        if MARK_NAME not in files:
+            if not any(file.startswith(UPLOADING) for file in files):
+                problems.append(f"{name}: no completion mark ({MARK_NAME})")
+            continue
+        try:
+            found = RemoteCheckpoint(name=name, content=store.get_bytes(where, most=LARGEST_MARK_BYTES))
+            bad = [
+                f"{file} has {files.get(file, 'no')} bytes instead of {record['bytes']}"
+                for file, record in found.mark["files"].items()
+                if files.get(file) != record["bytes"]
+            ]
+        except CheckpointError as error:
+            bad = [str(error)]
+        if not bad:
+            if problems:
+                logger.warning("%s: going back to %s: %s", store.url(CHECKPOINTS), name, "; ".join(problems))
+            return found
+        problems.append(f"{name}: {bad[0]}")
+    if problems:
+        raise CheckpointError(
+            f"{store.url(CHECKPOINTS)}: no checkpoint here is whole ({'; '.join(problems)}); restore one, or give the "
+            "run another `save_remote` to start it again from its beginning"
+        )
+    return None
+
+
+def restore(store: Store, folder: Path) -> tuple[Checkpoint | None, bool]:
+    """The newest whole checkpoint of this machine and the store, fetched if only the store has it; by all ranks.
+
+    Returns:
+        The checkpoint, if any, and whether the store has it.
+    Raises:
+        CheckpointError: there are checkpoints, here or there, but none is whole.
+        StorageError: the store cannot be read, or damages what it gives.
+    """
+    chosen: list[tuple[int | None, RemoteCheckpoint | None]] = [(None, None)]
+
+    def choose() -> None:
+        store.abort_unfinished()
+        local, remote, problems = None, None, []
+        try:
+            local = newest_checkpoint(folder / CHECKPOINTS)
+        except CheckpointError as error:
+            problems.append(error)
+        try:
+            remote = newest_remote(store)
+        except CheckpointError as error:
+            problems.append(error)
+        if problems and local is None and remote is None:
+            raise problems[0]
+        for problem in problems:
+            logger.warning("%s; going on from what the other place has", problem)
+        chosen[0] = (local.step if local else None, remote)
+
+    run_together(choose if is_leader() else None)
+    local_step, remote = all_gather(chosen[0])[0]
+    root = folder / CHECKPOINTS
+    if remote is None or (local_step is not None and local_step >= remote.step):
+        in_store = remote is not None and local_step == remote.step
+        return (None if local_step is None else _local(root, local_step)), in_store
+    # The leader first: the other nodes may see its disk, or have their own.
+    run_together((lambda: _fetch(store, remote, folder)) if is_leader() else None)
+    run_together((lambda: _fetch(store, remote, folder)) if leads_node() else None)
+    return _local(root, remote.step), True
+
+
+def _local(root: Path, step: int) -> Checkpoint:
+    path = root / step_name(step)
+    return Checkpoint(path=path, mark=read_mark(path))
+
+
+def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path) -> None:
+    """Make a checkpoint of the store whole on this disk, with the logs up to it."""
+    final = folder / CHECKPOINTS / remote.name
+    if final.exists() and find_problem(final) is None:
+        return
+    logger.info("fetching %s", store.url(f"{CHECKPOINTS}/{remote.name}"))
+    writing = final.with_name(final.name + WRITING)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+
+    def fetch(name: str) -> None:
+        sha256 = remote.mark["files"][name]["sha256"]
+        if (final / name).is_file() and sha256_of_file(final / name) == sha256:
+            os.link(final / name, writing / name)
+            return
+        store.get_file(f"{CHECKPOINTS}/{remote.name}/{name}", writing / name, sha256=sha256)
+        sync(writing / name)
+
+    with ThreadPoolExecutor(FETCH_THREADS) as executor:
+        list(executor.map(fetch, sorted(remote.mark["files"])))
+    if is_leader():
+        fetch_logs(store, folder)
+    if final.exists():  # not whole
+        final.rename(final.with_name(final.name + ".replaced" + WRITING))
+    install(writing, final, remote.content)
+
+
+def fetch_logs(store: Store, folder: Path) -> None:
+    """Bring the store's logs and tokenizer into `folder`, where they replace older ones."""
+    for name in store.list():
+        path = PurePosixPath(name)
+        if path.parts[0] in LOGS and ".." not in path.parts:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, folder / path)
+
+
+def run_together(work: Callable[[], None] | None) -> None:
+    """Do each rank's `work`, if it has any, and wait for all of it, however long it takes; by all ranks together.
+
+    A collective that waited for another rank's download would come to its timeout. What one rank raises, all do.
+    """
+    problem: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            if work is not None:
+                work()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
+            problem.append(error)
+
+    thread = threading.Thread(target=target, name="mirror", daemon=True)
+    thread.start()
+    while not all(all_gather(not thread.is_alive())):
+        thread.join(POLL_SECONDS)
+    if problem and not isinstance(problem[0], UserError):
+        raise problem[0]
+    failures = [text for text in all_gather(str(problem[0]) if problem else None) if text is not None]
+    if failures:
+        raise problem[0] if problem else MirrorError(failures[0])
