@@ -30,18 +30,21 @@ from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
 from torch.utils.data import DataLoader
 
+from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_tokens, finish, join, split_batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
 from streaming_rwkv.processes import die_with_parent
-from streaming_rwkv.shards import StreamRecord, check_pack, token_dtype
+from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
 
 logger = logging.getLogger(__name__)
 
 Batches = Callable[[int, int], Ints]  # (start, stop) → (stop - start, batch_packs) ids of packs, -1 for a blank one
 CHUNK_SLOTS = 1 << 15  # slots of the plan that are worked out at a time: some ten milliseconds
 FETCH_THREADS = 4
+PATIENCE = 3  # timeouts for a batch: a shard that fails ahead of its time, then when it is needed, takes 2.5
+START_SECONDS = 30
 
 
 class PackDataset(StreamingDataset):
@@ -78,6 +81,7 @@ class PackDataset(StreamingDataset):
         ours = prefix._get_path(self._shm_prefix_int, "")
         self._shared_memory = [memory for memory in opened if memory.shm.name.startswith(ours)]
         _close_shared_memory([memory for memory in opened if memory not in self._shared_memory])
+        self.location = shard_set.location
         self.records = records
         self.manifest = shard_set.manifest
         self.batches = batches
@@ -162,7 +166,7 @@ class PackDataset(StreamingDataset):
         try:
             self.prepare_shard(shard, blocking=False)
         except Exception as error:  # noqa: BLE001 - whoever needs the shard tries again, and raises
-            logger.warning("fetching ahead failed: %s", error)
+            logger.debug("fetching ahead failed: %s", error)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """As Streaming's, but a failure is not left behind as 'in preparation', for which others would wait."""
@@ -259,6 +263,17 @@ class PackLoader(DataLoader[Any]):
         batches = super().__iter__()
         try:
             yield from map(finish, batches)
+        except UserError as error:  # of a worker; torch wraps the text into a traceback of that process
+            name = f"{type(error).__module__}.{type(error).__qualname__}: "
+            raise type(error)(str(error).rpartition(name)[2].strip()) from None
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            assert isinstance(self.dataset, PackDataset)
+            raise DataError(
+                f"{self.dataset.location}: no batch in {self.timeout:.0f} s; check the storage and the network, give "
+                "the run more loader `data.workers`, or raise `data.timeout_seconds`"
+            ) from None
         finally:
             if self.num_workers:  # not left to the garbage collector, in which torch waits 5 s for each of them
                 batches._shutdown_workers()  # type: ignore[attr-defined]
@@ -271,8 +286,8 @@ def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> 
         batch_size=dataset.batch_packs // dataset.num_ranks,
         collate_fn=join,
         num_workers=workers,
-        # A worker that neither delivers nor fails must stop the run too.
-        timeout=timeout_seconds if workers else 0,
+        # A worker that neither delivers nor fails must stop the run too; but one that fails has the time to say why.
+        timeout=PATIENCE * timeout_seconds + START_SECONDS if workers else 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_init_worker if workers else None,
         # Whatever the default: workers share the locks and arrays that the data set made.

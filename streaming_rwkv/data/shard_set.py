@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 from streaming import Stream
@@ -35,11 +36,13 @@ from streaming_rwkv.shards import (
     parse_manifest,
     sha256_of_file,
 )
+from streaming_rwkv.storage import ObjectMissing, StorageError, Store, is_remote, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
+LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, or a tokenizer's file
 VERIFIED = "verified"
 
 
@@ -48,6 +51,7 @@ class ShardSet:
     """A checked data set, and where its shards are kept on this machine."""
 
     location: str
+    store: Store | None  # of a location in object storage
     manifest: Manifest
     cache: Path
     lock: FolderLock | None  # held by the node's leader
@@ -57,6 +61,8 @@ class ShardSet:
     ) -> list[Stream]:
         return [
             VerifiedStream(
+                self.store,
+                folder=record.path,
                 remote=f"{self.location}/{record.path}",
                 local=str(self.cache / record.path),
                 download_retry=download_attempts,
@@ -81,12 +87,14 @@ def open_shard_set(
     location = str(location).rstrip("/")
     if "://" not in location:
         location = str(Path(location).resolve())
+    store = open_store(location, timeout_seconds=timeout_seconds) if is_remote(location) else None
     cache = Path(cache).resolve()
     lock = None
     if leader:
         lock = lock_folder(cache, what="data cache", remedy="give this run its own `data.cache`")
         _remove_stale_shared_memory(cache)
-        content = _fetch(f"{location}/{MANIFEST_NAME}", cache / MANIFEST_NAME, timeout_seconds=timeout_seconds)
+        _remove_unfinished_files(cache)
+        content = _fetch(location, store, MANIFEST_NAME, to=cache, timeout_seconds=timeout_seconds)
     else:
         content = (cache / MANIFEST_NAME).read_bytes()
     manifest = parse_manifest(content, where=f"{location}/{MANIFEST_NAME}")
@@ -96,12 +104,18 @@ def open_shard_set(
         records = [record for record in manifest.streams if record.split in splits]
 
         def check(record: StreamRecord) -> None:
-            index = folder / record.path / INDEX_NAME
-            _fetch_index(f"{location}/{record.path}/{INDEX_NAME}", index, record, manifest, timeout_seconds)
+            if not _has_hash(folder / record.path / INDEX_NAME, record.index_sha256):
+                name = f"{record.path}/{INDEX_NAME}"
+                content = _fetch(location, store, name, to=folder, timeout_seconds=timeout_seconds)
+                try:
+                    _check_index(content, record, manifest, where=f"{location}/{name}")
+                except DataError:
+                    (folder / name).unlink()
+                    raise
 
         with ThreadPoolExecutor(8) as executor:
             list(executor.map(check, records))
-    return ShardSet(location=location, manifest=manifest, cache=folder, lock=lock)
+    return ShardSet(location=location, store=store, manifest=manifest, cache=folder, lock=lock)
 
 
 def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
@@ -110,10 +124,9 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
     Raises:
         DataError: what lies there is not the tokenizer that the manifest names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
     for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
-        _fetch(f"{source}/{name}", folder / name, timeout_seconds=60)
+        _fetch(shard_set.location, shard_set.store, f"{TOKENIZER_FOLDER}/{name}", to=folder.parent, timeout_seconds=60)
     found = load_tokenizer(folder).sha256
     if found != shard_set.manifest.tokenizer.sha256:
         raise DataError(
@@ -122,15 +135,24 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
         )
 
 
-def _fetch(remote: str, local: Path, *, timeout_seconds: float) -> bytes:
-    """The bytes at `remote`, freshly; `local` is replaced in one step."""
+def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_seconds: float) -> bytes:
+    """The bytes of the file `name` of the data set, freshly; the one below `to` is replaced in one step."""
+    local, remote = to / name, f"{location}/{name}"
+    local.parent.mkdir(parents=True, exist_ok=True)
     fresh = local.with_name(local.name + ".fetching")
     fresh.unlink(missing_ok=True)
-    if "://" not in remote and not Path(remote).exists():
-        remedy = "build the data set with `python -m prep build`" if remote.endswith(MANIFEST_NAME) else "rebuild it"
-        raise DataError(f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`")
     try:
-        CloudDownloader.get(remote if "://" in remote else None).download(remote, str(fresh), timeout_seconds)
+        if store is not None:
+            fresh.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
+        elif "://" in location or Path(remote).exists():
+            CloudDownloader.get(remote if "://" in remote else None).download(remote, str(fresh), timeout_seconds)
+        else:
+            raise ObjectMissing(remote)
+    except ObjectMissing:
+        remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
+        raise DataError(f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`") from None
+    except StorageError as error:
+        raise DataError(str(error)) from error
     except Exception as error:
         raise DataError(f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials") from error
     content = fresh.read_bytes()
@@ -138,20 +160,14 @@ def _fetch(remote: str, local: Path, *, timeout_seconds: float) -> bytes:
     return content
 
 
-def _fetch_index(remote: str, local: Path, record: StreamRecord, manifest: Manifest, timeout_seconds: float) -> None:
-    if local.exists() and sha256_of_file(local) == record.index_sha256:
-        return
-    local.parent.mkdir(parents=True, exist_ok=True)
-    content = _fetch(remote, local, timeout_seconds=timeout_seconds)
-    try:
-        if hashlib.sha256(content).hexdigest() != record.index_sha256:
-            raise DataError(
-                f"{remote}: does not have the hash that the manifest gives; the data set was changed or damaged"
-            )
-        check_index(content, record, vocab_size=manifest.tokenizer.vocab_size, where=remote)
-    except DataError:
-        local.unlink()
-        raise
+def _has_hash(path: Path, sha256: str) -> bool:
+    return path.exists() and sha256_of_file(path) == sha256
+
+
+def _check_index(content: bytes, record: StreamRecord, manifest: Manifest, *, where: str) -> None:
+    if hashlib.sha256(content).hexdigest() != record.index_sha256:
+        raise DataError(f"{where}: does not have the hash that the manifest gives; the data set was changed or damaged")
+    check_index(content, record, vocab_size=manifest.tokenizer.vocab_size, where=where)
 
 
 def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
@@ -194,30 +210,28 @@ def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where:
 class VerifiedStream(Stream):
     """A stream whose shards are compared with their hashes, in the download and in the cache.
 
-    Streaming's own check is made once: a bad file stays in the cache, and is used or refused for ever after.
+    Streaming's own check is made once: a bad file stays in the cache, and is used or refused for ever after. Its own
+    S3 client waits for ever for a server that sends a byte a second; `store` does not.
     """
+
+    def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.store = store
+        self.folder = folder
 
     def _prepare_shard_part(
         self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
     ) -> int:
         """Make the raw file be there, and right; returns the change in bytes of the cache."""
         assert zip_info is not None
-        folder = Path(self.local, self.split)
-        raw = folder / raw_info.basename
-        compressed = folder / zip_info.basename
+        raw = Path(self.local, self.split, raw_info.basename)
         delta = self.drop_if_bad(raw_info)
         if raw.exists():
             return delta
-        found = compressed.stat().st_size if compressed.exists() else 0
         data = None
         for attempt in ("first", "second"):
-            if not compressed.exists():
-                try:
-                    self._download_file(zip_info.basename)
-                except Exception as error:
-                    raise DataError(f"{self._url(zip_info)}: cannot be fetched ({error})") from error
-            data = compressed.read_bytes()
-            compressed.unlink()
+            data, left_over = self._compressed(zip_info)
+            delta -= left_over
             if hashlib.sha256(data).hexdigest() == zip_info.hashes["sha256"]:
                 break
             logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(zip_info), attempt, len(data))
@@ -236,7 +250,24 @@ class VerifiedStream(Stream):
         partial = raw.with_name(raw.name + ".tmp")
         partial.write_bytes(plain)
         partial.replace(raw)
-        return delta + raw_info.bytes - found
+        return delta + raw_info.bytes
+
+    def _compressed(self, info: FileInfo) -> tuple[bytes, int]:
+        """A shard as it lies at the location, and how many bytes of it the cache has now less than it had."""
+        path = Path(self.local, self.split, info.basename)
+        left_over = path.stat().st_size if path.exists() else 0
+        try:
+            if self.store is None:
+                if not left_over:
+                    self._download_file(info.basename)
+                return path.read_bytes(), left_over
+            return self.store.get_bytes(f"{self.folder}/{info.basename}", most=info.bytes), left_over
+        except StorageError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:
+            raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
+        finally:
+            path.unlink(missing_ok=True)
 
     def drop_if_bad(self, raw_info: FileInfo) -> int:
         """Remove the cached raw file if it is not what the index says; returns the change in bytes of the cache."""
@@ -281,3 +312,10 @@ def _remove_stale_shared_memory(cache: Path) -> None:
         prefix = path.name.removesuffix(LOCALS)
         for name in [*SHM_TO_CLEAN, VERIFIED]:
             (path.parent / f"{prefix}{name}").unlink(missing_ok=True)
+
+
+def _remove_unfinished_files(cache: Path) -> None:
+    """Remove what a run that was killed was about to write; the cache's limit does not count it."""
+    for pattern in ("*.mds.tmp", "*.fetching"):
+        for path in cache.rglob(pattern):
+            path.unlink(missing_ok=True)
