@@ -1,4 +1,4 @@
-"""The command line: `python -m prep build|inspect|verify|report|convert|train-tokenizer`."""
+"""The command line: `python -m prep build|upload|inspect|verify|report|convert|train-tokenizer`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--dry-run", action="store_true", help="count documents and tokens, write nothing")
     build.set_defaults(command=_build)
 
+    upload = commands.add_parser("upload", help="copy a finished data set to object storage, or go on with that")
+    upload.add_argument("folder", help="the data set")
+    upload.add_argument("to", help="s3://bucket/path")
+    upload.set_defaults(command=_upload)
+
     inspect = commands.add_parser("inspect", help="show documents as the model will see them")
-    inspect.add_argument("out", help="the data set")
+    inspect.add_argument("out", help="the data set: a folder, or s3://bucket/path")
     inspect.add_argument("--split", default="train", choices=["train", "validation"])
     inspect.add_argument("--source", help="one source")
     inspect.add_argument("--bucket", help="one bucket, e.g. 1-256")
@@ -49,12 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser("verify", help="check every shard against the manifest")
-    verify.add_argument("out", help="the data set")
+    verify.add_argument("out", help="the data set: a folder, or s3://bucket/path")
     verify.set_defaults(command=_verify)
 
     report = commands.add_parser("report", help="write a page of plots and samples, and its figures as JSON")
-    report.add_argument("out", help="the data set")
-    report.add_argument("--to", help="the folder to write into; the data set's own if not given")
+    report.add_argument("out", help="the data set: a folder, or s3://bucket/path")
+    report.add_argument("--to", help="the folder to write into; the data set's own if not given and it is one")
     report.set_defaults(command=_report)
 
     convert = commands.add_parser("convert", help="JSON files to parquet files with a text column, folder to folder")
@@ -81,6 +86,7 @@ def _build(options: argparse.Namespace) -> int:
     from prep.pipeline import build, count
     from prep.progress import books_table, count_table, observing, stream_table
     from streaming_rwkv.config import load_config
+    from streaming_rwkv.storage import is_remote
 
     config = load_config(PrepConfig, options.config, overrides=options.overrides)
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own
@@ -90,6 +96,8 @@ def _build(options: argparse.Namespace) -> int:
             records = count(config, observer=observer)
         console.print(count_table(records, config.edges))
         return 0
+    if is_remote(config.out):
+        print(f"{config.out}: work in progress is kept in {config.folder} (work=…)")
     with observing(console) as observer:
         built = build(config, observer=observer, fork=True)
     manifest = built.manifest
@@ -104,6 +112,26 @@ def _build(options: argparse.Namespace) -> int:
         f"{config.out}: {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; "
         f"fingerprint {manifest.fingerprint[:16]}"
     )
+    return 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from prep.progress import observing
+    from prep.upload import upload
+
+    started = time.monotonic()
+    with observing(Console(width=None if sys.stdout.isatty() else 140)) as observer:
+        uploaded = upload(options.folder, options.to, observer=observer)
+    fingerprint = uploaded.manifest.fingerprint[:16]
+    if uploaded.was_there:
+        print(f"{options.to}: already there, nothing to do; fingerprint {fingerprint}")
+        return 0
+    size = sum(shard.bytes for stream in uploaded.manifest.streams for shard in stream.shards) / 1e6
+    seconds = time.monotonic() - started
+    rate = f"{size:,.1f} MB of shards in {seconds:.1f} s, {size / seconds:.1f} MB/s"
+    print(f"{options.to}: {rate}; fingerprint {fingerprint}")
     return 0
 
 

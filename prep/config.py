@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.storage import is_remote
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
-_NOT_DECIDING = {"out", "workers", "engine", "on_error", "audit_bytes"}
+_NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
 
 
 class SourceConfig(Config):
@@ -49,7 +51,10 @@ class PrepConfig(Config):
     """One data set."""
 
     out: str
-    """The data set's folder."""
+    """The data set's folder, or s3://bucket/path."""
+    work: str | None = None
+    """With out=s3://…: the folder for unfinished work and for shards on their way; by default one of its own in
+    ~/.cache/streaming-rwkv/prep. It must be the same when an interrupted build goes on, or the work is done again."""
     tokenizer: str
     """`rwkv-world`, a folder, a tokenizer.json, or a name on the Hugging Face hub."""
     bos_token: str | None = None
@@ -110,6 +115,25 @@ class PrepConfig(Config):
                 "raise pack_tokens or lower the edge"
             )
         return self
+
+    @model_validator(mode="after")
+    def _work_is_for_object_storage(self) -> PrepConfig:
+        if self.work is not None and (is_remote(self.work) or not is_remote(self.out)):
+            raise ValueError(
+                f"work: found {self.work!r} with out={self.out}; expected a local folder, and only with out=s3://…: "
+                "otherwise the work is done in the data set's own folder"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes: the data set's folder, or the work folder of one in object storage."""
+        if not is_remote(self.out):
+            return Path(self.out)
+        if self.work is not None:
+            return Path(self.work).expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return cache / "streaming-rwkv" / "prep" / quote(self.out.removeprefix("s3://").strip("/"), safe="")
 
     @property
     def worker_count(self) -> int:

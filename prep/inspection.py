@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
+
+from prep.place import Place, opened
 from prep.shard_reader import read_shard
-from streaming_rwkv.shards import TOKENIZER_FOLDER, DataError, Manifest, StreamRecord, piece_bounds, read_manifest
-from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, piece_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,11 @@ class ShownPiece:
         return f"{head}\n{'⟨bos⟩' if self.begins else '…'}{self.text}{'⟨eos⟩' if self.ends else '…'}"
 
 
-def shown_pieces(out: str | Path, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
+def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
     """All pieces of `streams` in stored order. A character that is cut between two pieces shows as U+FFFD."""
-    tokenizer = load_tokenizer(Path(out) / TOKENIZER_FOLDER)
+    tokenizer = place.tokenizer(manifest)
     for stream in streams:
-        packs = itertools.chain.from_iterable(
-            read_shard(Path(out) / stream.path / shard.basename, shard) for shard in stream.shards
-        )
-        for number, pack in enumerate(packs):
+        for number, pack in enumerate(_packs(place, stream)):
             bounds = piece_bounds(pack["lengths"])
             for piece in range(len(pack["lengths"])):
                 tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]
@@ -55,6 +54,13 @@ def shown_pieces(out: str | Path, manifest: Manifest, streams: list[StreamRecord
                     ends=int(tokens[-1]) == tokenizer.eos_id,
                     text=tokenizer.decode(tokens),
                 )
+
+
+def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
+    names = [f"{stream.path}/{shard.basename}" for shard in stream.shards]
+    for name, shard in zip(names, stream.shards, strict=True):  # one by one: seldom is more than the first wanted
+        for file in place.files([(name, None)]):
+            yield from read_shard(file, shard, where=f"{place.location}/{name}")
 
 
 def selected(
@@ -78,7 +84,8 @@ def selected(
 
 def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: int, count: int) -> None:
     """Print `count` pieces."""
-    manifest = read_manifest(out)
-    streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
-    for piece in itertools.islice(shown_pieces(out, manifest, streams), skip, skip + count):
-        print(piece)
+    with opened(out) as place:
+        manifest = place.manifest()
+        streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
+        for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
+            print(piece)

@@ -26,7 +26,8 @@ class Job:
 
     @property
     def out(self) -> Path:
-        return Path(self.config.out)
+        """Where the data set is put together."""
+        return self.config.folder
 
     @property
     def work(self) -> Path:

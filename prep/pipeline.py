@@ -8,13 +8,15 @@ there. The manifest comes last.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,13 @@ from prep.document import Rejection
 from prep.duplicates import do_range, plan_ranges
 from prep.engine import Run, Task, start
 from prep.job import Job
+from prep.observer import Observer
+from prep.place import find_manifest
 from prep.plan import check_plan, make_plan, save_plan
-from prep.shard_writer import write_index
+from prep.shard_writer import Shard, write_index
 from prep.sources import plan_units
 from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
+from prep.upload import ShardUploads, Transfers, check_free, final_shards, publish
 from prep.windows import Window, WindowRecord, do_window, plan_windows
 from prep.work import (
     DONE_FOLDER,
@@ -52,24 +57,10 @@ from streaming_rwkv.shards import (
     Manifest,
     SourceBooks,
     StreamRecord,
+    read_manifest,
 )
+from streaming_rwkv.storage import Store, is_remote, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-
-
-class Observer:
-    """Is told how a build goes on; this one keeps it to itself."""
-
-    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
-        """A step begins; `totals` is its work by source, in bytes of input or in tokens."""
-
-    def done(self, source: str, amount: int) -> None:
-        """So much more of the step is done."""
-
-    def progress(self, progress: Progress) -> None:
-        """Documents were read and tokenized."""
-
-    def rejection(self, rejection: Rejection) -> None:
-        """A document was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,24 +90,52 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
     units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
     job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
     plan = make_plan(config, tokenizer.record(), units)
-    if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
-        if (job.work / DONE_FOLDER).exists():  # killed between the manifest and the end
-            with locked(job.work):
-                _clear(job.work)
-        return Built(manifest=manifest, was_finished=True)
-    with explained_write_errors(job.out), locked(job.work):
-        # Again: until we had the lock, another build may have been here.
-        if (manifest := check_plan(plan, out=job.out, work=job.work)) is not None:
+    with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
+        if (manifest := _finished(plan, job, store)) is not None:
+            if (job.work / DONE_FOLDER).exists():  # killed between the manifest and the end
+                with locked(job.work):
+                    _clear(job)
             return Built(manifest=manifest, was_finished=True)
-        save_plan(plan, work=job.work)
-        _save_tokenizer(tokenizer, job)
-        with start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run:
-            if config.audit_bytes:
-                tokenizer.encode_reference([])  # loads it while the workers load theirs
-            units_done, windows, windows_done = _do_all(job, run, observer)
-        manifest = _publish(job, tokenizer, units_done, list(zip(windows, windows_done, strict=True)))
-        _clear(job.work)
+        with explained_write_errors(job.out), locked(job.work):
+            # Again: until we had the lock, another build may have been here.
+            if (manifest := _finished(plan, job, store)) is not None:
+                return Built(manifest=manifest, was_finished=True)
+            save_plan(plan, work=job.work)
+            if store is not None:
+                check_free(store)
+                store.close()  # before workers are forked: they would inherit its connections
+            _save_tokenizer(tokenizer, job)
+            with (
+                start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run,
+                Transfers(store) if store is not None else nullcontext() as transfers,
+            ):
+                if config.audit_bytes:
+                    tokenizer.encode_reference([])  # loads it while the workers load theirs
+                units_done, windows, windows_done = _do_all(job, run, observer, transfers)
+                packed = list(zip(windows, windows_done, strict=True))
+                manifest = _assemble(job, tokenizer, units_done, packed, in_place=transfers is None)
+                if transfers is not None:
+                    transfers.wait(observer)
+                    publish(job.out, manifest, transfers)
+            if store is None:
+                _flush_all(job, manifest)
+                write_durably(job.out / MANIFEST_NAME, manifest.to_json())
+            _clear(job)
     return Built(manifest=manifest, was_finished=False)
+
+
+def _finished(plan: dict[str, Any], job: Job, store: Store | None) -> Manifest | None:
+    """The manifest of a finished build of the same plan.
+
+    Raises:
+        WorkError: another build, or other files, lie there.
+    """
+    if store is not None:
+        manifest = find_manifest(store)
+    else:
+        manifest = read_manifest(job.out) if (job.out / MANIFEST_NAME).exists() else None
+    check_plan(plan, out=job.config.out, folder=job.out, work=job.work, manifest=manifest)
+    return manifest
 
 
 def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
@@ -127,7 +146,7 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
     with tempfile.TemporaryDirectory() as folder:
         # Workers load the tokenizer from the data set's folder; this one is thrown away.
         job = Job(
-            config=config.model_copy(update={"out": folder}),
+            config=config.model_copy(update={"out": folder, "work": None}),
             units=units,
             vocab_size=tokenizer.vocab_size,
             given_tokenizer=tokenizer,
@@ -138,7 +157,9 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
             return _step("counting", run, count_unit, units, sizes, observer)
 
 
-def _do_all(job: Job, run: Run, observer: Observer) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
+def _do_all(
+    job: Job, run: Run, observer: Observer, transfers: Transfers | None
+) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
     sizes = [(unit.source, unit.input_bytes) for unit in job.units]
     units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer)
     _check_not_empty(job, units)
@@ -146,22 +167,35 @@ def _do_all(job: Job, run: Run, observer: Observer) -> tuple[list[UnitRecord], l
     _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
     windows = plan_windows(job, units, duplicate_ranges=len(ranges))
     sizes = [(window.source, window.tokens) for window in windows]
-    records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer)
+    on_result = ShardUploads(transfers, windows, work=job.work).packed if transfers is not None else None
+    records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer, on_result)
     return units, windows, records
 
 
 def _step(
-    name: str, run: Run, task: Task, items: Sequence[Any], sizes: Sequence[tuple[str, int]], observer: Observer
+    name: str,
+    run: Run,
+    task: Task,
+    items: Sequence[Any],
+    sizes: Sequence[tuple[str, int]],
+    observer: Observer,
+    on_result: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-    """The results in the order of the items. Large ones are begun first, or one would keep everybody waiting."""
+    """The results in the order of the items; `on_result` is given each with its index as soon as it comes.
+
+    Large items are begun first, or one would keep everybody waiting; those of about one size in their order, since a
+    window's shards can go up when those of the windows before it are counted.
+    """
     totals: Counter[str] = Counter()
     for source, size in sizes:
         totals[source] += size
     observer.step(name, totals=totals)
-    order = sorted(range(len(items)), key=lambda index: -sizes[index][1])
+    order = sorted(range(len(items)), key=lambda index: -sizes[index][1].bit_length())
     results: dict[int, Any] = {}
     for place, result in run(task, [items[index] for index in order]):
         results[order[place]] = result
+        if on_result is not None:
+            on_result(order[place], result)
         observer.done(*sizes[order[place]])
     return [results[index] for index in range(len(items))]
 
@@ -221,10 +255,15 @@ def _check_not_empty(job: Job, units: Sequence[UnitRecord]) -> None:
 # --- what is left when a build is done ---
 
 
-def _publish(
-    job: Job, tokenizer: Tokenizer, units: Sequence[UnitRecord], windows: Sequence[tuple[Window, WindowRecord]]
+def _assemble(
+    job: Job,
+    tokenizer: Tokenizer,
+    units: Sequence[UnitRecord],
+    windows: Sequence[tuple[Window, WindowRecord]],
+    *,
+    in_place: bool,
 ) -> Manifest:
-    """Put shards, indexes, and last of all the manifest in their places.
+    """Put indexes and what else describes the data set in their places, and with `in_place` the shards too.
 
     Raises:
         DataError: the books do not balance: our mistake, and better no data set than a wrong one.
@@ -233,7 +272,7 @@ def _publish(
     for source, book in books.items():
         if wrong := book.imbalance():
             raise DataError(f"{job.out}: the books of source {source} do not balance: {wrong}; report this")
-    streams = [_publish_stream(job, members) for members in _by_stream(windows)]
+    streams = [_assemble_stream(job, members, in_place=in_place) for members in _by_stream(windows)]
     manifest = Manifest(
         format=FORMAT,
         pack_tokens=job.config.pack_tokens,
@@ -245,8 +284,6 @@ def _publish(
     )
     _publish_rejected(job, units)
     (job.out / STATISTICS_NAME).write_bytes(statistics_bytes(units, windows))
-    _flush_all(job, manifest)
-    write_durably(job.out / MANIFEST_NAME, manifest.to_json())
     return manifest
 
 
@@ -264,17 +301,22 @@ def _by_stream(
     return [list(members) for _, members in itertools.groupby(windows, key=lambda pair: pair[0].stream)]
 
 
-def _publish_stream(job: Job, windows: Sequence[tuple[Window, WindowRecord]]) -> StreamRecord | None:
+def _assemble_stream(
+    job: Job, windows: Sequence[tuple[Window, WindowRecord]], *, in_place: bool
+) -> StreamRecord | None:
     """One folder of shards with its index; None if duplicates were all it had."""
     first = windows[0][0]
-    places = [(done_folder(job.work, window.name), shard) for window, record in windows for shard in record.shards]
-    if not places:
+    placed: list[tuple[Path, Shard]] = []
+    for window, record in windows:
+        placed += final_shards(window, record.shards, first=len(placed), work=job.work)
+    if not placed:
         return None
     folder = job.out / first.stream
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [shard.renamed(number) for number, (_, shard) in enumerate(places)]
-    for (place, shard), renamed in zip(places, shards, strict=True):
-        _link(place / shard.record.basename, folder / renamed.record.basename)
+    if in_place:
+        for file, shard in placed:
+            _link(file, folder / shard.record.basename)
+    shards = [shard for _, shard in placed]
     index_sha256 = write_index(shards, folder, form=job.shard_format)
     records = [record for _, record in windows]
     return StreamRecord(
@@ -333,7 +375,12 @@ def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
     temporary.replace(job.out / REJECTED_NAME)
 
 
-def _clear(work: Path) -> None:
-    """All but the plan, by which the next start knows that there is nothing to do."""
-    for folder in (DONE_FOLDER, TEMPORARY_FOLDER):
-        shutil.rmtree(work / folder, ignore_errors=True)
+def _clear(job: Job) -> None:
+    """All but the plan, by which the next start knows that there is nothing to do, and the data set if it is here."""
+    if is_remote(job.config.out):
+        for name in (*SPLITS, TOKENIZER_FOLDER):
+            shutil.rmtree(job.out / name, ignore_errors=True)
+        for name in (STATISTICS_NAME, REJECTED_NAME):
+            (job.out / name).unlink(missing_ok=True)
+    for folder in (TEMPORARY_FOLDER, DONE_FOLDER):  # the last one shows that there is something to clear
+        shutil.rmtree(job.work / folder, ignore_errors=True)

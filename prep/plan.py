@@ -10,7 +10,8 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.sources import Unit
 from prep.work import WorkError, write_durably
-from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord, read_manifest
+from streaming_rwkv.shards import FORMAT, Manifest, TokenizerRecord
+from streaming_rwkv.storage import is_remote
 
 PLAN_NAME = "plan.json"
 _MOST_CHANGES = 8
@@ -28,32 +29,39 @@ def make_plan(config: PrepConfig, tokenizer: TokenizerRecord, units: Sequence[Un
     return loaded
 
 
-def check_plan(plan: dict[str, Any], *, out: Path, work: Path) -> Manifest | None:
-    """Compare with what `out` already holds; the manifest of a finished build of the same plan, or None.
+def check_plan(plan: dict[str, Any], *, out: str, folder: Path, work: Path, manifest: Manifest | None) -> None:
+    """Compare with what is there already.
+
+    Args:
+        out: where the data set shall be, for errors.
+        folder: where it is put together.
+        manifest: of a finished build in `out`.
 
     Raises:
-        WorkError: `out` holds another build, or other files.
+        WorkError: `out` holds another build, or the folder holds other files.
     """
-    manifest = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
     if (work / PLAN_NAME).exists():
         earlier = json.loads((work / PLAN_NAME).read_bytes())
     elif manifest is not None:  # copied here without its work folder: its input cannot be compared
         earlier = plan | {"config": manifest.config, "tokenizer": manifest.tokenizer.model_dump()}
     else:
-        strangers = [entry.name for entry in out.iterdir() if entry != work] if out.is_dir() else []
+        strangers = [entry.name for entry in folder.iterdir() if entry != work] if folder.is_dir() else []
         if strangers:
-            raise WorkError(f"{out}: holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty `out=`")
-        return None
+            key = "work" if is_remote(out) else "out"
+            raise WorkError(
+                f"{folder}: holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty `{key}=`"
+            )
+        return
     changes = list(_changes(earlier, plan))
     if changes:
         state = "holds a finished data set" if manifest else "holds an unfinished build"
+        remains = f"{out} and {folder}" if is_remote(out) else "the folder"
         shown = "\n".join(f"  {change}" for change in changes[:_MOST_CHANGES])
         more = f"\n  and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
         raise WorkError(
             f"{out}: {state}, and since it began this changed:\n{shown}{more}\n"
-            "undo the change, choose another `out=`, or remove the folder to build anew"
+            f"undo the change, choose another `out=`, or remove {remains} to build anew"
         )
-    return manifest
 
 
 def save_plan(plan: dict[str, Any], *, work: Path) -> None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prep import pipeline, units
+from prep import units
 from prep.document import Rejection
+from prep.observer import Observer
 from streaming_rwkv.shards import Manifest, bucket_bounds, bucket_name
 
 _REJECTIONS_SHOWN = 5
@@ -20,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 10
 _ALL = ""  # no source is called so
 
 
-class ConsoleObserver(pipeline.Observer):
+class ConsoleObserver(Observer):
     """A bar for each source on a terminal, a line now and then elsewhere, and the first rejections of each reason."""
 
     def __init__(self, console: Console, bars: Progress) -> None:
@@ -31,9 +32,12 @@ class ConsoleObserver(pipeline.Observer):
         self._started = self._said = time.monotonic()
         self._read: dict[str, Counter[str]] = defaultdict(Counter)
         self._rejections: Counter[str] = Counter()
+        self._in_bytes = False
+        self._done: Counter[str] = Counter()
 
-    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
+    def step(self, name: str, *, totals: Mapping[str, int], in_bytes: bool = False) -> None:
         self._name, self._started = name, time.monotonic()
+        self._in_bytes, self._done = in_bytes, Counter()
         if self._console.is_terminal:
             self._bars.start()  # not before: it starts a thread, and workers may be forked until now
         for task in self._tasks.values():
@@ -47,8 +51,13 @@ class ConsoleObserver(pipeline.Observer):
 
     def done(self, source: str, amount: int) -> None:
         for name in (source, _ALL):
+            self._done[name] += amount
             if name in self._tasks:
                 self._bars.advance(self._tasks[name], amount)
+                if self._in_bytes:
+                    seconds = max(time.monotonic() - self._started, 1e-3)
+                    rate = f"{self._done[name] / 1e6:,.1f} MB, {self._done[name] / 1e6 / seconds:.1f} MB/s"
+                    self._bars.update(self._tasks[name], speed=rate)
         self._say()
 
     def progress(self, progress: units.Progress) -> None:

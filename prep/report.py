@@ -12,8 +12,11 @@ from typing import Any
 
 from prep.distributions import STATISTICS_NAME, Statistics
 from prep.inspection import ShownPiece, shown_pieces
+from prep.place import Place, opened
 from prep.plots import PALETTE, bars, grouped_bars, histogram, legend
-from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_manifest
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
+from streaming_rwkv.storage import is_remote
 
 REPORT_NAME = "report"
 _SAMPLES_PER_SOURCE = 2
@@ -26,19 +29,29 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     Raises:
         DataError: no finished data set there, or one without its statistics.
     """
-    out, folder = Path(out), Path(to or out)
-    manifest = read_manifest(out)
-    try:
-        statistics = Statistics.model_validate_json((out / STATISTICS_NAME).read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{out / STATISTICS_NAME}: missing; copy it from where the data set was built") from None
-    figures = report_figures(manifest, statistics)
-    samples = sample_pieces(out, manifest)
+    if to is None and is_remote(out):
+        raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
+    folder = Path(to or out)
+    with opened(out) as place:
+        manifest = place.manifest()
+        statistics = _statistics(place)
+        figures = report_figures(manifest, statistics)
+        samples = sample_pieces(place, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{REPORT_NAME}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
     page = folder / f"{REPORT_NAME}.html"
-    page.write_text(report_page(figures, samples, title=out.resolve().name), "utf-8")
+    title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
+    page.write_text(report_page(figures, samples, title=title), "utf-8")
     return page
+
+
+def _statistics(place: Place) -> Statistics:
+    try:
+        for file in place.files([(STATISTICS_NAME, None)]):
+            return Statistics.model_validate_json(file.read_bytes())
+    except DataError:
+        pass
+    raise DataError(f"{place.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
     return sum(stream.targets for stream in streams) / (packs * manifest.pack_tokens) if packs else 0.0
 
 
-def sample_pieces(out: Path, manifest: Manifest) -> dict[str, list[ShownPiece]]:
+def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece]]:
     """The first pieces of some streams of each source: from a short, and from a long bucket."""
     samples: dict[str, list[ShownPiece]] = {}
     for source in manifest.books:
@@ -103,7 +116,7 @@ def sample_pieces(out: Path, manifest: Manifest) -> dict[str, list[ShownPiece]]:
         chosen = [streams[0], streams[-1]] if len(streams) > 1 else streams
         samples[source] = list(
             itertools.chain.from_iterable(
-                itertools.islice(shown_pieces(out, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
+                itertools.islice(shown_pieces(place, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
             )
         )
     return samples

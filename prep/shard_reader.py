@@ -16,24 +16,25 @@ from streaming_rwkv.shards import DataError, ShardRecord
 _LENGTH_TYPES = {4: np.uint8, 5: np.uint16, 6: np.uint32, 7: np.uint64}
 
 
-def read_shard(file: Path, record: ShardRecord) -> Iterator[dict[str, NDArray[Any]]]:
-    """The packs of one shard.
+def read_shard(file: Path, record: ShardRecord, *, where: str | None = None) -> Iterator[dict[str, NDArray[Any]]]:
+    """The packs of one shard; `where` names it in errors if that is not `file`.
 
     Raises:
         DataError: not the shard that `record` describes, or not one that prep wrote.
     """
+    where = where or str(file)
     try:
         raw = zstandard.ZstdDecompressor().decompress(file.read_bytes(), max_output_size=record.raw_bytes)
         settings, bounds = _head(raw)
         encodings = dict(zip(settings["column_names"], settings["column_encodings"], strict=True))
         types = {name: np.dtype(encoding.removeprefix("ndarray:")) for name, encoding in encodings.items()}
     except FileNotFoundError:
-        raise DataError(f"{file}: missing; the manifest names it: restore it, or build again") from None
+        raise DataError(f"{where}: missing; the manifest names it: restore it, or build again") from None
     except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not a shard of this data set ({error}); restore it, or build again") from None
+        raise DataError(f"{where}: not a shard of this data set ({error}); restore it, or build again") from None
     if len(raw) != record.raw_bytes or len(bounds) - 1 != record.packs:
         raise DataError(
-            f"{file}: {len(raw)} bytes and {len(bounds) - 1} packs, the manifest says {record.raw_bytes} and "
+            f"{where}: {len(raw)} bytes and {len(bounds) - 1} packs, the manifest says {record.raw_bytes} and "
             f"{record.packs}; restore it, or build again"
         )
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from prep.observer import Observer
+from prep.place import Place, check_file, opened
 from prep.shard_reader import read_shard
 from streaming_rwkv.shards import (
     INDEX_NAME,
@@ -17,32 +20,27 @@ from streaming_rwkv.shards import (
     check_pack,
     piece_bounds,
     read_manifest,
-    sha256_of_file,
 )
-from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 
 def verify(out: str | Path) -> Manifest:
-    """Read everything.
+    """Read everything; of a data set in object storage, some shards at a time.
 
     Raises:
         DataError: a file that is missing or changed, a pack that breaks the contract, counts or books that do not
             add up, or another tokenizer than the manifest's.
+        StorageError: likewise of objects, or the server fails.
     """
-    out = Path(out)
-    manifest = read_manifest(out)
-    tokenizer = load_tokenizer(out / TOKENIZER_FOLDER)
-    if tokenizer.record() != manifest.tokenizer:
-        raise DataError(
-            f"{out / TOKENIZER_FOLDER}: {tokenizer.sha256} differs from the manifest's {manifest.tokenizer.sha256}; "
-            "restore it, or build again"
-        )
-    targets: Counter[tuple[str, str]] = Counter()
-    documents: Counter[tuple[str, str]] = Counter()
-    for stream in manifest.streams:
-        _verify_stream(out, stream, manifest)
-        targets[stream.source, stream.split] += stream.targets
-        documents[stream.source, stream.split] += stream.documents
+    with opened(out) as place:
+        manifest = place.manifest()
+        _verify_tokenizer(place.tokenizer(manifest), manifest, where=f"{place.location}/{TOKENIZER_FOLDER}")
+        targets: Counter[tuple[str, str]] = Counter()
+        documents: Counter[tuple[str, str]] = Counter()
+        for stream in manifest.streams:
+            _verify_stream(place, stream, manifest)
+            targets[stream.source, stream.split] += stream.targets
+            documents[stream.source, stream.split] += stream.documents
     for source, books in manifest.books.items():
         if wrong := books.imbalance():
             raise DataError(f"{out}: the books of source {source} do not balance: {wrong}; build again")
@@ -52,18 +50,48 @@ def verify(out: str | Path) -> Manifest:
     return manifest
 
 
-def _verify_stream(out: Path, stream: StreamRecord, manifest: Manifest) -> None:
-    folder = out / stream.path
-    _verify_file(folder / INDEX_NAME, stream.index_sha256)
-    indexed = [shard["zip_data"]["basename"] for shard in json.loads((folder / INDEX_NAME).read_bytes())["shards"]]
-    if indexed != [shard.basename for shard in stream.shards]:
-        raise DataError(f"{folder / INDEX_NAME}: names other shards than the manifest; restore it, or build again")
+def verify_hashes(out: str | Path, *, observer: Observer) -> Manifest:
+    """The manifest of a local data set whose files all have the hashes that it gives; packs are not looked into.
+
+    Raises:
+        DataError: a file that is missing or changed, or another tokenizer than the manifest's.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    _verify_tokenizer(load_tokenizer(out / TOKENIZER_FOLDER), manifest, where=str(out / TOKENIZER_FOLDER))
+    for stream in manifest.streams:
+        check_file(out / stream.path / INDEX_NAME, stream.index_sha256)
+    shards = [(stream, shard) for stream in manifest.streams for shard in stream.shards]
+    totals: Counter[str] = Counter()
+    for stream, shard in shards:
+        totals[stream.source] += shard.bytes
+    observer.step("verifying", totals=totals, in_bytes=True)
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        checks = pool.map(lambda pair: check_file(out / pair[0].path / pair[1].basename, pair[1].sha256), shards)
+        for (stream, shard), _ in zip(shards, checks, strict=True):
+            observer.done(stream.source, shard.bytes)
+    return manifest
+
+
+def _verify_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -> None:
+    if tokenizer.record() != manifest.tokenizer:
+        raise DataError(
+            f"{where}: {tokenizer.sha256} differs from the manifest's {manifest.tokenizer.sha256}; restore it, or "
+            "build again"
+        )
+
+
+def _verify_stream(place: Place, stream: StreamRecord, manifest: Manifest) -> None:
+    folder = f"{place.location}/{stream.path}"
+    for index in place.files([(f"{stream.path}/{INDEX_NAME}", stream.index_sha256)]):
+        indexed = [shard["zip_data"]["basename"] for shard in json.loads(index.read_bytes())["shards"]]
+        if indexed != [shard.basename for shard in stream.shards]:
+            raise DataError(f"{folder}/{INDEX_NAME}: names other shards than the manifest; restore it, or build again")
     found: Counter[str] = Counter()
-    for shard in stream.shards:
-        file = folder / shard.basename
-        _verify_file(file, shard.sha256)
-        for number, pack in enumerate(read_shard(file, shard)):
-            where = f"{file}: pack {number}"
+    names = [(f"{stream.path}/{shard.basename}", shard.sha256) for shard in stream.shards]
+    for shard, file in zip(stream.shards, place.files(names), strict=True):
+        for number, pack in enumerate(read_shard(file, shard, where=f"{folder}/{shard.basename}")):
+            where = f"{folder}/{shard.basename}: pack {number}"
             check_pack(pack, pack_tokens=manifest.pack_tokens, where=where)
             inputs = pack["lengths"].astype("int64") - 1
             if inputs.min() < stream.lower or inputs.max() > stream.upper:
@@ -87,12 +115,3 @@ def _verify_stream(out: Path, stream: StreamRecord, manifest: Manifest) -> None:
             raise DataError(
                 f"{folder}: holds {found[field]} {field}, the manifest says {getattr(stream, field)}; build again"
             )
-
-
-def _verify_file(file: Path, sha256: str) -> None:
-    try:
-        found = sha256_of_file(file)
-    except FileNotFoundError:
-        raise DataError(f"{file}: missing; the manifest names it: restore it, or build again") from None
-    if found != sha256:
-        raise DataError(f"{file}: sha256 {found}, the manifest says {sha256}; restore it, or build again")

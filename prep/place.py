@@ -1,0 +1,156 @@
+"""A finished data set where it lies, in a folder or in object storage, for `verify`, `inspect` and `report`."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from streaming_rwkv.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    DataError,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    sha256_of_file,
+)
+from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
+from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
+
+MOST_MANIFEST_BYTES = 1 << 30
+_AHEAD = 4
+
+
+class Place(Protocol):
+    """Files by their names below the data set, each compared with its hash before it is given out."""
+
+    @property
+    def location(self) -> str: ...
+
+    def manifest(self) -> Manifest:
+        """Raises DataError: none there, or not valid."""
+
+    def tokenizer(self, manifest: Manifest) -> Tokenizer: ...
+
+    def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
+        """The files of `wanted` (name, sha256), one after another; each is there until the next is asked for.
+
+        Raises:
+            DataError: missing, or another hash.
+            StorageError: likewise, or the server fails.
+        """
+
+
+@contextlib.contextmanager
+def opened(location: str | Path) -> Iterator[Place]:
+    """The data set at `location`."""
+    if not is_remote(location):
+        yield FolderPlace(location=str(location))
+        return
+    store = open_store(str(location))
+    with contextlib.closing(store), tempfile.TemporaryDirectory(prefix="prep-") as folder:
+        yield StoredPlace(store=store, folder=Path(folder))
+
+
+def find_manifest(store: Store) -> Manifest | None:
+    """The manifest of the data set in a store, or None if there is no finished one."""
+    try:
+        content = store.get_bytes(MANIFEST_NAME, most=MOST_MANIFEST_BYTES)
+    except ObjectMissing:
+        return None
+    return parse_manifest(content, where=store.url(MANIFEST_NAME))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderPlace:
+    """A local data set."""
+
+    location: str
+
+    def manifest(self) -> Manifest:
+        return read_manifest(self.location)
+
+    def tokenizer(self, manifest: Manifest) -> Tokenizer:
+        return load_tokenizer(Path(self.location) / TOKENIZER_FOLDER)
+
+    def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
+        for name, sha256 in wanted:
+            file = Path(self.location) / name
+            check_file(file, sha256)
+            yield file
+
+
+def check_file(file: Path, sha256: str | None) -> None:
+    """Raises DataError: missing, or another hash."""
+    if not file.exists():
+        raise DataError(f"{file}: missing; the manifest names it: restore it, or build again")
+    if sha256 is not None and (found := sha256_of_file(file)) != sha256:
+        raise DataError(f"{file}: sha256 {found}, the manifest says {sha256}; restore it, or build again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPlace:
+    """A data set in object storage; `folder` holds the few files that are read at the time."""
+
+    store: Store
+    folder: Path
+
+    @property
+    def location(self) -> str:
+        return self.store.location
+
+    def manifest(self) -> Manifest:
+        manifest = find_manifest(self.store)
+        if manifest is None:
+            raise DataError(
+                f"{self.store.url(MANIFEST_NAME)}: no manifest, so no finished data set here; build it with "
+                "`python -m prep build`, or run the same command again if it was interrupted"
+            )
+        return manifest
+
+    def tokenizer(self, manifest: Manifest) -> Tokenizer:
+        folder = self.folder / TOKENIZER_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name in SAVED_FILES[manifest.tokenizer.kind]:
+            self.store.get_file(f"{TOKENIZER_FOLDER}/{name}", folder / name)
+        return load_tokenizer(folder)
+
+    def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
+        """Some are fetched ahead."""
+        coming: deque[Future[Path]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            try:
+                for number, (name, sha256) in enumerate(wanted):
+                    coming.append(pool.submit(self._fetch, name, sha256, self.folder / f"{number}"))
+                    if len(coming) > _AHEAD:
+                        yield from _used_up(coming.popleft())
+                while coming:
+                    yield from _used_up(coming.popleft())
+            finally:
+                pool.shutdown(cancel_futures=True)
+                for left in coming:
+                    if not left.cancelled() and left.exception() is None:
+                        left.result().unlink()
+
+    def _fetch(self, name: str, sha256: str | None, file: Path) -> Path:
+        try:
+            self.store.get_file(name, file, sha256=sha256)
+        except ObjectMissing:
+            raise DataError(
+                f"{self.store.url(name)}: missing; the manifest names it: restore it, or build again"
+            ) from None
+        return file
+
+
+def _used_up(file: Future[Path]) -> Iterator[Path]:
+    path = file.result()
+    try:
+        yield path
+    finally:
+        path.unlink()

@@ -1,0 +1,240 @@
+"""A data set on its way to object storage: shards first, then what describes them, the manifest last of all.
+
+Each object is compared with its file after it went up, and nothing that lies there already goes up again. Until the
+manifest is there, nobody takes the rest for a data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from prep.distributions import STATISTICS_NAME
+from prep.observer import Observer
+from prep.place import find_manifest
+from prep.shard_writer import Shard
+from prep.units import REJECTED_NAME
+from prep.verification import verify_hashes
+from prep.windows import Window, WindowRecord
+from prep.work import WorkError, done_folder
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    DataError,
+    Manifest,
+    sha256_of_file,
+)
+from streaming_rwkv.storage import Store, is_remote, open_store
+
+logger = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 8
+_OURS = re.compile(
+    rf"({'|'.join(SPLITS)})/[^/]+/\d+-\d+/({re.escape(INDEX_NAME)}|shard\.\d+\.mds\.zstd)|{TOKENIZER_FOLDER}/[^/]+|"
+    rf"{re.escape(STATISTICS_NAME)}|{re.escape(REJECTED_NAME)}"
+)
+
+
+def strangers(store: Store) -> list[str]:
+    """Objects that are no part of a data set, or of one that is being built."""
+    # Browsers of buckets make empty objects for folders.
+    names = [name for name in store.list() if name and not name.endswith("/")]
+    return [name for name in names if name != MANIFEST_NAME and not _OURS.fullmatch(name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploaded:
+    """A data set that is there, and whether it was before."""
+
+    manifest: Manifest
+    was_there: bool
+
+
+def upload(folder: str | Path, location: str, *, observer: Observer | None = None) -> Uploaded:
+    """Copy a finished local data set to `s3://bucket/path`, or go on with that.
+
+    Raises:
+        DataError: the local data set is not whole.
+        WorkError: other objects lie there, or another data set.
+        StorageError: the server fails.
+    """
+    folder, observer = Path(folder), observer or Observer()
+    if not is_remote(location) or is_remote(folder):
+        raise UserError(f"upload {folder} {location}: goes from a folder to s3://bucket/path")
+    manifest = verify_hashes(folder, observer=observer)
+    with contextlib.closing(open_store(location)) as store:
+        if (there := find_manifest(store)) is not None:
+            check_same(there, manifest, where=store.location)
+            return Uploaded(manifest=manifest, was_there=True)
+        check_free(store)
+        with Transfers(store) as transfers:
+            for stream in manifest.streams:
+                for shard in stream.shards:
+                    name = f"{stream.path}/{shard.basename}"
+                    transfers.put(folder / name, name, sha256=shard.sha256, size=shard.bytes, source=stream.source)
+            transfers.wait(observer)
+            publish(folder, manifest, transfers)
+    return Uploaded(manifest=manifest, was_there=False)
+
+
+def check_free(store: Store) -> None:
+    """Find out before the work whether a data set can be written there, and clear what a killed run left.
+
+    Raises:
+        WorkError: other objects lie there.
+        StorageError: no such bucket, not allowed to write, or the server fails.
+    """
+    if others := strangers(store):
+        raise WorkError(f"{store.location}: holds other objects ({', '.join(others[:3])}); choose an empty place")
+    store.check_writable()
+    if aborted := store.abort_unfinished():
+        logger.info("%s: cleared %d unfinished uploads of an earlier run", store.location, aborted)
+
+
+def check_same(there: Manifest, ours: Manifest, *, where: str) -> None:
+    """Raises WorkError: another data set lies there."""
+    if there.fingerprint != ours.fingerprint:
+        raise WorkError(
+            f"{where}: holds another data set, with fingerprint {there.fingerprint[:16]}, not {ours.fingerprint[:16]}; "
+            "choose another place, or remove it"
+        )
+
+
+class Transfers:
+    """Files on their way up, some at a time. The first failure stops the others, and is raised by whoever asks next."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="upload")
+        self._pending: dict[Future[None], tuple[str, int]] = {}
+        self._failure: BaseException | None = None
+
+    def put(self, file: Path, name: str, *, sha256: str, size: int = 0, source: str = "") -> None:
+        """Have `file` uploaded; `size` and `source` are for the progress."""
+        self._raise_failure()
+        future = self._pool.submit(self._put, file, name, sha256)
+        self._pending[future] = source, size
+
+    def wait(self, observer: Observer | None = None) -> None:
+        """Until all is there."""
+        observer = observer or Observer()
+        left = {future: of for future, of in self._pending.items() if not future.done()}
+        totals: Counter[str] = Counter()
+        for source, size in left.values():
+            totals[source] += size
+        if totals.total():
+            observer.step("uploading", totals=totals, in_bytes=True)
+        for future in as_completed(left):
+            self._raise_failure()
+            observer.done(*left[future])
+        self._raise_failure()
+        self._pending.clear()
+
+    def _put(self, file: Path, name: str, sha256: str) -> None:
+        if self._failure is None:
+            try:
+                self.store.put_file(file, name, sha256=sha256)
+            except BaseException as error:  # noqa: BLE001  # raised again by the one who waits
+                self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def __enter__(self) -> Transfers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._failure = self._failure or RuntimeError("closed")
+        self._pool.shutdown(cancel_futures=True)
+
+
+class ShardUploads:
+    """Sends the shards of packed windows up as soon as their final numbers are known.
+
+    The shards of a stream are counted through its windows, so a window's have to wait for those of the windows before.
+    """
+
+    def __init__(self, transfers: Transfers, windows: Sequence[Window], *, work: Path) -> None:
+        self._transfers = transfers
+        self._windows = windows
+        self._work = work
+        self._records: dict[int, WindowRecord] = {}
+        by_stream = itertools.groupby(range(len(windows)), key=lambda index: windows[index].stream)
+        self._waiting = {stream: list(indices)[::-1] for stream, indices in by_stream}
+        self._counted: Counter[str] = Counter()
+
+    def packed(self, index: int, record: WindowRecord) -> None:
+        """The window of that index is packed."""
+        self._records[index] = record
+        stream = self._windows[index].stream
+        waiting = self._waiting[stream]
+        while waiting and waiting[-1] in self._records:
+            following = waiting.pop()
+            window, shards = self._windows[following], self._records.pop(following).shards
+            for file, shard in final_shards(window, shards, first=self._counted[stream], work=self._work):
+                name, record_of = f"{stream}/{shard.record.basename}", shard.record
+                self._transfers.put(
+                    file, name, sha256=record_of.sha256, size=record_of.bytes, source=self._windows[index].source
+                )
+            self._counted[stream] += len(shards)
+
+
+def final_shards(window: Window, shards: Sequence[Shard], *, first: int, work: Path) -> Iterator[tuple[Path, Shard]]:
+    """Where each shard of a window lies, and the shard under its final name; `first` is the first one's number."""
+    folder = done_folder(work, window.name)
+    for number, shard in enumerate(shards, start=first):
+        yield folder / shard.record.basename, shard.renamed(number)
+
+
+def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
+    """Upload what describes the shards, find out whether all is there, and then upload the manifest.
+
+    Raises:
+        DataError: an object is gone, or has another size: someone else is writing or deleting here.
+        WorkError: another data set was finished there meanwhile.
+        StorageError: the server fails.
+    """
+    store = transfers.store
+    described = [f"{TOKENIZER_FOLDER}/{file.name}" for file in sorted((folder / TOKENIZER_FOLDER).iterdir())]
+    described += [name for name in (STATISTICS_NAME, REJECTED_NAME) if (folder / name).exists()]
+    expected = {name: (folder / name).stat().st_size for name in described}
+    for name in described:
+        transfers.put(folder / name, name, sha256=sha256_of_file(folder / name))
+    transfers.wait()
+    for stream in manifest.streams:
+        name = f"{stream.path}/{INDEX_NAME}"
+        expected[name] = (folder / name).stat().st_size
+        transfers.put(folder / name, name, sha256=stream.index_sha256)
+        expected |= {f"{stream.path}/{shard.basename}": shard.bytes for shard in stream.shards}
+    transfers.wait()
+    if (there := find_manifest(store)) is not None:
+        check_same(there, manifest, where=store.location)
+    _check_there(store, expected)
+    store.put_bytes(manifest.to_json(), MANIFEST_NAME)
+
+
+def _check_there(store: Store, expected: Mapping[str, int]) -> None:
+    found = store.list()
+    for name, size in expected.items():
+        if found.get(name) != size:
+            state = "is gone" if name not in found else f"has {found[name]:,} bytes, not {size:,}"
+            raise DataError(
+                f"{store.url(name)}: {state} since it was uploaded; does another program write or delete here? The "
+                "manifest was not written; run the same command again"
+            )
+    # Of an earlier build with other settings that was never finished: `check_free` saw that nothing else is here.
+    leftovers = [name for name in found if name not in expected and _OURS.fullmatch(name)]
+    if leftovers:
+        logger.info("%s: removing %d objects of an earlier, unfinished build", store.location, len(leftovers))
+        store.delete(leftovers)
