@@ -16,6 +16,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.generate import find_tokenizer
 from streaming_rwkv.model.checkpoint import read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.mirror import local_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,14 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
     )
-    parser.add_argument("checkpoint", type=Path, help="a .pth, a Hugging Face folder, a training run or checkpoint")
+    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
     parser.add_argument("out", type=Path, help="NAME.pth, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
     options = parser.parse_args(arguments)
     try:
-        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
-        export(options.checkpoint, options.out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
+        with local_checkpoint(options.checkpoint) as checkpoint:
+            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+            export(checkpoint, options.out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

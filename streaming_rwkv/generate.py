@@ -18,6 +18,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import WORLD_VOCABULARY, Tokenizer, load_tokenizer
+from streaming_rwkv.train.mirror import local_checkpoint
 
 
 class GenerationError(UserError):
@@ -106,7 +107,7 @@ def find_tokenizer(checkpoint: Path) -> Tokenizer | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m streaming_rwkv.generate", description="Go on with a text.")
-    parser.add_argument("checkpoint", type=Path, help="a .pth, a Hugging Face folder, a training run or checkpoint")
+    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
     parser.add_argument("prompt", nargs="?", default="", help="what the text begins with (default: nothing)")
     parser.add_argument("--tokenizer", help="default: the one that lies with the checkpoint")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -126,14 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(options.checkpoint)
-    if tokenizer is None:
-        raise GenerationError(
-            f"{options.checkpoint}: no tokenizer lies with it; give one with --tokenizer: a folder, a tokenizer.json, "
-            "or rwkv-world for BlinkDL's World models"
-        )
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    model = load_model(options.checkpoint, dtype=dtype).to(options.device)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        if tokenizer is None:
+            raise GenerationError(
+                f"{options.checkpoint}: no tokenizer lies with it; give one with --tokenizer: a folder, a "
+                "tokenizer.json, or rwkv-world for BlinkDL's World models"
+            )
+        model = load_model(checkpoint, dtype=dtype).to(options.device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerationError(
             f"{options.checkpoint}: the model knows {model.config.vocab_size} tokens, the tokenizer "

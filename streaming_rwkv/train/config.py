@@ -66,7 +66,7 @@ class ModelConfig(Config):
     activation_checkpointing: bool = False
     loss_chunk_tokens: PositiveInt = 2048
     init_from: str | None = None
-    """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training checkpoint."""
+    """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training run or checkpoint, also on s3://."""
 
 
 class EvaluationConfig(Config):

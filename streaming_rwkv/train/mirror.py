@@ -23,17 +23,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
-from streaming_rwkv.storage import Store
+from streaming_rwkv.storage import Store, is_remote, open_store
 from streaming_rwkv.train.checkpoint import (
     NAME,
     WRITING,
@@ -234,15 +236,15 @@ class RemoteCheckpoint:
         return int(self.mark["step"])
 
 
-def newest_remote(store: Store) -> RemoteCheckpoint | None:
-    """The newest whole checkpoint of the store, or None where none was ever finished.
+def newest_remote(store: Store, *, only: str | None = None) -> RemoteCheckpoint | None:
+    """The newest whole checkpoint of the store (or the one named `only`), or None where none was ever finished.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
         StorageError: the store cannot be read.
     """
     problems: list[str] = []
-    listed = _checkpoints(store)
+    listed = {name: files for name, files in _checkpoints(store).items() if only in (None, name)}
     for name in sorted(listed, key=_step, reverse=True):
         files = listed[name]
         where = f"{CHECKPOINTS}/{name}/{MARK_NAME}"
@@ -307,7 +309,7 @@ def restore(store: Store, folder: Path) -> tuple[Checkpoint | None, bool]:
         in_store = remote is not None and local_step == remote.step
         return (None if local_step is None else _local(root, local_step)), in_store
     # The leader first: the other nodes may see its disk, or have their own.
-    run_together((lambda: _fetch(store, remote, folder)) if is_leader() else None)
+    run_together((lambda: _fetch(store, remote, folder, logs=LOGS)) if is_leader() else None)
     run_together((lambda: _fetch(store, remote, folder)) if leads_node() else None)
     return _local(root, remote.step), True
 
@@ -317,8 +319,8 @@ def _local(root: Path, step: int) -> Checkpoint:
     return Checkpoint(path=path, mark=read_mark(path))
 
 
-def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path) -> None:
-    """Make a checkpoint of the store whole on this disk, with the logs up to it."""
+def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequence[str] = ()) -> None:
+    """Make a checkpoint of the store whole on this disk, with `logs` of its run."""
     final = folder / CHECKPOINTS / remote.name
     if final.exists() and find_problem(final) is None:
         return
@@ -337,18 +339,16 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path) -> None:
 
     with ThreadPoolExecutor(FETCH_THREADS) as executor:
         list(executor.map(fetch, sorted(remote.mark["files"])))
-    if is_leader():
-        fetch_logs(store, folder)
+    _fetch_logs(store, folder, logs)
     if final.exists():  # not whole
         final.rename(final.with_name(final.name + ".replaced" + WRITING))
     install(writing, final, remote.content)
 
 
-def fetch_logs(store: Store, folder: Path) -> None:
-    """Bring the store's logs and tokenizer into `folder`, where they replace older ones."""
-    for name in store.list():
+def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
+    for name in (name for log in logs for name in store.list(log)):
         path = PurePosixPath(name)
-        if path.parts[0] in LOGS and ".." not in path.parts:
+        if path.parts[0] in logs and ".." not in path.parts:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, folder / path)
 
@@ -376,3 +376,30 @@ def run_together(work: Callable[[], None] | None) -> None:
     failures = [text for text in all_gather(str(problem[0]) if problem else None) if text is not None]
     if failures:
         raise problem[0] if problem else MirrorError(failures[0])
+
+
+@contextmanager
+def local_checkpoint(location: str | Path) -> Iterator[Path]:
+    """The path of `location`; of one in object storage, while it is needed, a copy with its run's tokenizer.
+
+    Args:
+        location: anything local; or s3://… of a run, for its newest checkpoint, or of one of its checkpoints.
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        StorageError: the store cannot be read, or damages what it gives.
+    """
+    if not is_remote(location):
+        yield Path(location)
+        return
+    run, _, name = str(location).rstrip("/").partition(f"/{CHECKPOINTS}/")
+    store = open_store(run)
+    try:
+        found = newest_remote(store, only=name or None)
+        if found is None:
+            raise CheckpointError(f"{location}: no checkpoint of a run here; give its `save_remote`")
+        with TemporaryDirectory(prefix="checkpoint-") as temporary:
+            folder = Path(temporary)
+            _fetch(store, found, folder, logs=[TOKENIZER_FOLDER])
+            yield folder / CHECKPOINTS / found.name
+    finally:
+        store.close()

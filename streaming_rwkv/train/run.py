@@ -22,7 +22,7 @@ from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, copy_tokenizer, open_shard_set
-from streaming_rwkv.model.checkpoint import infer_config, load_state, read_state
+from streaming_rwkv.model.checkpoint import State, infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -41,7 +41,7 @@ from streaming_rwkv.train.checkpoint import (
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
-from streaming_rwkv.train.mirror import Mirror, restore
+from streaming_rwkv.train.mirror import Mirror, local_checkpoint, restore
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
 from streaming_rwkv.train.samples import Samples
@@ -122,7 +122,7 @@ def _model_config(config: ModelConfig, tokenizer: TokenizerRecord) -> RWKV7Confi
     given = config.model_dump(exclude={"init_from"}, exclude_none=True)
     shape: dict[str, Any] = {}
     if config.init_from is not None:
-        shape = infer_config(read_state(config.init_from), where=config.init_from).model_dump(exclude_none=True)
+        shape = infer_config(_initial_weights(config.init_from), where=config.init_from).model_dump(exclude_none=True)
     else:
         shape["vocab_size"] = tokenizer.vocab_size
     shape |= given
@@ -132,6 +132,11 @@ def _model_config(config: ModelConfig, tokenizer: TokenizerRecord) -> RWKV7Confi
             "raise it, or prepare the data with the tokenizer of these weights"
         )
     return validate(RWKV7Config, shape, where="model")
+
+
+def _initial_weights(location: str) -> State:
+    with local_checkpoint(location) as path:
+        return read_state(path)
 
 
 def _all_stages(config: RunConfig) -> list[StageConfig]:
@@ -227,7 +232,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
 
     network = RWKV7(prepared.model)
     if checkpoint is None and config.model.init_from is not None:
-        load_state(network, read_state(config.model.init_from), where=config.model.init_from)
+        load_state(network, _initial_weights(config.model.init_from), where=config.model.init_from)
     elif checkpoint is None:
         initialize(network, seed=config.seed)
     model = RWKV7ForTraining(
