@@ -143,8 +143,9 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["fp32", "amp_bf16"] | None = None
     """By default bf16 with fp32 master weights on a GPU, fp32 on the CPU."""
-    microbatch_packs: PositiveInt | None = None
-    """Packs of one forward and backward pass on each process; by default all of the process's."""
+    microbatch_packs: PositiveInt | Literal["auto"] | None = None
+    """Packs of one forward and backward pass on each process; by default all of the process's. With `auto` on a GPU as
+    many as fit, found by trial before the first step; on the CPU all."""
     device: Literal["cpu", "gpu"] | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose gradient is not finite."""

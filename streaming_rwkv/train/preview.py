@@ -103,7 +103,8 @@ def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Tab
     """Steps, tokens, parameters, FLOPs, memory of a process, and the checkpoints to come."""
     config, plan, model = prepared.config, prepared.plan, prepared.model
     per_process = plan.batch_packs // processes
-    microbatch = min(config.microbatch_packs or per_process, per_process)
+    given = config.microbatch_packs
+    microbatch = min(given, per_process) if isinstance(given, int) else per_process  # `auto`: no more than that
     device = config.device or "gpu"  # most often planned for where none is at hand
     precision = config.precision or ("fp32" if device == "cpu" else "amp_bf16")
     micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Callback, Evaluator
+from composer.core import Callback, Evaluator, Precision
+from composer.devices import Device
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config
@@ -44,6 +45,7 @@ from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_se
 from streaming_rwkv.train.mirror import Mirror, local_checkpoint, restore
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
+from streaming_rwkv.train.probing import densest_pack, probe_microbatch, remembered_microbatch
 from streaming_rwkv.train.samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -230,6 +232,9 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
     save_folder = Path(config.save_folder)
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
 
+    on_gpu = device.name == "gpu"
+    precision = config.precision or ("amp_bf16" if on_gpu else "fp32")
+    microbatch = _microbatch_packs(prepared, precision=precision, device=device)
     network = RWKV7(prepared.model)
     if checkpoint is None and config.model.init_from is not None:
         load_state(network, _initial_weights(config.model.init_from), where=config.model.init_from)
@@ -255,7 +260,6 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
         consumption=consumption,
         mirror=mirror,
     )
-    on_gpu = device.name == "gpu"
     name = torch.cuda.get_device_name() if on_gpu else ""
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     samples = Samples(
@@ -290,7 +294,7 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
     evaluators = []
     if validation_records:
         callbacks.append(cb.ValidationReport(validation_records))
-        evaluators.append(_evaluator(prepared, validation_records))
+        evaluators.append(_evaluator(prepared, validation_records, microbatch=microbatch))
 
     trainer = Trainer(
         run_name=save_folder.name,
@@ -302,8 +306,8 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
         callbacks=callbacks,
         loggers=loggers,
         device=device,
-        precision=config.precision or ("amp_bf16" if on_gpu else "fp32"),
-        device_train_microbatch_size=config.microbatch_packs or plan.batch_packs // dist.get_world_size(),
+        precision=precision,
+        device_train_microbatch_size=microbatch,
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
         dist_timeout=max(300.0, 4 * config.data.timeout_seconds),
@@ -335,6 +339,41 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
         raise RuntimeError(f"the loader ended after {steps} of {plan.steps} steps")
     show(f"stopped at step {steps} of {plan.steps} as asked; the same command goes on from there")
     return STOPPED_EARLY
+
+
+def _microbatch_packs(prepared: Prepared, *, precision: str, device: Device) -> int:
+    """Packs of one pass on each process: as configured, all of them, or on a GPU as many as fit."""
+    config, manifest = prepared.config, prepared.shard_set.manifest
+    per_process = prepared.plan.batch_packs // dist.get_world_size()
+    if isinstance(config.microbatch_packs, int):
+        return config.microbatch_packs
+    if config.microbatch_packs is None or device.name != "gpu":
+        return per_process
+    pieces_per_pack = densest_pack(prepared.plan.streams, pack_tokens=manifest.pack_tokens)
+    conditions = {
+        "packs": per_process,
+        "pack_tokens": manifest.pack_tokens,
+        "pieces_per_pack": pieces_per_pack,
+        "precision": precision,
+        "model": prepared.model.model_dump(mode="json"),
+        "processes": dist.get_world_size(),
+        "device": torch.cuda.get_device_name(),
+    }
+    found = remembered_microbatch(
+        Path(config.save_folder),
+        conditions,
+        lambda: probe_microbatch(
+            prepared.model,
+            packs=per_process,
+            pack_tokens=manifest.pack_tokens,
+            pieces_per_pack=pieces_per_pack,
+            precision=Precision(precision),
+            device=torch.device("cuda", torch.cuda.current_device()),
+        ),
+    )
+    if is_leader():
+        show(f"microbatches of {found} packs, of {per_process} on each process (microbatch_packs: auto)")
+    return found
 
 
 def _average_gradients(network: RWKV7) -> None:
@@ -390,9 +429,9 @@ def open_packs(
     )
 
 
-def _evaluator(prepared: Prepared, records: list[StreamRecord]) -> Evaluator:
+def _evaluator(prepared: Prepared, records: list[StreamRecord], *, microbatch: int) -> Evaluator:
     evaluation = prepared.config.evaluation
-    per_rank = evaluation.microbatch_packs or prepared.config.microbatch_packs or 1
+    per_rank = evaluation.microbatch_packs or (microbatch if prepared.config.microbatch_packs else 1)
     batch_packs = per_rank * dist.get_world_size()
     batches, num_batches = evaluation_batches(
         [record.packs for record in records], batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
