@@ -1,0 +1,124 @@
+"""Every YAML of the repository is valid, and stage 1 and stage 2 run on a CPU with nothing but overrides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from prep.config import PrepConfig
+from streaming_rwkv.config import load_config
+from streaming_rwkv.model.checkpoint import read_state
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.run import prepare
+
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted((ROOT / "yamls").rglob("*.yaml"))
+STAGE1 = ["c4-en", "c4-zh"]
+STAGE2 = ["cosmopedia-v2", "fineweb-edu", "chinese-fineweb-edu", "industry-program", "industry-edu",
+          "industry-politic", "python-edu"]  # fmt: skip
+SMALL = [
+    "model.activation_checkpointing=false", "data.batch_tokens=4096", "data.workers=0", "microbatch_packs=1",
+    "evaluation.packs_per_stream=1", "log.interval_steps=1", "log.tensorboard=false",
+]  # fmt: skip
+
+
+def is_recipe(path: Path) -> bool:
+    return path.parent.name == "prep" or path.name == "prep.yaml"
+
+
+def test_there_are_recipes_and_runs() -> None:
+    names = [str(path.relative_to(ROOT / "yamls")) for path in YAMLS]
+    assert {"prep/stage1.yaml", "prep/stage2.yaml", "stage1.yaml", "stage2.yaml", "tiny_cpu.yaml"} <= set(names)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: str(path.relative_to(ROOT / "yamls")))
+def test_a_yaml_is_valid(path: Path) -> None:
+    load_config(PrepConfig if is_recipe(path) else RunConfig, path)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_run_names_the_sources_of_its_recipe(stage: str) -> None:
+    recipe = load_config(PrepConfig, ROOT / "yamls" / "prep" / f"{stage}.yaml")
+    run = load_config(RunConfig, ROOT / "yamls" / f"{stage}.yaml")
+    for part in run.data.stages:
+        assert part.sources is not None
+        assert part.sources.keys() == recipe.sources.keys()
+        assert sum(part.sources.values()) == pytest.approx(1)
+        if part.buckets is not None:
+            lower_upper = [tuple(map(int, bucket.split("-"))) for bucket in part.buckets]
+            assert [upper for _, upper in lower_upper] == recipe.edges
+            assert sum(part.buckets.values()) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def data(build_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("yamls")
+    return {
+        name: build_data_set(folder / name, sources=sources, pack_tokens=2048)
+        for name, sources in (("stage1", STAGE1), ("stage2", STAGE2))
+    }
+
+
+def overrides_of(stage: str, data: Path, save_folder: Path) -> list[str]:
+    return [f"data.path={data}", f"data.cache={data.parent / 'cache'}", f"save_folder={save_folder / stage}", *SMALL]
+
+
+def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever the sources have in their buckets, as far as they have something in each."""
+    settings = [*overrides_of("stage2", data["stage2"], tmp_path), "model.init_from=null", "model.preset=0.1B"]
+    config = load_config(RunConfig, ROOT / "yamls" / "stage2.yaml", overrides=settings)
+    prepared = prepare(config, world_size=1, leader=True)
+    drawn = prepared.plan.expected_targets()
+    for part, tokens, targets in zip(config.data.stages, (4e9, 12e9, 4e9), drawn, strict=True):
+        assert targets.sum() == pytest.approx(tokens, rel=1e-4)
+        names = [(stream.source, stream.bucket) for stream in prepared.plan.streams]
+        for by, wanted in ((0, part.sources), (1, part.buckets)):
+            for name, share in (wanted or {}).items():
+                got = sum(t for key, t in zip(names, targets, strict=True) if key[by] == name) / targets.sum()
+                assert got == pytest.approx(share, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, Path], tmp_path: Path) -> None:
+    def train(stage: str, *more: str) -> list[dict[str, float]]:
+        command = [
+            Path(sys.executable).with_name("composer"), "-n", "1", "train.py", f"yamls/{stage}.yaml",
+            *overrides_of(stage, data[stage], tmp_path), *more,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    shape = ["model.preset=null", "model.hidden_size=64", "model.num_layers=2"]
+    first = train("stage1", *shape, "data.stages.0.tokens=40_000", "optimizer.lr=5e-3", "optimizer.warmup_tokens=8000")
+    losses = [line["loss/train/total"] for line in first if "loss/train/total" in line]
+    assert losses[0] == pytest.approx(5.67, abs=0.1)  # ln 257 + 0.12
+    assert losses[-1] < losses[0] - 1
+
+    tokens = [f"data.stages.{i}.tokens={tokens}" for i, tokens in enumerate((8000, 24_000, 8000))]
+    second = train(
+        "stage2", f"model.init_from={tmp_path / 'stage1'}", *tokens, "optimizer.lr=1e-4", "optimizer.warmup_tokens=0"
+    )
+    losses = [line["loss/train/total"] for line in second if "loss/train/total" in line]
+    assert losses[0] < 5.67 - 1  # it has learnt something in stage 1
+    stages = [line["stage"] for line in second if "stage" in line]
+    assert sorted(set(stages)) == [0, 1, 2]
+    shares = {name.split("/")[1] for line in second for name in line if name.startswith("share/")}
+    assert len(shares) >= 4  # of seven: 20 packs of a small run have not room for those of a share of 5 %
+    assert shares <= set(STAGE2)
+    folder = tmp_path / "stage2" / "checkpoints"
+    (last,) = folder.iterdir()
+    before, after = read_state(tmp_path / "stage1"), read_state(last)
+    assert {name: tensor.shape for name, tensor in after.items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert not torch.equal(before["head.weight"], after["head.weight"])
