@@ -68,6 +68,12 @@ class ResumedMLFlowLogger(MLFlowLogger):
         self.tags["run_name"] = self.tracking_id  # what it looks for
         super()._start_mlflow_run(state)
 
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Those that the run does not have yet: MLflow refuses another value, and all that waits to be sent with it."""
+        if self._enabled:
+            known = self._mlflow_client.get_run(self._run_id).data.params
+            super().log_hyperparameters({name: value for name, value in hyperparameters.items() if name not in known})
+
 
 def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
     """Composer's loggers for what is configured; they write on the first rank alone."""
