@@ -3,8 +3,8 @@
 Nothing that goes up or comes down is believed before it was compared:
 
 - Uploads carry a Content-MD5 for each request, so a server refuses a damaged one, and the whole file's sha256 as
-  metadata. Afterwards the object's size and ETag (the MD5 of what arrived) are compared with the file's; where a
-  server's ETag is no MD5 (encryption by KMS), the object is read back.
+  metadata. Afterwards the ETag, which is the MD5 of what arrived, is compared with the file's; where a server's ETag is
+  something else (encryption by KMS), the object is read back.
 - Downloads are compared with the sha256, and appear under their name when they are whole.
 
 How often a request is repeated and when it is given up is `s3_requests`' matter: an operation fails when
@@ -204,10 +204,10 @@ class Store:
             return False
         for attempt in ("first", "second"):
             if len(content.md5s) == 1:
-                self._put_part(content, 0, name, "put_object", Metadata={"sha256": content.sha256})
+                answer = self._put_part(content, 0, name, "put_object", Metadata={"sha256": content.sha256})
             else:
-                self._put_parts(content, name)
-            if self._holds(content, name):
+                answer = self._put_parts(content, name)
+            if _etag(answer) == content.etag or self._holds(content, name):
                 return True
             logger.warning("%s: not what was uploaded, on the %s attempt", self.url(name), attempt)
         raise StorageError(
@@ -225,7 +225,7 @@ class Store:
         with open(os.devnull, "wb") as nowhere:
             return self._fetch(name, nowhere, most=None)[1]
 
-    def _put_parts(self, content: _Content, name: str) -> None:
+    def _put_parts(self, content: _Content, name: str) -> Any:
         key = self._key(name)
         self._abort_unfinished(key)  # of an earlier run: nobody else writes this object now
         begun = self._ask(
@@ -246,14 +246,16 @@ class Store:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
             whole = {"Parts": [{"ETag": etag, "PartNumber": n + 1} for n, etag in enumerate(etags)]}
-            with contextlib.suppress(UploadMissing):  # completed already, and the answer was lost: it is compared next
-                self._ask(
+            try:
+                return self._ask(
                     "complete",
                     name,
                     lambda client, _: client.complete_multipart_upload(
                         **self._at(name), **upload, MultipartUpload=whole
                     ),
                 )
+            except UploadMissing:  # completed already, and the answer was lost
+                return {}
         except BaseException:
             with contextlib.suppress(StorageError):
                 self._abort(key, begun["UploadId"])
@@ -413,6 +415,8 @@ class _Counted(io.BytesIO):
 
 
 def _stored(answer: Any) -> StoredObject:
-    return StoredObject(
-        size=answer["ContentLength"], sha256=answer["Metadata"].get("sha256"), etag=answer["ETag"].strip('"')
-    )
+    return StoredObject(size=answer["ContentLength"], sha256=answer["Metadata"].get("sha256"), etag=_etag(answer))
+
+
+def _etag(answer: Any) -> str:
+    return str(answer.get("ETag", "")).strip('"')

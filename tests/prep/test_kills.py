@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -21,8 +18,7 @@ from prep.pipeline import build
 from prep.units import UnitRecord
 from prep.verification import verify
 from prep.work import done_folder, load_done, locked
-
-ROOT = Path(__file__).parents[2]
+from tests.prep.processes import kill, members, started, wait_for
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -62,42 +58,6 @@ def recipe(corpus, tmp_path, tokenizer_folder) -> Callable[..., Path]:
     return write
 
 
-@contextlib.contextmanager
-def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
-    """A build in a session of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prep", "build", str(recipe)],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-
-
-def members(group: int) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-    return found
-
-
-def wait_for(condition: Callable[[], object], *, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def expected(corpus: Path, tokenizer_folder: Path, recipe: Callable[..., Path], tmp_path: Path) -> dict[str, bytes]:
     values = yaml.safe_load(recipe(tmp_path / "whole", workers=1).read_text())
     build(PrepConfig.model_validate(values))
@@ -126,10 +86,8 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
                     finished = process.wait(timeout=draw.uniform(0.3, 1.0) * whole_run) == 0
                     assert finished, process.stderr.read()
                 except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    kill(process)
                     kills += 1
-            wait_for(lambda group=process.pid: not members(group))
         assert content(out) == wanted
         verify(out)
 

@@ -1,0 +1,167 @@
+"""Throughput to and from an S3 server: ours next to boto3's transfer manager and rclone, on the same files in one run.
+
+    python bench/storage.py [--megabytes 512] [--files 16] [--rounds 3]
+
+A SeaweedFS is started on the loopback, so nothing waits for a network: what is compared is work per byte. Ours does
+more of it (MD5 of each part, sha256 of each file, comparison with what arrived). Each round does all of them in another
+order; the medians are printed, and as a ratio to the best. The bound is 0.8 for the paths that move a data set. Streams
+of training decompress and verify shards one by one, in as many processes as the loader has workers: shown for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from prep.place import StoredPlace
+from prep.upload import Transfers
+from streaming_rwkv.shards import sha256_of_file
+from streaming_rwkv.storage import Store, open_store
+from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, running
+
+BOUND = 0.8
+AT_ONCE = 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--files", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-storage-") as folder, running(Path(folder) / "server") as server:
+        server.create_bucket("bench")
+        os.environ.update(server.environment)
+        files = write_files(Path(folder) / "files", count=options.files, size=options.megabytes * 1_000_000)
+        hashes = {file.name: sha256_of_file(file) for file in files}
+        with contextlib.closing(open_store("s3://bench")) as store:
+            measured = measure(server, store, files, hashes, rounds=options.rounds, scratch=Path(folder) / "scratch")
+    return report(measured, megabytes=sum(options.megabytes / options.files for _ in files))
+
+
+def write_files(folder: Path, *, count: int, size: int) -> list[Path]:
+    """Random bytes, as incompressible as shards."""
+    folder.mkdir()
+    draw = random.Random(0)
+    for number in range(count):
+        (folder / f"shard.{number:05}.mds.zstd").write_bytes(draw.randbytes(size // count))
+    return sorted(folder.iterdir())
+
+
+def measure(
+    server: S3Server, store: Store, files: list[Path], hashes: dict[str, str], *, rounds: int, scratch: Path
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by direction and program."""
+    rclone = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
+    ups: dict[str, Callable[[], None]] = {
+        "ours": lambda: upload_ours(store, "ours", files, hashes),
+        "boto3": lambda: upload_boto3(server, "boto3", files),
+    }
+    downs: dict[str, Callable[[], None]] = {
+        "ours": lambda: download_ours(store, "ours", hashes, scratch),
+        "boto3": lambda: download_boto3(server, "boto3", files, scratch),
+    }
+    if rclone is not None:
+        environment = rclone_environment(server)
+        there = "bench:bench/rclone"
+        ups["rclone"] = lambda: run_rclone(rclone, environment, str(files[0].parent), there)
+        downs["rclone"] = lambda: run_rclone(rclone, environment, there, str(scratch))
+    seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    draw = random.Random(1)
+    for _ in range(rounds):
+        store.delete(store.list())
+        for direction, programs in (("up", ups), ("down", downs)):
+            for name in draw.sample(sorted(programs), len(programs)):
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                begun = time.monotonic()
+                programs[name]()
+                seconds[direction][name].append(time.monotonic() - begun)
+                if direction == "down" and name != "ours":
+                    check_files(scratch, hashes)
+    return seconds
+
+
+def upload_ours(store: Store, prefix: str, files: list[Path], hashes: dict[str, str]) -> None:
+    """As `prep build` and `prep upload` do it."""
+    with Transfers(store) as transfers:
+        for file in files:
+            transfers.put(file, f"{prefix}/{file.name}", sha256=hashes[file.name])
+        transfers.wait()
+
+
+def download_ours(store: Store, prefix: str, hashes: dict[str, str], scratch: Path) -> None:
+    """As `prep verify` does it: each file checked, some ahead, none kept."""
+    place = StoredPlace(store=store, folder=scratch)
+    for _ in place.files([(f"{prefix}/{name}", sha256) for name, sha256 in hashes.items()]):
+        pass
+
+
+@contextlib.contextmanager
+def boto3_client(server: S3Server) -> Iterator[Any]:
+    with server.client() as client:
+        yield client
+
+
+def upload_boto3(server: S3Server, prefix: str, files: list[Path]) -> None:
+    """Files and parts in parallel: the transfer manager's own threads, on as many files as ours."""
+    with boto3_client(server) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda file: client.upload_file(str(file), "bench", f"{prefix}/{file.name}"), files))
+
+
+def download_boto3(server: S3Server, prefix: str, files: list[Path], scratch: Path) -> None:
+    with boto3_client(server) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        names = [file.name for file in files]
+        list(pool.map(lambda name: client.download_file("bench", f"{prefix}/{name}", str(scratch / name)), names))
+
+
+def rclone_environment(server: S3Server) -> dict[str, str]:
+    settings = {
+        "TYPE": "s3",
+        "PROVIDER": "SeaweedFS",
+        "ENDPOINT": server.endpoint,
+        "ACCESS_KEY_ID": ACCESS_KEY,
+        "SECRET_ACCESS_KEY": SECRET_KEY,
+    }
+    return {**os.environ, **{f"RCLONE_CONFIG_BENCH_{key}": value for key, value in settings.items()}}
+
+
+def run_rclone(program: str, environment: dict[str, str], source: str, target: str) -> None:
+    command = [program, "copy", f"--transfers={AT_ONCE}", "--config=", source, target]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+def check_files(folder: Path, hashes: dict[str, str]) -> None:
+    assert {file.name: sha256_of_file(file) for file in folder.iterdir()} == hashes
+
+
+def report(measured: dict[str, dict[str, list[float]]], *, megabytes: float) -> int:
+    failed = 0
+    for direction, programs in measured.items():
+        rates = {name: megabytes / statistics.median(seconds) for name, seconds in programs.items()}
+        best = max(rates.values())
+        for name, rate in sorted(rates.items(), key=lambda pair: -pair[1]):
+            spread = f"{megabytes / max(programs[name]):.0f}…{megabytes / min(programs[name]):.0f}"
+            print(f"{direction:4} {name:7} {rate:7.0f} MB/s ({spread})  {rate / best:.2f} of the best")
+        failed |= rates["ours"] < BOUND * best
+    print(f"bound: ours at least {BOUND} of the best: {'missed' if failed else 'held'}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
