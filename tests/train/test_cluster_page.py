@@ -1,0 +1,127 @@
+"""docs/cluster.md: its settings exist, its commands parse, and two launchers on two nodes train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from composer.cli.launcher import _parse_args
+from omegaconf import OmegaConf
+
+from streaming_rwkv.config import load_config, validate
+from streaming_rwkv.train.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+SETTINGS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+LEAST = {"save_folder": "run", "data": {"path": "data", "stages": [{"passes": 1}]}, "model": {"preset": "0.1B"}}
+
+
+def test_the_page_has_its_examples() -> None:
+    assert (len(SETTINGS), len(COMMANDS)) == (4, 3)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_are_valid(settings: str) -> None:
+    given = OmegaConf.create(settings)
+    least = OmegaConf.create(LEAST)
+    if "batch_packs" not in settings and "batch_tokens" not in settings:
+        least.data.batch_packs = 1
+    values = OmegaConf.to_container(OmegaConf.merge(least, given))
+    assert isinstance(values, dict)
+    validate(RunConfig, values, where="docs/cluster.md")  # type: ignore[arg-type]
+
+
+def test_every_key_in_a_table_or_a_sentence_exists() -> None:
+    # Of a section of the configuration, as `data.workers` is; file names are of none.
+    sections = "data|model|optimizer|evaluation|checkpoint|log"
+    keys = re.findall(rf"`((?:{sections})\.[a-z_.]+)", PAGE)
+    assert len(keys) >= 8
+    for key in keys:
+        config = RunConfig
+        for part in key.split("."):
+            assert part in config.model_fields, key
+            annotation = config.model_fields[part].annotation
+            config = annotation if isinstance(annotation, type) else config  # type: ignore[assignment]
+
+
+def test_overrides_in_commands_are_valid() -> None:
+    found = [
+        (words[i + 1], [word for word in words[i + 2 :] if re.match(r"[a-z_.]+=", word)])
+        for block in COMMANDS
+        for line in block.replace("\\\n", " ").splitlines()
+        for words in [re.sub("[;']", " ", line).split()]
+        for i, word in enumerate(words)
+        if word == "train.py"
+    ]
+    assert len(found) == 4
+    for yaml, overrides in found:
+        assert overrides
+        load_config(RunConfig, ROOT / yaml, overrides=overrides)
+
+
+def test_the_launcher_takes_its_arguments() -> None:
+    lines = COMMANDS[0].splitlines()
+    ranks = []
+    for line in lines:
+        with patch.object(sys, "argv", shlex.split(line)):
+            parsed = _parse_args()
+        assert (parsed.nproc, parsed.world_size, parsed.master_addr, parsed.master_port) == (8, 16, "node0", 29500)
+        ranks.append((parsed.node_rank, parsed.base_rank))
+    assert ranks == [(0, 0), (1, 8)]
+
+
+def test_the_batch_of_the_recipe_divides_as_it_says() -> None:
+    assert [gpus for gpus in (8, 16, 24, 32, 48, 64, 96) if 192 % gpus] == []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["launchers", "tasks"])
+def test_two_nodes_of_one_process_train_one_run(
+    start: str, write_data_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By a launcher on each node, and by tasks with the variables that the page's sbatch script sets."""
+    data = write_data_set(tmp_path / "data", {("web", 1, 16): 24})
+    port = str(free_port())
+    settings = [
+        "train.py", "yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path / 'run'}",
+        "model.hidden_size=64", "model.num_layers=1", "data.batch_packs=4", "data.workers=0", "log.tensorboard=false",
+    ]  # fmt: skip
+    nodes = []
+    for node in ("0", "1"):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if start == "launchers":
+            where = ["--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port]
+            command = [str(Path(sys.executable).with_name("composer")), "-n", "1", "--world_size", "2", *where]
+        else:
+            command = [sys.executable]
+            environment |= {
+                "RANK": node, "LOCAL_RANK": "0", "NODE_RANK": node, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+        nodes.append(
+            subprocess.Popen(
+                [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    outputs = [node.communicate(timeout=280)[0].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert "6 steps of 4 packs" in outputs[0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
