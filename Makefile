@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check format clean
+.PHONY: demo test check s3 format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ check: $(STAMP)
 test: check
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow
+
+# A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
+s3: $(STAMP)
+	$(BIN)/python -m tests.s3_server
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

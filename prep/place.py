@@ -24,7 +24,7 @@ from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
 
 MOST_MANIFEST_BYTES = 1 << 30
-_AHEAD = 4
+_AHEAD = 8
 
 
 class Place(Protocol):

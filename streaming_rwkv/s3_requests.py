@@ -141,7 +141,8 @@ class Connection:
             # Checksum trailers, boto3's default since 1.36, damage objects on servers that do not know them.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if self.endpoint else "auto"},
+            # Bodies carry a Content-MD5, and that is signed: to hash them once more costs as much as to send them.
+            s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
         )
         # Servers other than Amazon's take any region, but a signature needs one.
         region = session.region_name or ("us-east-1" if self.endpoint else None)
