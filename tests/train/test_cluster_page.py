@@ -92,6 +92,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("start", ["launchers", "tasks"])
 def test_two_nodes_of_one_process_train_one_run(
     start: str, write_data_set: Callable[..., Path], tmp_path: Path
@@ -120,7 +121,7 @@ def test_two_nodes_of_one_process_train_one_run(
                 [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
         )
-    outputs = [node.communicate(timeout=280)[0].decode() for node in nodes]
+    outputs = [node.communicate(timeout=600)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert "6 steps of 4 packs" in outputs[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -113,7 +113,7 @@ def train(data: Path, save_folder: Path, *overrides: str, **environment: str) ->
         "log.tensorboard=false", *overrides,
     ]  # fmt: skip
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -124,6 +124,7 @@ def data(write_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_is_tracked_by_mlflow_and_goes_on_as_one(data: Path, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     store = (tmp_path / "store").as_uri()
@@ -148,6 +149,7 @@ def test_a_run_is_tracked_by_mlflow_and_goes_on_as_one(data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_is_tracked_by_wandb(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}

@@ -165,6 +165,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_samples_of_two_processes_leave_the_training_as_it_is(
     write_data_set: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -179,7 +180,7 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
             "checkpoint.keep=0", "log.tensorboard=false", *overrides,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path / name
 
