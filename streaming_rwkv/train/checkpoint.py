@@ -140,14 +140,19 @@ def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: fro
     Raises:
         CheckpointError: names each key that differs, with both values.
     """
-    before = checkpoint.mark["run"]
+    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path))
+
+
+def check_same_settings(mark: Mapping[str, Any], run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
+    """Likewise, of a checkpoint's mark alone."""
+    before = mark["run"]
     differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
     if differing:
         lines = [
             f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
         ]
         raise CheckpointError(
-            f"{checkpoint.path}: made by a run with other settings; steps already taken would not be those of this "
+            f"{where}: made by a run with other settings; steps already taken would not be those of this "
             "run.\n  " + "\n  ".join(lines) + "\nGive the run another `save_folder`, set the value back, or, if the "
             f"change is meant, say checkpoint.allow_changed=[{','.join(differing)}]"
         )

@@ -23,7 +23,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from streaming_rwkv.train.checkpoint import (
     WRITING,
     Checkpoint,
     all_gather,
+    check_same_settings,
     find_problem,
     install,
     is_leader,
@@ -274,13 +275,18 @@ def newest_remote(store: Store, *, only: str | None = None) -> RemoteCheckpoint 
     return None
 
 
-def restore(store: Store, folder: Path) -> tuple[Checkpoint | None, bool]:
+def restore(
+    store: Store, folder: Path, *, run: Mapping[str, Any] | None = None, allow: frozenset[str] = frozenset()
+) -> tuple[Checkpoint | None, bool]:
     """The newest whole checkpoint of this machine and the store, fetched if only the store has it; by all ranks.
 
+    Args:
+        run: settings that the store's checkpoint must have been made with, but for those in `allow`: else two runs
+            would share a place there, and remove each other's checkpoints.
     Returns:
         The checkpoint, if any, and whether the store has it.
     Raises:
-        CheckpointError: there are checkpoints, here or there, but none is whole.
+        CheckpointError: there are checkpoints, here or there, but none is whole; or the store's is another run's.
         StorageError: the store cannot be read, or damages what it gives.
     """
     chosen: list[tuple[int | None, RemoteCheckpoint | None]] = [(None, None)]
@@ -296,6 +302,8 @@ def restore(store: Store, folder: Path) -> tuple[Checkpoint | None, bool]:
             remote = newest_remote(store)
         except CheckpointError as error:
             problems.append(error)
+        if remote is not None and run is not None:
+            check_same_settings(remote.mark, run, allow=allow, where=store.url(f"{CHECKPOINTS}/{remote.name}"))
         if problems and local is None and remote is None:
             raise problems[0]
         for problem in problems:

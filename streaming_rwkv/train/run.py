@@ -200,9 +200,12 @@ def train(config: RunConfig) -> int:
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
     mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
-    checkpoint, in_store = restore(store, save_folder) if store else (newest_checkpoint(root), False)
+    allow = frozenset(config.checkpoint.allow_changed)
+    checkpoint, in_store = newest_checkpoint(root) if store is None else None, False
+    if store is not None:
+        checkpoint, in_store = restore(store, save_folder, run=prepared.identity, allow=allow)
     if checkpoint is not None:
-        check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
+        check_same_run(checkpoint, prepared.identity, allow=allow)
         if mirror and not in_store:
             mirror.begin(checkpoint.path, all_by_leader=True)
         if checkpoint.step >= prepared.plan.steps:

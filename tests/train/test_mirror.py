@@ -7,16 +7,27 @@ import json
 import logging
 import random
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from composer.core import State, Timestamp
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
 
 from streaming_rwkv.model.checkpoint import CheckpointError
+from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.storage import StorageError, Store, open_store
-from streaming_rwkv.train.checkpoint import FORMAT, install
+from streaming_rwkv.train.callbacks import Checkpointer, Consumption
+from streaming_rwkv.train.checkpoint import FORMAT, install, newest_checkpoint
+from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.mirror import Mirror, MirrorError, local_checkpoint, newest_remote, restore
+from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import S3Server
 
@@ -270,6 +281,16 @@ def test_a_runs_newest_checkpoint_and_a_named_one_can_be_used_where_they_lie(sto
         pass
 
 
+def test_two_runs_do_not_share_a_place(store: Store, folder: Path, empty: Path) -> None:
+    send(store, save(folder, 5))
+    save(empty, 7)
+    with pytest.raises(CheckpointError, match=rf"{store.location}/checkpoints/step-00000005: made by a run with other"):
+        restore(store, empty, run={"data": "77aa"})
+    checkpoint, _ = restore(store, empty, run={"data": "77aa"}, allow=frozenset({"data"}))
+    assert checkpoint is not None
+    assert checkpoint.step == 7
+
+
 PASSING = [
     *(Fault(kind="status", status=status, times=3) for status in (429, 500, 503)),
     *(Fault(kind=kind, method="PUT", times=2) for kind in ("reset upload", "flip upload", "lose answer", "silent")),
@@ -328,6 +349,48 @@ def test_a_fault_that_lasts_is_one_error_in_time_and_nothing_is_lost(
     assert_restored(store, empty, step=5)
 
 
+def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
+    hasty: Store, proxy: FaultProxy, folder: Path
+) -> None:
+    network = RWKV7(RWKV7Config(vocab_size=20, hidden_size=64, num_layers=1))
+    initialize(network, seed=1)
+    model = RWKV7ForTraining(network, num_streams=1, flops_per_token=1)
+    optimizers = build_optimizer(network, OptimizerConfig())
+    state = State(
+        model=model, rank_zero_seed=0, run_name="test", device=DeviceCPU(), max_duration="9ba", optimizers=optimizers
+    )
+    logger = Logger(state)
+    consumption = Consumption([], interval_steps=1)
+    consumption.fit_start(state, logger)
+    mirror = Mirror(hasty, folder, keep=2)
+    checkpointer = Checkpointer(
+        folder / "checkpoints", interval_steps=2, keep=2, last_step=9, run={}, consumption=consumption, mirror=mirror
+    )
+
+    def end_of_step(step: int) -> None:
+        state.timestamp = Timestamp(batch=step)
+        checkpointer.batch_checkpoint(state, logger)
+
+    for step in (1, 2, 3):
+        end_of_step(step)
+    assert mirror.settle()
+    assert steps_in(hasty) == [2]
+    proxy.add(Fault(kind="status", status=403, method="PUT"))
+    end_of_step(4)  # training goes on meanwhile
+    while not mirror.failed:
+        time.sleep(0.05)
+    with pytest.raises(MirrorError, match=r"step-00000004 could not be uploaded: s3://\S+: .*403 .*Nothing is lost on"):
+        end_of_step(5)
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert newest.step == 5
+    proxy.clear()
+    again = Mirror(hasty, folder, keep=2)
+    again.begin(newest.path, all_by_leader=True)
+    again.finish()
+    assert steps_in(hasty) == [2, 5]
+
+
 def test_an_upload_cut_off_after_any_request_leaves_the_last_or_the_new_checkpoint(
     store: Store, faulty: Store, proxy: FaultProxy, folder: Path, tmp_path: Path
 ) -> None:
@@ -370,3 +433,29 @@ def test_a_server_killed_and_started_again_in_an_upload_changes_nothing(
         mirror.finish()
     assert steps_in(store) == [3]
     assert_restored(store, empty, step=3)
+
+
+@pytest.mark.slow
+def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: Store, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    worker = Path(__file__).with_name("mirror_worker.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), port, tmp_path / f"node{rank}", store.location],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error for _, error in outputs)
+    assert [json.loads(output.splitlines()[-1]) for output, _ in outputs] == [
+        [".metadata", "__0_0.distcp", "complete.json"],
+        ["__1_0.distcp", "complete.json"],
+    ]
+    assert files_of(store, 7) == [".metadata", "__0_0.distcp", "__1_0.distcp", "complete.json"]
