@@ -32,7 +32,9 @@ from streaming_rwkv.model.checkpoint import read_state
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.mirror import Mirror, restore
 from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -41,6 +43,13 @@ SEED = 5
 
 
 def make_data(folder: Path) -> Path:
+    config = make_corpus(folder)
+    build(config)
+    return Path(config.out)
+
+
+def make_corpus(folder: Path) -> PrepConfig:
+    """A corpus and its tokenizer; what is returned builds a data set of them."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(300)]
     for source in ("web", "code"):
@@ -50,17 +59,16 @@ def make_data(folder: Path) -> Path:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = {name: SourceConfig(paths=[str(folder / "corpus" / name)]) for name in ("web", "code")}
     train_tokenizer(sources, vocab_size=320, to=folder / "tokenizer")
-    config = PrepConfig(
+    return PrepConfig(
         out=str(folder / "shards"), tokenizer=str(folder / "tokenizer"), sources=sources, edges=[64, 128, 512],
         pack_tokens=512, shard_bytes=1 << 13, workers=1,
     )  # fmt: skip
-    build(config)
-    return folder / "shards"
 
 
-def train(data: Path, folder: Path) -> None:
-    """One start of the loop: from the newest checkpoint to the end."""
-    os.setpgid(0, 0)
+def train(
+    data: str | Path, folder: Path, *, log: Path, store: Store | None = None, cache_limit: int | None = None
+) -> None:
+    """One start of the loop: from the newest checkpoint, here or in `store`, to the end."""
     torch.set_num_threads(1)
     shard_set = open_shard_set(data, cache=folder / "cache", splits=("train",), timeout_seconds=30, leader=True)
     stages = [
@@ -72,11 +80,14 @@ def train(data: Path, folder: Path) -> None:
     plan = make_plan(stages, records, batch_packs=BATCH_PACKS, seed=SEED, block_shards=2)
     dataset = PackDataset(
         shard_set, records, batches=plan.packs, num_batches=plan.steps, batch_packs=BATCH_PACKS, fetch_ahead=8,
-        cache_limit=None, download_attempts=2, timeout_seconds=30,
+        cache_limit=cache_limit, download_attempts=2, timeout_seconds=30,
     )  # fmt: skip
     model = RWKV7(RWKV7Config(vocab_size=320, hidden_size=64, num_layers=1))
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3))
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint, in_store = restore(store, folder) if store else (newest_checkpoint(folder / "checkpoints"), False)
+    mirror = Mirror(store, folder, keep=2) if store else None
+    if mirror and checkpoint and not in_store:
+        mirror.begin(checkpoint.path, all_by_leader=True)
     step = 0
     if checkpoint is None:
         initialize(model, seed=SEED)
@@ -84,16 +95,28 @@ def train(data: Path, folder: Path) -> None:
         load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         step = checkpoint.step
         dataset.start_at(step)
-    with open(folder / "packs.log", "a", buffering=1) as log:
+    with open(log, "a", buffering=1) as lines:
         for batch in data_spec(dataset, workers=1, timeout_seconds=30).dataloader:
             nll = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], targets=batch["targets"])
             (nll.sum() / batch["num_targets"]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            log.write(f"{step} {batch['tokens'].sum().item()} {batch['streams'].tolist()}\n")
+            lines.write(f"{step} {batch['tokens'].sum().item()} {batch['streams'].tolist()}\n")
+            if mirror and mirror.failed:
+                raise mirror.error()
+            if mirror and not mirror.busy:
+                mirror.advance()
             if step % 5 == 0 or step == plan.steps:
-                save_checkpoint(folder / "checkpoints", step=step, model=model, optimizer=optimizer, mark={}, keep=2)
+                if mirror and not mirror.settle():
+                    raise mirror.error()
+                path = save_checkpoint(
+                    folder / "checkpoints", step=step, model=model, optimizer=optimizer, mark={}, keep=2
+                )
+                if mirror:
+                    mirror.begin(path)
+    if mirror:
+        mirror.finish()
     (folder / "finished").touch()
 
 
@@ -102,7 +125,8 @@ def start(data: Path, folder: Path) -> int:
     if process == 0:
         status = 1
         try:
-            train(data, folder)
+            os.setpgid(0, 0)
+            train(data, folder, log=log_of(folder))
             status = 0
         finally:
             os._exit(status)
@@ -124,10 +148,14 @@ def kill_all(group: int) -> int:
             return count
 
 
-def steps_of(folder: Path) -> dict[int, set[str]]:
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def steps_of(log: Path) -> dict[int, set[str]]:
     """What each step saw, in every start that reached it."""
     steps: dict[int, set[str]] = {}
-    for line in (folder / "packs.log").read_text().splitlines():
+    for line in log.read_text().splitlines():
         number, _, seen = line.partition(" ")
         steps.setdefault(int(number), set()).add(seen)
     return steps
@@ -148,7 +176,7 @@ def main() -> int:
         began = time.perf_counter()
         assert os.waitstatus_to_exitcode(os.waitpid(start(data, quiet), 0)[1]) == 0
         seconds = time.perf_counter() - began
-        expected = steps_of(quiet)
+        expected = steps_of(log_of(quiet))
         last = max(expected)
         kills = processes = runs = 0
         while kills < options.kills:
@@ -163,7 +191,7 @@ def main() -> int:
                 count = kill_all(child)
                 if not (folder / "finished").exists():
                     kills, processes = kills + 1, processes + count
-            found = steps_of(folder)
+            found = steps_of(log_of(folder))
             assert found == expected, [step for step in expected if found.get(step) != expected[step]]
             name = f"checkpoints/step-{last:08d}"
             before, after = read_state(quiet / name), read_state(folder / name)
