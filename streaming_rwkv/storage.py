@@ -158,10 +158,10 @@ class Store:
         """Upload some bytes, likewise."""
         return self._put(_content(len(content), lambda at, size: content[at : at + size]), name)
 
-    def get_bytes(self, name: str, *, most: int) -> bytes:
-        """The content of an object of at most `most` bytes, compared with the sha256 that its writer noted."""
+    def get_bytes(self, name: str, *, most: int, sha256: str | None = None) -> bytes:
+        """The content of an object of at most `most` bytes, compared as `get_file` compares it."""
         content = io.BytesIO()
-        self._get(name, content, sha256=None, most=most)
+        self._get(name, content, sha256=sha256, most=most)
         return content.getvalue()
 
     def get_file(self, name: str, path: str | Path, *, sha256: str | None = None) -> None:
