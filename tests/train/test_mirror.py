@@ -32,6 +32,7 @@ from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import S3Server
 
 TIMEOUT = 1.6  # where the storage gives up; it says how long it takes: a quarter more
+BUSY = 25.0  # seconds that a machine may need for all else: far below the 300 of a run that sets nothing
 PATIENT = 8.0  # where it must not, on a machine that is busy with other tests too
 FILES = [".metadata", "__0_0.distcp", "complete.json"]
 
@@ -341,7 +342,7 @@ def test_a_fault_that_lasts_is_one_error_in_time_and_nothing_is_lost(
     began = time.monotonic()
     with pytest.raises(MirrorError, match=rf"step-00000005 could not be uploaded: s3://.*({text}).*Nothing is lost on"):
         send(hasty, path)
-    assert time.monotonic() - began < 1.25 * TIMEOUT + 5
+    assert time.monotonic() - began < 1.25 * TIMEOUT + BUSY
     assert_restored(store, empty, step=4)
     proxy.clear()
     send(hasty, path)
