@@ -104,7 +104,7 @@ def start(work: Callable[[], object], output: Path) -> psutil.Process:
             die_with_parent()
             tempfile.tempdir = None  # ours is not the clients'
             os.setpgid(0, 0)
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             work()

@@ -155,7 +155,7 @@ def lasting_cases() -> Iterator[Any]:
                 yield pytest.param(fault, text, workers, marks=marks, id=f"{fault.name}-{workers}")
 
 
-@pytest.mark.parametrize(("fault", "text", "workers"), lasting_cases())
+@pytest.mark.parametrize(("fault", "text", "workers"), list(lasting_cases()))
 def test_a_fault_that_lasts_is_one_error_in_time(
     fault: Fault, text: str, workers: int, place: Place, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from composer.core import State, Timestamp
 from composer.devices import DeviceCPU
 from composer.loggers import Logger
 
+from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
@@ -26,6 +27,7 @@ from streaming_rwkv.storage import StorageError, Store, open_store
 from streaming_rwkv.train.callbacks import Checkpointer, Consumption
 from streaming_rwkv.train.checkpoint import FORMAT, install, newest_checkpoint
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
+from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.mirror import Mirror, MirrorError, local_checkpoint, newest_remote, restore
 from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
 from tests.fault_proxy import Fault, FaultProxy
@@ -139,6 +141,17 @@ def test_a_checkpoint_and_the_logs_come_back_on_an_empty_machine(store: Store, f
     for name in ("config.yaml", "metrics.jsonl", "tensorboard/events", "checkpoints/step-00000005/complete.json"):
         assert (empty / name).read_bytes() == (folder / name).read_bytes()
     assert sorted(path.name for path in (empty / "checkpoints").iterdir()) == ["step-00000005"]
+
+
+def test_a_place_that_is_not_in_object_storage_is_refused() -> None:
+    values = {
+        "save_folder": "run",
+        "save_remote": "/data",
+        "data": {"path": "data", "batch_packs": 1, "stages": [{"passes": 1}]},
+        "model": {},
+    }
+    with pytest.raises(ConfigError, match=r"run\.yaml: save_remote: found '/data'; expected s3://bucket/prefix"):
+        validate(RunConfig, values, where="run.yaml")
 
 
 def test_where_nothing_lies_a_run_starts_afresh(store: Store, empty: Path) -> None:
