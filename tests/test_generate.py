@@ -123,24 +123,11 @@ def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:
 
 def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: Tokenizer, tmp_path: Path) -> None:
     """The exported file, BlinkDL's model code and his tokenizer, in a process of their own."""
-    program = """
-import json, os, sys
-os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
-from rwkv.model import RWKV
-from rwkv.utils import PIPELINE
-model = RWKV(model=sys.argv[1].removesuffix(".pth"), strategy="cpu fp32")
-pipeline = PIPELINE(model, "rwkv_vocab_v20230424")
-logits, state = model.forward([0] + pipeline.encode(sys.argv[2]), None)
-ids = []
-while (token := int(logits.argmax())) != 0 and len(ids) < 100:
-    ids.append(token)
-    logits, state = model.forward([token], state)
-json.dump([ids, pipeline.decode(ids)], open(sys.argv[3], "w"))
-"""
     write_pth(model_state(memorized), tmp_path / "model.pth")
     prompt = "The quick"
-    arguments = [sys.executable, "-c", program, tmp_path / "model.pth", prompt, tmp_path / "out.json"]
-    subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=120)
+    worker = Path(__file__).with_name("rwkv_worker.py")
+    arguments = [worker, tmp_path / "model.pth", "rwkv_vocab_v20230424", 0, prompt, tmp_path / "out.json"]
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, timeout=120)
     their_ids, their_text = json.loads((tmp_path / "out.json").read_text())
 
     model = generate.load_model(tmp_path / "model.pth")
