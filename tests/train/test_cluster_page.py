@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -116,12 +117,23 @@ def test_two_nodes_of_one_process_train_one_run(
                 "RANK": node, "LOCAL_RANK": "0", "NODE_RANK": node, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        nodes.append(
-            subprocess.Popen(
-                [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        cache = f"data.cache={tmp_path / f'cache-{node}'}"  # a disk of its own
+        with open(tmp_path / f"{node}.log", "wb") as output:
+            nodes.append(
+                subprocess.Popen(
+                    [*command, *settings, cache], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+                )
             )
-        )
-    outputs = [node.communicate(timeout=600)[0].decode() for node in nodes]
+    deadline = time.monotonic() + 600
+    while any(node.poll() is None for node in nodes) and time.monotonic() < deadline:
+        if any(node.poll() for node in nodes):  # the other would wait for it
+            break
+        time.sleep(0.2)
+    for node in nodes:
+        if node.poll() is None:
+            node.terminate()
+        node.wait(timeout=60)
+    outputs = [(tmp_path / f"{node}.log").read_text() for node in (0, 1)]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert "6 steps of 4 packs" in outputs[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
