@@ -61,7 +61,6 @@ from streaming_rwkv.train.run import PEAK_FLOPS
 
 ROOT = Path(__file__).parents[1]
 EDGES = range(256, LONGEST_PIECE + 1, 256)
-CHECKPOINT_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +74,7 @@ class Size:
     microbatch_packs: int
     batch_packs: int  # on each GPU
     steps: int
+    checkpoint_steps: int  # killed soon after the first
 
 
 def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
@@ -84,11 +84,11 @@ def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
         settings = [f"model.{name}={value}" for name, value in shape.items()]
         return [
             Size(name="rehearsal", model=model, settings=settings, pack_tokens=2048, microbatch_packs=1,
-                 batch_packs=1, steps=14)
+                 batch_packs=1, steps=6, checkpoint_steps=2)
         ]  # fmt: skip
     return [
         Size(name=name, model=RWKV7Config(vocab_size=vocab_size, preset=name), settings=[f"model.preset={name}"],
-             pack_tokens=8192, microbatch_packs=packs, batch_packs=32, steps=40)
+             pack_tokens=8192, microbatch_packs=packs, batch_packs=32, steps=40, checkpoint_steps=10)
         for name, packs in (("0.1B", 8), ("0.4B", 4))
     ]  # fmt: skip
 
@@ -166,25 +166,25 @@ def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: 
         f"data.path={data}", f"save_folder={save_folder}", f"data.batch_packs={batch_packs}",
         f"data.stages=[{{tokens: {round(size.steps * batch_packs * size.pack_tokens * mean_fill)}}}]",
         "data.max_repeats=1000", "model.hidden_size=null", "model.num_layers=null", *size.settings,
-        f"microbatch_packs={size.microbatch_packs}", f"checkpoint.interval_steps={CHECKPOINT_STEPS}",
+        f"microbatch_packs={size.microbatch_packs}", f"checkpoint.interval_steps={size.checkpoint_steps}",
         "log.interval_steps=2", "log.tensorboard=false", f"device={device}",
     ]  # fmt: skip
     log = save_folder.with_suffix(".log")
     with open(log, "ab") as output:
         first = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
-        while first.poll() is None and len(metrics_of(save_folder)) < CHECKPOINT_STEPS + 2:
+        while first.poll() is None and len(metrics_of(save_folder)) < size.checkpoint_steps + 2:
             time.sleep(0.2)
         if first.returncode is not None:
             sys.exit(f"{size.name}: ended with {first.returncode} before it was killed:\n{log.read_text()[-3000:]}")
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
-        before = [line for line in metrics_of(save_folder) if line["step"] <= CHECKPOINT_STEPS]
+        before = [line for line in metrics_of(save_folder) if line["step"] <= size.checkpoint_steps]
         status = subprocess.call(command, cwd=ROOT, stdout=output, stderr=output)
     if status or "going on from" not in log.read_text():
         sys.exit(f"{size.name}: the second start ended with {status}:\n{log.read_text()[-3000:]}")
     lines = metrics_of(save_folder)
     if lines[: len(before)] != before or [line["step"] for line in lines] != list(range(1, lines[-1]["step"] + 1)):
-        sys.exit(f"{size.name}: the resumed run does not go on from step {CHECKPOINT_STEPS}; nothing is reported")
+        sys.exit(f"{size.name}: the resumed run does not go on from step {size.checkpoint_steps}; nothing is reported")
     return lines
 
 
@@ -194,12 +194,12 @@ def metrics_of(save_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def tokens_per_second(lines: list[dict[str, Any]]) -> float:
+def tokens_per_second(lines: list[dict[str, Any]], *, resumed_at: int) -> float:
     """The median over windows, without the first after each start: kernels are compiled and caches filled in it."""
     rates = {
         line["step"]: line["throughput/tokens_per_second"] for line in lines if "throughput/tokens_per_second" in line
     }
-    return statistics.median(rate for step, rate in rates.items() if step not in (2, CHECKPOINT_STEPS + 2))
+    return statistics.median(rate for step, rate in rates.items() if step not in (2, resumed_at + 2))
 
 
 # --- one microbatch --------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def measure(size: Size, work: Path, *, rehearse: bool, rounds: int) -> dict[str,
     processes = 1 if rehearse else torch.cuda.device_count()
     data = write_data_set(work / f"data-{size.name}", packs=8 if rehearse else 512, pack_tokens=size.pack_tokens)
     lines = train(size, data, work / size.name, processes=processes, device="cpu" if rehearse else "gpu")
-    rate = tokens_per_second(lines)
+    rate = tokens_per_second(lines, resumed_at=size.checkpoint_steps)
     name = "" if rehearse else torch.cuda.get_device_name()
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     whole, op = model_ms(size, device, rounds=rounds), op_ms(size, device, rounds=rounds) * size.model.num_layers
@@ -305,7 +305,7 @@ def measure(size: Size, work: Path, *, rehearse: bool, rounds: int) -> dict[str,
         "microbatch_packs": size.microbatch_packs,
         "pack_tokens": size.pack_tokens,
         "steps": lines[-1]["step"],
-        "killed_after_checkpoint_of_step": CHECKPOINT_STEPS,
+        "killed_after_checkpoint_of_step": size.checkpoint_steps,
         "tokens_per_second": rate,
         "mfu": peak and rate * flops_per_token(size.model) / (peak * processes),
         "mfu_6n": peak and rate * flops_per_token_6n(size.model) / (peak * processes),
