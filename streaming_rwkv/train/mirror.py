@@ -3,7 +3,7 @@
     {remote}/checkpoints/step-00000500/…              as in the save folder; each rank brings the files that it wrote
     {remote}/checkpoints/step-00000500/uploading.0    begun by rank 0; removed once the mark is there
     {remote}/checkpoints/step-00000500/complete.json  last: what has it is whole
-    {remote}/{config.yaml, metrics.jsonl, samples.jsonl, tokenizer/, tensorboard/}
+    {remote}/{config.yaml, metrics.jsonl, samples.jsonl, …, tokenizer/, tensorboard/}
                                                       with each checkpoint, and at the end of the run
 
 Files go up in a thread while training goes on, but one checkpoint at a time: the next is written when the one before is
@@ -59,7 +59,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 UPLOADING = "uploading."
-LOGS = ("config.yaml", "metrics.jsonl", "samples.jsonl", TOKENIZER_FOLDER, "tensorboard")
+LOGS = (
+    "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
+)  # fmt: skip
 FETCH_THREADS = 4
 LARGEST_MARK_BYTES = 1 << 26
 POLL_SECONDS = 0.1
