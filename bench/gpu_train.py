@@ -51,9 +51,9 @@ from streaming_rwkv.shards import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Manifest,
-    ShardRecord,
     StreamRecord,
     columns,
+    shard_records,
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
@@ -129,16 +129,7 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
                     }
                 )
         index = (path / INDEX_NAME).read_bytes()
-        shards = [
-            ShardRecord(
-                basename=shard["zip_data"]["basename"],
-                bytes=shard["zip_data"]["bytes"],
-                sha256=shard["zip_data"]["hashes"]["sha256"],
-                raw_bytes=shard["raw_data"]["bytes"],
-                packs=shard["samples"],
-            )
-            for shard in json.loads(index)["shards"]
-        ]
+        shards = shard_records(index)
         records.append(
             StreamRecord(
                 split="train", source="generated", lower=edge - 255, upper=edge, documents=len(lengths),

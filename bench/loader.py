@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -40,11 +39,11 @@ from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
-    ShardRecord,
     StreamRecord,
     TokenizerRecord,
     columns,
     parse_manifest,
+    shard_records,
     stream_path,
 )
 
@@ -96,16 +95,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             bytes=sum(int(pack["bytes"].sum()) for pack in written),
             packs=packs,
             index_sha256=hashlib.sha256(index).hexdigest(),
-            shards=[
-                ShardRecord(
-                    basename=shard["zip_data"]["basename"],
-                    bytes=shard["zip_data"]["bytes"],
-                    sha256=shard["zip_data"]["hashes"]["sha256"],
-                    raw_bytes=shard["raw_data"]["bytes"],
-                    packs=shard["samples"],
-                )
-                for shard in json.loads(index)["shards"]
-            ],
+            shards=shard_records(index),
         )
         records.append(record)
     manifest = Manifest(

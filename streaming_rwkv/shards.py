@@ -95,6 +95,24 @@ class ShardRecord(Config):
         return name
 
 
+def shard_records(index: bytes) -> list[ShardRecord]:
+    """The shards that an index.json of MDS lists, as its stream's record has them.
+
+    Raises:
+        ValueError, KeyError, TypeError: not an index of compressed MDS shards with sha256 hashes.
+    """
+    return [
+        ShardRecord(
+            basename=shard["zip_data"]["basename"],
+            bytes=shard["zip_data"]["bytes"],
+            sha256=shard["zip_data"]["hashes"]["sha256"],
+            raw_bytes=shard["raw_data"]["bytes"],
+            packs=shard["samples"],
+        )
+        for shard in json.loads(index)["shards"]
+    ]
+
+
 class StreamRecord(Config):
     """One folder of shards: a bucket of a source in a split."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +18,11 @@ from streaming_rwkv.shards import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Manifest,
-    ShardRecord,
     SourceBooks,
     StreamRecord,
     TokenizerRecord,
     columns,
+    shard_records,
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
@@ -78,16 +77,7 @@ def write_stream(
         bytes=sum(int(s["bytes"].sum()) for s in samples),
         packs=packs,
         index_sha256=hashlib.sha256(index).hexdigest(),
-        shards=[
-            ShardRecord(
-                basename=shard["zip_data"]["basename"],
-                bytes=shard["zip_data"]["bytes"],
-                sha256=shard["zip_data"]["hashes"]["sha256"],
-                raw_bytes=shard["raw_data"]["bytes"],
-                packs=shard["samples"],
-            )
-            for shard in json.loads(index)["shards"]
-        ],
+        shards=shard_records(index),
     )
 
 

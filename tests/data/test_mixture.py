@@ -7,25 +7,7 @@ from hypothesis import strategies as st
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.mixture import StageConfig, due_order, make_plan, token_shares
-from streaming_rwkv.shards import ShardRecord, StreamRecord
-
-
-def stream(source, upper, packs, *, targets_per_pack=100, packs_per_shard=10):
-    sizes = [min(packs_per_shard, packs - first) for first in range(0, packs, packs_per_shard)]
-    return StreamRecord(
-        split="train",
-        source=source,
-        lower=upper - 255,
-        upper=upper,
-        documents=packs,
-        pieces=packs,
-        targets=packs * targets_per_pack,
-        bytes=1,
-        packs=packs,
-        index_sha256="",
-        shards=[ShardRecord(basename=f"{i}", bytes=1, sha256="", raw_bytes=1, packs=n) for i, n in enumerate(sizes)],
-    )
-
+from tests.data.streams import stream
 
 THREE = [stream("web", 256, 101), stream("web", 512, 53, targets_per_pack=80), stream("code", 256, 977)]
 

@@ -18,6 +18,7 @@ import pytest
 from streaming_rwkv.data.loader import PackDataset, data_spec, share_of_batches, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
+from tests.data.streams import stream
 
 BATCH_PACKS = 16
 MIXTURES = {
@@ -38,11 +39,11 @@ MIXTURES = {
 
 
 @pytest.fixture(params=MIXTURES)
-def plan(request, record_stream):
+def plan(request):
     streams = [
-        record_stream("web", 256, 101),
-        record_stream("web", 512, 53, targets_per_pack=80),
-        record_stream("code", 256, 977),
+        stream("web", 256, 101),
+        stream("web", 512, 53, targets_per_pack=80),
+        stream("code", 256, 977),
     ]
     stages = [StageConfig(**stage) for stage in MIXTURES[request.param]]
     return make_plan(stages, streams, batch_packs=BATCH_PACKS, seed=5, block_shards=2)
@@ -104,11 +105,11 @@ def test_every_boundary_can_be_resumed_from(plan):
 
 def test_each_pack_of_a_stream_is_seen_once_before_any_is_seen_twice(plan):
     ids = seen(plan, 0, plan.steps, ranks=4, workers=2).ravel()
-    for first, stream in zip(plan.first_pack, plan.streams, strict=True):
-        walk = ids[(ids >= first) & (ids < first + stream.packs)]
+    for first, record in zip(plan.first_pack, plan.streams, strict=True):
+        walk = ids[(ids >= first) & (ids < first + record.packs)]
         # Rank after rank within a step is the plan's order, so a pass of the stream is a stretch of the walk.
-        for start in range(0, len(walk), stream.packs):
-            part = walk[start : start + stream.packs]
+        for start in range(0, len(walk), record.packs):
+            part = walk[start : start + record.packs]
             assert len(np.unique(part)) == len(part)
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
-
 from streaming_rwkv.shards import ShardRecord, StreamRecord
 
-RecordStream = Callable[..., StreamRecord]
 
-
-def _record_stream(
+def stream(
     source: str, upper: int, packs: int, *, targets_per_pack: int = 100, packs_per_shard: int = 10
 ) -> StreamRecord:
     sizes = [min(packs_per_shard, packs - first) for first in range(0, packs, packs_per_shard)]
@@ -28,8 +22,3 @@ def _record_stream(
         index_sha256="",
         shards=[ShardRecord(basename=f"{i}", bytes=1, sha256="", raw_bytes=1, packs=n) for i, n in enumerate(sizes)],
     )
-
-
-@pytest.fixture(scope="session")
-def record_stream() -> RecordStream:
-    return _record_stream
