@@ -35,6 +35,7 @@ Kind = Literal[
     "flip",  # one bit of the answer's body
     "slow",  # a byte of the body a second, endlessly
     "silent",  # the request is taken, and nothing ever comes back
+    "late",  # a fifth of a second before the request goes on to the server
     "reset upload",  # the connection breaks in the middle of the request's body
     "flip upload",  # one bit of the request's body, which then reaches the server
     "lose answer",  # the server does what it was asked to, and the connection breaks before it can say so
@@ -234,6 +235,8 @@ class Server:
         request = Message(first_line=line, headers=headers, body=await read_body(reader, headers))
         if kind == "silent":
             await asyncio.sleep(3600)
+        if kind == "late":
+            await asyncio.sleep(0.2)
         if fault is not None and kind == "status":
             answer = error_answer(fault.status)
         else:

@@ -78,17 +78,25 @@ def sent(proxy: FaultProxy, store: Store) -> list[str]:
     return [path.partition("?")[0].removeprefix(below) for method, path, _ in proxy.requests() if method == "PUT"]
 
 
+def upload_and_kill(recipe: Path, proxy: FaultProxy, store: Store, *, objects: int) -> None:
+    """A build that is killed when so many objects are there and it waits for the answers of the next ones."""
+    silent = proxy.counts()["silent"]
+    proxy.add(Fault(kind="silent", method="PUT", skip=objects - len(store.list())))
+    with started(recipe) as process:
+        wait_for(lambda: proxy.counts()["silent"] > silent)
+        wait_for(lambda: len(store.list()) == objects)
+        kill(process)
+    proxy.clear()
+
+
 def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_server):
     assert len(expected) > 40
     there: dict[str, int] = {}
     for share in (0.1, 0.6):
-        with started(recipe) as process:
-            wait_for(lambda share=share: len(store.list()) > share * len(expected))
-            kill(process)
+        upload_and_kill(recipe, proxy, store, objects=int(share * len(expected)))
         assert not set(sent(proxy, store)) & set(there)
-        wait_for(lambda: not sent(proxy, store))  # what was under way is through
         there = store.list()
-        assert share * len(expected) < len(there) < len(expected)
+        assert len(there) == int(share * len(expected))
         assert "manifest.json" not in there
     with s3_server.client() as client:  # what a kill in the middle of a large shard would leave
         client.create_multipart_upload(
@@ -104,7 +112,8 @@ def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_ser
         assert "Uploads" not in client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
 
 
-def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expected, store, s3_server):
+def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expected, store, proxy, s3_server):
+    proxy.add(Fault(kind="late", method="PUT"))  # else a fast machine is through before the kill
     with started(recipe) as process:
         for share in (0.2, 0.6):
             wait_for(lambda share=share: len(store.list()) > share * len(expected))
@@ -116,11 +125,9 @@ def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expecte
 
 
 def test_a_build_on_an_empty_machine_goes_on_with_what_is_there(recipe, expected, store, proxy, tmp_path):
-    with started(recipe) as process:
-        wait_for(lambda: len(store.list()) > 0.5 * len(expected))
-        kill(process)
-    wait_for(lambda: not sent(proxy, store))
+    upload_and_kill(recipe, proxy, store, objects=len(expected) // 2)
     there = store.list()
+    sent(proxy, store)
     values = yaml.safe_load(recipe.read_text()) | {"work": str(tmp_path / "empty")}
     build(PrepConfig.model_validate(values))
     assert not set(sent(proxy, store)) & set(there)
