@@ -24,9 +24,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Fast tests first: a broken contract shows in a minute, not after the kills.
+# Fast tests first: a broken contract shows in a minute, not after the kills. Those run alone, for their timing's sake.
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 	$(BIN)/python -m pytest -m slow
 
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.

@@ -7,18 +7,24 @@ What is replaced, and why (mosaicml-streaming 0.13.0, pinned in pyproject):
 - failures: a shard that fails goes back to 'remote', so that no other worker waits for it for ever;
 - lock files: in the cache, not in the temporary folder, where each run would leave some;
 - shared memory: closed when the data set is. Streaming's stays until the process ends, and looking for a free name it
-  keeps open what it meets of all other data sets on the machine: files that add up to the limit of a process.
+  keeps open what it meets of all other data sets on the machine: files that add up to the limit of a process;
+- the name of that shared memory: Streaming takes the first free one, and of runs that start at the same time on one
+  machine all but one fail; ours wait for each other.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import os
+import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,8 +32,11 @@ import numpy as np
 from composer.core import DataSpec
 from filelock import FileLock
 from streaming import StreamingDataset
+from streaming.base import dataset as streaming_dataset
 from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
+from streaming.base.world import World
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from streaming_rwkv.config import UserError
@@ -63,7 +72,7 @@ class PackDataset(StreamingDataset):
         download_attempts: int,
         timeout_seconds: float,
     ) -> None:
-        with _recorded_shared_memory() as opened:
+        with _recorded_shared_memory() as opened, patch.object(streaming_dataset, "get_shm_prefix", _take_name):
             super().__init__(
                 streams=shard_set.streams(
                     records, download_attempts=download_attempts, timeout_seconds=timeout_seconds
@@ -218,6 +227,37 @@ def _recorded_shared_memory() -> Iterator[list[SharedMemory]]:
 
     with patch.object(prefix, "SharedMemory", Recorded), patch.object(array, "SharedMemory", Recorded):
         yield opened
+
+
+def _take_name(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
+    """Streaming's `get_shm_prefix`: every rank looks for a free name, then the node's first one takes it. Meanwhile no
+    other run may take it."""
+    world: World = arguments[2]
+    with _names_locked() if world.is_local_leader else nullcontext():
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        return prefix.get_shm_prefix(*arguments, **options)
+
+
+@contextmanager
+def _names_locked() -> Iterator[None]:
+    """Locks the folder that the names are in: no file is left, and the lock ends with the process at the latest."""
+    shared_memory = Path("/dev/shm")
+    folder = os.open(shared_memory if shared_memory.is_dir() else tempfile.gettempdir(), os.O_RDONLY)
+    try:
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:  # go on without: it matters only to runs that start at this moment
+                    logger.warning("another run has been looking for shared memory for %d s", START_SECONDS)
+                    break
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _close_shared_memory(opened: list[SharedMemory]) -> None:

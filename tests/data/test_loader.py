@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -233,23 +234,54 @@ def test_a_closed_data_set_leaves_neither_open_files_nor_shared_memory(data, tmp
     def opened():
         links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
         return Counter(
-            str(link.readlink()) for link in links if link.is_symlink() and "/dev/shm/" in str(link.readlink())
+            (str(link.readlink()), link.stat().st_ino)
+            for link in links
+            if link.is_symlink() and "/dev/shm/" in str(link.readlink())
         )
+
+    def there():
+        found = set()
+        for path in Path("/dev/shm").iterdir():
+            with suppress(FileNotFoundError):  # another process's
+                found.add((str(path), path.stat().st_ino))
+        return found
 
     other, _, _ = open_dataset(data, tmp_path / "other")  # Streaming opens its shared memory too, and never closes it
     gc.collect()
-    files, names = opened(), set(os.listdir("/dev/shm"))
+    files = opened()
     assert files
     dataset, _, shard_set = open_dataset(data, tmp_path / "cache")
     assert read(dataset, 1)
-    assert opened() - files
+    own = set(opened() - files)
+    assert own
+    assert own <= there()
     dataset.close()
     dataset.close()
     shard_set.lock.release()
     gc.collect()
     assert not opened() - files
-    assert not set(os.listdir("/dev/shm")) - names
+    assert not own & there()
     assert len(read(other, 1)) == len(read(other, 0))
+
+
+def test_runs_that_start_at_the_same_time_do_not_take_each_others_names(data, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(4)
+
+    def start_again_and_again(number):
+        for _ in range(10):
+            together.wait(30)
+            dataset, _, shard_set = open_dataset(data, tmp_path / f"cache{number}")
+            together.wait(30)
+            dataset.close()
+            shard_set.lock.release()
+
+    starters = [fork.Process(target=start_again_and_again, args=(number,)) for number in range(4)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join(60)
+    assert [starter.exitcode for starter in starters] == [0] * 4
 
 
 def test_no_lock_files_are_left_in_the_temporary_folder(data, tmp_path, monkeypatch):

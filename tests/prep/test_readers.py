@@ -133,9 +133,9 @@ def test_another_key_may_hold_the_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(lines("x" * 99))[:-30], "broken gzip .*; download it again"),
+        ("a.jsonl.gz", gzip.compress(lines("x" * 99), mtime=0)[:-30], "broken gzip .*; download it again"),
         ("a.jsonl.gz", b"no gzip at all, but long enough to hold a header", "broken gzip"),
-        ("a.jsonl.gz", gzip.compress(lines("x"))[:-6] + b"abcdef", "broken gzip"),
+        ("a.jsonl.gz", gzip.compress(lines("x"), mtime=0)[:-6] + b"abcdef", "broken gzip"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines("x" * 99))[:-3], "broken zstd .ends within a frame"),
         ("a.jsonl.zst", b"no zstd", "broken zstd"),
         ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),

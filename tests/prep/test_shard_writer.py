@@ -76,6 +76,7 @@ def _same_zstd() -> bool:
     return zstd.ZSTD_version() == ".".join(map(str, zstandard.ZSTD_VERSION))
 
 
+@pytest.mark.slow  # not beside other tests: Streaming takes names of shared memory without a lock
 @streaming_leaks
 def test_streaming_reads_what_was_written(tmp_path):
     from streaming import StreamingDataset
