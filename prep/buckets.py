@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.ragged import offsets_of
+from prep.ragged import gather, offsets_of
 from streaming_rwkv.tokenizer import TokenBatch
 
 
@@ -75,18 +75,24 @@ def piece_bytes(
             these do not add up to it, the text's bytes are shared out in their proportion.
     """
     lengths = np.diff(batch.offsets)
+    found = text_bytes[pieces.documents]
     ends = pieces.starts + pieces.inputs
-    is_part = (pieces.starts > 0) | (ends <= lengths[pieces.documents])
-    if not is_part.any():
-        return text_bytes[pieces.documents]
+    (parts,) = np.nonzero((pieces.starts > 0) | (ends <= lengths[pieces.documents]))
+    if not len(parts):
+        return found
     assert token_bytes is not None
-    weights = offsets_of(token_bytes[batch.ids])
+    # Only ids of documents that are cut are looked up: most documents are whole.
+    cut_documents, document = np.unique(pieces.documents[parts], return_inverse=True)
+    lengths = lengths[cut_documents]
+    first = offsets_of(lengths)
+    weights = offsets_of(token_bytes[gather(batch.ids, batch.offsets[cut_documents], lengths)])
+    totals = np.diff(weights[first])
 
     def bytes_before(place: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(P,) bytes of its document before the given target of each piece; the end, which has no text, is the last."""
-        first = batch.offsets[pieces.documents]
-        before = weights[first + np.minimum(place, lengths[pieces.documents])] - weights[first]
-        total = (weights[batch.offsets[1:]] - weights[batch.offsets[:-1]])[pieces.documents]
-        return (before * text_bytes[pieces.documents] + total // 2) // np.maximum(total, 1)
+        """Bytes of its document before the given target of each part; the end, which has no text, is the last."""
+        before = weights[first[document] + np.minimum(place, lengths[document])] - weights[first[document]]
+        total = totals[document]
+        return (before * found[parts] + total // 2) // np.maximum(total, 1)
 
-    return np.where(is_part, bytes_before(ends) - bytes_before(pieces.starts), text_bytes[pieces.documents])
+    found[parts] = bytes_before(ends[parts]) - bytes_before(pieces.starts[parts])
+    return found
