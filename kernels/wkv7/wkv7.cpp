@@ -6,8 +6,8 @@
 //
 //     forward    step by step; some of the states are saved, and so is `removed`, S_{t-1} a_t, of every token
 //     backward   against time. First step by step, for dv and the gradient of `removed`. With both of these known,
-//                the rest has no recurrence left: dr, da, db, dk are dense products with the state before the chunk
-//                and the gradient after it, plus the chunk's own tokens pair by pair.
+//                no sum is left inside a recurrence: dr, da, db, dk are dense products with the state before the
+//                chunk and the gradient after it, and what the chunk's own tokens add, pair by pair.
 //
 // Nothing is ever divided by a decay, so the gradients are as good for fast decays as for slow ones.
 
@@ -30,7 +30,7 @@ struct Wkv7Call {
     void* y;
     float* final_state;
     float* removed;  // for the backward pass, as `states`; null where there will be none
-    float* states;   // (tokens / SAVED + documents, heads, N, N) [key, value]
+    float* states;   // (tokens / SAVED + documents, heads, N, N) [value, key]
     const void* dy;
     const float* dfinal_state;              // or null for zeros
     void *dr, *dlog_decay, *dk, *dv, *da, *db;
@@ -94,29 +94,43 @@ void for_each_unit(const Wkv7Call& c, F f) {
     for (auto& thread : threads) thread.join();
 }
 
-struct Lanes {  // WIDTH numbers side by side, in registers
-    vec at[ACROSS];
+template <int COUNT>
+struct Vectors {
+    vec at[COUNT];
 };
+typedef Vectors<ACROSS> Lanes;  // WIDTH numbers side by side, in registers
 
-template <class T>
-inline Lanes load_lanes(const T* p) {
-    Lanes x;
-    for (int u = 0; u < ACROSS; ++u) x.at[u] = load(p + u * LANES);
+template <int COUNT = ACROSS, class T>
+inline Vectors<COUNT> load_lanes(const T* p) {
+    Vectors<COUNT> x;
+#pragma GCC unroll 4
+    for (int u = 0; u < COUNT; ++u) x.at[u] = load(p + u * LANES);
     return x;
 }
 
-template <class T>
-inline void store_lanes(T* p, const Lanes& x) {
-    for (int u = 0; u < ACROSS; ++u) store(p + u * LANES, x.at[u]);
+template <int COUNT, class T>
+inline void store_lanes(T* p, const Vectors<COUNT>& x) {
+#pragma GCC unroll 4
+    for (int u = 0; u < COUNT; ++u) store(p + u * LANES, x.at[u]);
 }
 
 template <class T>
 inline void stream_lanes(T* p, const Lanes& x) {
+#pragma GCC unroll 4
     for (int u = 0; u < ACROSS; ++u) stream(p + u * LANES, x.at[u]);
 }
 
-inline void decay_lanes(Lanes& x, const Lanes& decay) {
-    for (int u = 0; u < ACROSS; ++u) x.at[u] = decayed(x.at[u], decay.at[u]);
+// e (1 + decay) + x · c + y · d, all but the factors c and d over lanes
+template <int COUNT>
+inline Vectors<COUNT> advance(Vectors<COUNT> e, const Vectors<COUNT>& decay, const Vectors<COUNT>& x, float c,
+                              const Vectors<COUNT>& y, float d) {
+#pragma GCC unroll 4
+    for (int u = 0; u < COUNT; ++u) {
+        e.at[u] += e.at[u] * decay.at[u];
+        e.at[u] += x.at[u] * c;
+        e.at[u] += y.at[u] * d;
+    }
+    return e;
 }
 
 // A row each of what a step reads, side by side so that one pointer finds them all.
@@ -164,6 +178,43 @@ inline void load_decay(float* out, const T* log_decay) {
     for (int n = 0; n < N; n += LANES) store(out + n, expm1(load(log_decay + n)));
 }
 
+// Rows that memory is asked for while something else is computed, one at each call.
+template <class T, int OF_T, int OF_FLOAT>
+struct Fetch {
+    static constexpr int KINDS = OF_T + OF_FLOAT;
+    const char* at[KINDS];  // the next row of each kind
+    int64_t step[KINDS];    // bytes to the one after it
+    int64_t left = 0;       // rows of all kinds
+    int next = 0;
+
+    // `apart`: numbers from a token's row to the next one's.
+    void begin(int64_t tokens, const T* const (&rows)[OF_T], int64_t apart) {
+        for (int n = 0; n < OF_T; ++n) {
+            at[n] = reinterpret_cast<const char*>(rows[n]);
+            step[n] = apart * sizeof(T);
+        }
+        left = tokens * KINDS;
+        next = 0;
+    }
+
+    void floats(int n, const float* row, int64_t apart) {
+        at[OF_T + n] = reinterpret_cast<const char*>(row);
+        step[OF_T + n] = apart * sizeof(float);
+    }
+
+    [[gnu::always_inline]] void operator()() {
+        if (left == 0) return;
+        --left;
+        const char* row = at[next];
+        at[next] += step[next];
+        if (next < OF_T)
+            will_read(reinterpret_cast<const T*>(row));
+        else
+            will_read(reinterpret_cast<const float*>(row));
+        if (++next == KINDS) next = 0;
+    }
+};
+
 template <class T>
 struct Forward {
     struct Head {
@@ -172,6 +223,7 @@ struct Forward {
     struct alignas(64) Workspace {
         Head heads[GROUP];
         Token tokens[CHUNK];  // p = b, q = k, m = r, n = the next token's a
+        Row across[N];        // a state on its way to be saved
     };
 
     const Wkv7Call& c;
@@ -182,7 +234,7 @@ struct Forward {
     void operator()(const Unit& u, Workspace& w) const {
         for (int64_t h = 0; h < u.heads; ++h) begin(u, u.head + h, w.heads[h], w.tokens[0]);
         for (int64_t chunk = u.start; chunk < u.stop; chunk += CHUNK)
-            for (int64_t h = 0; h < u.heads; ++h) run(u, u.head + h, chunk, w.heads[h], w.tokens);
+            for (int64_t h = 0; h < u.heads; ++h) run(u, u.head + h, chunk, w.heads[h], w);
         for (int64_t h = 0; h < u.heads; ++h)
             transpose<N, N>(w.heads[h].s, rows(c.final_state + state_of(c, u, u.head + h)));
     }
@@ -204,7 +256,8 @@ struct Forward {
         }
     }
 
-    void run(const Unit& u, int64_t head, int64_t chunk, Head& now, Token* tokens) const {
+    void run(const Unit& u, int64_t head, int64_t chunk, Head& now, Workspace& w) const {
+        Token* const tokens = w.tokens;
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, u.stop - chunk));
         for (int t = 0; t < length; ++t) {
             const int64_t at = row_of(c, head, chunk + t);
@@ -217,42 +270,33 @@ struct Forward {
             else
                 clear(tokens[t].n);
         }
-        if (c.states && (chunk - u.start) % SAVED == 0)
-            for (int j = 0; j < N; ++j) stream_row(c.states + saved_state_of(c, u, head, chunk) + j * N, now.s[j]);
+        if (c.states && (chunk - u.start) % SAVED == 0) {
+            transpose<N, N>(now.s, w.across);
+            for (int i = 0; i < N; ++i) stream_row(c.states + saved_state_of(c, u, head, chunk) + i * N, w.across[i]);
+        }
         // Meanwhile, what comes after this chunk is fetched: the next head's, or the first one's next.
         const bool last = head + 1 == u.head + u.heads;
         const int64_t next_head = last ? u.head : head + 1, next_chunk = last ? chunk + CHUNK : chunk;
+        Fetch<T, 6, 0> fetch;
+        const int64_t next = row_of(c, next_head, next_chunk);
+        fetch.begin(std::clamp<int64_t>(u.stop - next_chunk, 0, CHUNK),
+                    {r + next, log_decay + next, k + next, v + next, a + next, b + next}, c.heads * N);
+        const auto meanwhile = [&] {
+            fetch();
+            fetch();
+        };
         for (int first = 0; first < N; first += WIDTH) {
             Lanes removed = load_lanes(now.removed + first), out;
             for (int t = 0; t < length; ++t) {
-                const int64_t at = row_of(c, head, chunk + t) + first, next = row_of(c, next_head, next_chunk + t);
-                const T* const ahead[QUARTERS + 2] = {r + next, log_decay + next, k + next, v + next, a + next, b + next};
-                int quarter = next_chunk + t < u.stop && first == 0 ? 0 : QUARTERS;
+                const int64_t at = row_of(c, head, chunk + t) + first;
                 if (c.removed) stream_lanes(c.removed + at, removed);
-                step(&now.s[0][first], tokens[t], removed, load_lanes(v + at), out, removed, [&] {
-                    if (quarter == QUARTERS) return;
-                    will_read(ahead[quarter]);
-                    if (quarter < 2) will_read(ahead[QUARTERS + quarter]);
-                    ++quarter;
-                });
+                step(&now.s[0][first], tokens[t], removed, load_lanes(v + at), out, removed, meanwhile);
                 stream_lanes(y + at, out);
             }
             store_lanes(now.removed + first, removed);
         }
     }
 };
-
-// out += x · c + y · d
-inline void accumulate(float* out, const Lanes& x, float c, const Lanes& y, float d) {
-    const vec c_all = broadcast(c), d_all = broadcast(d);  // once: for all the compiler knows, `out` is their source
-#pragma GCC unroll 4
-    for (int u = 0; u < ACROSS; ++u)
-        store(out + u * LANES, load(out + u * LANES) + x.at[u] * c_all + y.at[u] * d_all);
-}
-
-inline void scale(float* out, const Lanes& by) {
-    for (int u = 0; u < ACROSS; ++u) store(out + u * LANES, load(out + u * LANES) * by.at[u]);
-}
 
 template <class T>
 struct Backward {
@@ -265,7 +309,7 @@ struct Backward {
         Token tokens[CHUNK + 1];  // what token t - 1 needs of itself and of its successor: decay and p = a of token t,
                                   // q = r, m = b, n = k of token t - 1
         Row removed_v[2 * CHUNK], dy_dremoved[2 * CHUNK];
-        Row before[N];  // the state [key][value]
+        Row before[N];  // the state [value][key]
 
         float* decay(int t) { return tokens[t].decay; }
         float* a(int t) { return tokens[t].p; }
@@ -276,35 +320,49 @@ struct Backward {
     struct alignas(64) Workspace {
         Head heads[GROUP];
         Chunk chunks[SAVED / CHUNK];
-        // `apart`: loads wait for stores that differ from them by a multiple of 4096 bytes.
-        Row dr[CHUNK], dlog_decay[CHUNK], dk[CHUNK], apart[5], da[CHUNK], db[CHUNK];
-        Pair values[N], gradients[N];  // removed | v and dy | dremoved, [value][token]
-        Pair products[2 * CHUNK];      // removed_s and, below, v_s · dy_t | dremoved_t
-        Pair dr_da[N], db_dk[N];       // [key][token]
+        Row dr_da[2 * CHUNK], db[CHUNK], dk[CHUNK], dlog_decay[CHUNK];
+        Pair values[N];            // removed | v, [value][token]
+        Pair products[2 * CHUNK];  // dy_t and, below, dremoved_t · removed_s | v_s
+        Pair db_dk[N];             // [key][token]
+        Row across[N];             // a state [key][value]
     };
     // What memory does while something is computed, row by row: it brings a segment of a head that will be next, and
     // takes the results of the chunk before.
     struct Background {
-        int64_t fetch_head, fetch_first, fetch_stop, fetched;  // none if first == stop
-        int64_t write_head, write_first, write_stop, written;
+        Fetch<T, 7, 2> fetch;  // inputs and dy; removed, and the token's share of the saved state
+        struct {
+            const float* from;
+            T* to;
+        } results[5];
+        int64_t to_write = 0, apart = 0;
+        int next = 0;
+
+        [[gnu::always_inline]] void write() {
+            if (to_write == 0) return;
+            --to_write;
+            auto& row = results[next];
+            stream_row(row.to, row.from);
+            row.from += N;
+            row.to += apart;
+            if (++next == 5) next = 0;
+        }
     };
 
     const Wkv7Call& c;
 
     void operator()(const Unit& u, Workspace& w) const {
         for (int64_t h = 0; h < u.heads; ++h) begin(state_of(c, u, u.head + h), w.heads[h]);
-        Background background{};
+        Background background;
         const int64_t last = u.start + (u.stop - u.start - 1) / SAVED * SAVED;
         for (int64_t segment = last; u.start < u.stop && segment >= u.start; segment -= SAVED)
             for (int64_t h = 0; h < u.heads; ++h) {
-                const bool more = h + 1 < u.heads;
-                background.fetch_head = more ? u.head + h + 1 : u.head;
-                background.fetch_first = more ? segment : std::max(segment - SAVED, u.start);
-                background.fetch_stop = more ? std::min(segment + SAVED, u.stop) : segment;
-                background.fetched = 0;
+                if (h + 1 < u.heads)
+                    fetch(u, u.head + h + 1, segment, std::min(segment + SAVED, u.stop), background.fetch);
+                else
+                    fetch(u, u.head, std::max(segment - SAVED, u.start), segment, background.fetch);
                 run(u, u.head + h, segment, w.heads[h], w, background);
             }
-        finish_writing(w, background);
+        while (background.to_write) background.write();
         for (int64_t h = 0; c.dinitial_state && h < u.heads; ++h)
             transpose<N, N>(w.heads[h].g, rows(c.dinitial_state + state_of(c, u, u.head + h)));
     }
@@ -329,7 +387,8 @@ struct Backward {
             load_chunk(head, first, stop, w.chunks[chunks]);
             if (first + CHUNK < stop) replay(w.chunks[chunks], w.chunks[chunks + 1].before);
         }
-        while (chunks-- > 0) run_chunk(u, head, segment + chunks * CHUNK, stop, now, w.chunks[chunks], w, background);
+        while (chunks-- > 0) run_chunk(head, segment + chunks * CHUNK, stop, now, w.chunks[chunks], w, background);
+        add_up_state(now, w);
     }
 
     // Past the document's end: tokens that do nothing.
@@ -357,54 +416,44 @@ struct Backward {
 
     // The state after a whole chunk; with `removed` known, each of its numbers is a recurrence of its own.
     void replay(Chunk& x, Row* after) const {
-        constexpr int KEYS = 4;  // at once, to hide the latency of each
-        for (int j = 0; j < N; j += KEYS)
+        constexpr int VALUES = 4;  // at once, to hide the latency of each
+        for (int i = 0; i < N; i += VALUES)
             for (int first = 0; first < N; first += WIDTH) {
-                Lanes s[KEYS];
-                for (int n = 0; n < KEYS; ++n) s[n] = load_lanes(x.before[j + n] + first);
+                Lanes s[VALUES];
+                for (int n = 0; n < VALUES; ++n) s[n] = load_lanes(x.before[i + n] + first);
                 for (int t = 0; t < CHUNK; ++t) {
-                    const Lanes removed = load_lanes(x.removed_v[t] + first),
-                                v = load_lanes(x.removed_v[CHUNK + t] + first);
-                    const float *decay = x.decay(t), *b = x.b(t), *k = x.k(t);
+                    const Lanes decay = load_lanes(x.decay(t) + first), b = load_lanes(x.b(t) + first),
+                                k = load_lanes(x.k(t) + first);
+                    const float *removed = x.removed_v[t], *v = x.removed_v[CHUNK + t];
 #pragma GCC unroll 4
-                    for (int n = 0; n < KEYS; ++n)
-#pragma GCC unroll 4
-                        for (int u = 0; u < ACROSS; ++u) {
-                            vec e = s[n].at[u];
-                            e += e * decay[j + n];
-                            e += removed.at[u] * b[j + n];
-                            e += v.at[u] * k[j + n];
-                            s[n].at[u] = e;
-                        }
+                    for (int n = 0; n < VALUES; ++n) s[n] = advance(s[n], decay, b, removed[i + n], k, v[i + n]);
                 }
-                for (int n = 0; n < KEYS; ++n) store_lanes(after[j + n] + first, s[n]);
+                for (int n = 0; n < VALUES; ++n) store_lanes(after[i + n] + first, s[n]);
             }
     }
 
-    void run_chunk(const Unit& u, int64_t head, int64_t chunk, int64_t stop, Head& now, Chunk& x, Workspace& w,
+    void run_chunk(int64_t head, int64_t chunk, int64_t stop, Head& now, Chunk& x, Workspace& w,
                    Background& background) const {
         const auto meanwhile = [&] {
-            fetch_row(u, background);
-            write_row(w, background);
+            background.fetch();
+            background.write();
         };
+        const auto fetch_alone = [&] { background.fetch(); };  // while the next results to write are made
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, stop - chunk));
         transpose<2 * CHUNK, N>(x.removed_v, w.values);
         multiply<N, 2 * CHUNK>(now.g, w.values, w.db_dk, meanwhile);
         step_back(head, chunk, length, now, x, meanwhile);
-        transpose<2 * CHUNK, N>(x.dy_dremoved, w.gradients);
-        multiply<N, 2 * CHUNK>(x.before, w.gradients, w.dr_da, meanwhile);
-        multiply<2 * CHUNK, 2 * CHUNK>(x.removed_v, w.gradients, w.products, meanwhile);
-        finish_writing(w, background);
-        transpose<N, CHUNK>(w.dr_da, w.dr);
-        transpose<N, CHUNK>((const Pair*)&w.dr_da[0][CHUNK], w.da);
+        multiply<2 * CHUNK, 2 * CHUNK>(x.dy_dremoved, w.values, w.products, meanwhile);
+        while (background.to_write) background.write();
+        multiply<2 * CHUNK, N>(x.dy_dremoved, x.before, w.dr_da, fetch_alone);
         transpose<N, CHUNK>(w.db_dk, w.db);
         transpose<N, CHUNK>((const Pair*)&w.db_dk[0][CHUNK], w.dk);
-        for (int first = 0; first < N; first += WIDTH) add_pairs(first, x, w, [&] { fetch_row(u, background); });
+        for (int first = 0; first < N; first += KEYS) {
+            add_earlier(first, x, w, fetch_alone);
+            add_later(first, x, w, fetch_alone);
+        }
         add_up_decays(length, now, x, w);
-        background.write_head = head;
-        background.write_first = chunk;
-        background.write_stop = chunk + length;
-        background.written = 0;
+        write(row_of(c, head, chunk), length, w, background);
         settle(now, x);
     }
 
@@ -425,17 +474,29 @@ struct Backward {
 
     // The first token's decay and a ⊗ dremoved: now.g becomes the gradient of the state before the chunk.
     void settle(Head& now, Chunk& x) const {
+        const float *decay = x.decay(0), *a = x.a(0);
+        for (int first = 0; first < N; first += WIDTH) {
+            const Lanes dremoved = load_lanes(x.dy_dremoved[CHUNK] + first);
+            for (int j = 0; j < N; ++j) {
+                Lanes g = load_lanes(now.g[j] + first);
+#pragma GCC unroll 4
+                for (int u = 0; u < ACROSS; ++u) {
+                    g.at[u] += g.at[u] * decay[j];
+                    g.at[u] += dremoved.at[u] * a[j];
+                }
+                store_lanes(now.g[j] + first, g);
+            }
+        }
+    }
+
+    // Σ_value gradient ∘ state before the segment.
+    void add_up_state(Head& now, Workspace& w) const {
         float sums[N][LANES];
-        const float *decay = x.decay(0), *a = x.a(0), *dremoved = x.dy_dremoved[CHUNK];
+        transpose<N, N>(w.chunks[0].before, w.across);
         for (int j = 0; j < N; ++j) {
             vec sum{};
 #pragma GCC unroll 4
-            for (int i = 0; i < N; i += LANES) {
-                const vec g = load(&now.g[j][i]);
-                const vec out = g + g * decay[j] + load(dremoved + i) * a[j];
-                store(&now.g[j][i], out);
-                sum += out * load(&x.before[j][i]);
-            }
+            for (int i = 0; i < N; i += LANES) sum += load(&now.g[j][i]) * load(&w.across[j][i]);
             store(sums[j], sum);
         }
         Row across[LANES];
@@ -447,47 +508,97 @@ struct Backward {
         }
     }
 
-    // What tokens s ≤ t of one chunk owe each other, for WIDTH keys. Token s travels to t with the decays between.
+    // What tokens s ≤ t of one chunk owe each other, as the recurrences themselves: that of the state times dy_t or
+    // dremoved_t, from the product with the state before the chunk, and that of the gradient times removed_s or v_s,
+    // from the product with the gradient after it. Some tokens at a time, for some keys: what registers hold.
+    static constexpr int TOGETHER = DOWN / 2, KEYS = 2 * LANES;
+    typedef Vectors<2> Keys;
+
     template <class Meanwhile>
-    void add_pairs(int first, Chunk& x, Workspace& w, const Meanwhile& meanwhile) const {
-        Lanes since_start, to_end;  // decays from the chunk's start to t, from t to its end
-        for (int u = 0; u < ACROSS; ++u) since_start.at[u] = to_end.at[u] = broadcast(1.0f);
-        for (int t = 0; t < CHUNK; ++t) {
-            scale(w.da[t] + first, since_start);
-            decay_lanes(since_start, load_lanes(x.decay(t) + first));
-            scale(w.dr[t] + first, since_start);
-        }
-        for (int t = CHUNK - 1; t >= 0; --t) {
-            scale(w.dk[t] + first, to_end);
-            scale(w.db[t] + first, to_end);
-            decay_lanes(to_end, load_lanes(x.decay(t) + first));
-        }
-        for (int s = 0; s < CHUNK; ++s) {
-            meanwhile();
-            Lanes b = load_lanes(x.b(s) + first), k = load_lanes(x.k(s) + first);
-            const float *with_removed = w.products[s], *with_v = w.products[CHUNK + s];
-            accumulate(w.dr[s] + first, b, with_removed[s], k, with_v[s]);
-            for (int t = s + 1; t < CHUNK; ++t) {
-                accumulate(w.da[t] + first, b, with_removed[CHUNK + t], k, with_v[CHUNK + t]);
-                const Lanes decay = load_lanes(x.decay(t) + first);
-                decay_lanes(b, decay);
-                decay_lanes(k, decay);
-                accumulate(w.dr[t] + first, b, with_removed[t], k, with_v[t]);
+    void add_earlier(int first, Chunk& x, Workspace& w, const Meanwhile& meanwhile) const {
+        for (int from = 0; from < CHUNK; from += TOGETHER) {
+            Keys dr[TOGETHER], da[TOGETHER];
+            Row* const dr_rows = w.dr_da + from;
+            Row* const da_rows = w.dr_da + CHUNK + from;
+#pragma GCC unroll 4
+            for (int n = 0; n < TOGETHER; ++n) {
+                dr[n] = load_lanes<2>(dr_rows[n] + first);
+                da[n] = load_lanes<2>(da_rows[n] + first);
+            }
+            const auto add = [&](Keys& e, int row, int s) {
+                const float* product = w.products[row];
+                e = advance(e, load_lanes<2>(x.decay(s) + first), load_lanes<2>(x.b(s) + first), product[s],
+                            load_lanes<2>(x.k(s) + first), product[CHUNK + s]);
+            };
+            for (int s = 0; s < from; ++s) {
+                meanwhile();
+#pragma GCC unroll 4
+                for (int n = 0; n < TOGETHER; ++n) {
+                    add(dr[n], from + n, s);
+                    add(da[n], CHUNK + from + n, s);
+                }
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < TOGETHER; ++m)
+#pragma GCC unroll 4
+                for (int n = m; n < TOGETHER; ++n) {
+                    add(dr[n], from + n, from + m);
+                    if (n > m) add(da[n], CHUNK + from + n, from + m);  // da meets the state before its token
+                }
+#pragma GCC unroll 4
+            for (int n = 0; n < TOGETHER; ++n) {
+                store_lanes(dr_rows[n] + first, dr[n]);
+                store_lanes(da_rows[n] + first, da[n]);
             }
         }
-        for (int t = CHUNK - 1; t >= 0; --t) {
-            meanwhile();
-            Lanes r = load_lanes(x.r(t) + first), a = load_lanes(x.a(t) + first);
-            accumulate(w.db[t] + first, r, w.products[t][t], a, 0.0f);
-            accumulate(w.dk[t] + first, r, w.products[CHUNK + t][t], a, 0.0f);
-            decay_lanes(r, load_lanes(x.decay(t) + first));
-            for (int s = t - 1; s >= 0; --s) {
-                const float *with_removed = w.products[s], *with_v = w.products[CHUNK + s];
-                accumulate(w.db[s] + first, r, with_removed[t], a, with_removed[CHUNK + t]);
-                accumulate(w.dk[s] + first, r, with_v[t], a, with_v[CHUNK + t]);
-                const Lanes decay = load_lanes(x.decay(s) + first);
-                decay_lanes(r, decay);
-                decay_lanes(a, decay);
+    }
+
+    template <class Meanwhile>
+    void add_later(int first, Chunk& x, Workspace& w, const Meanwhile& meanwhile) const {
+        for (int from = CHUNK - TOGETHER; from >= 0; from -= TOGETHER) {
+            Keys db[TOGETHER], dk[TOGETHER];
+#pragma GCC unroll 4
+            for (int n = 0; n < TOGETHER; ++n) {
+                db[n] = load_lanes<2>(w.db[from + n] + first);
+                dk[n] = load_lanes<2>(w.dk[from + n] + first);
+            }
+            const auto add_own = [&](Keys& e, int t, int column) {
+                const Keys r = load_lanes<2>(x.r(t) + first);
+#pragma GCC unroll 2
+                for (int u = 0; u < 2; ++u) e.at[u] += r.at[u] * w.products[t][column];
+            };
+            const auto go_back = [&](Keys& e, int t, int column) {
+                const Keys decay = load_lanes<2>(x.decay(t) + first), a = load_lanes<2>(x.a(t) + first);
+#pragma GCC unroll 2
+                for (int u = 0; u < 2; ++u) {
+                    e.at[u] += e.at[u] * decay.at[u];
+                    e.at[u] += a.at[u] * w.products[CHUNK + t][column];
+                }
+            };
+            for (int t = CHUNK - 1; t >= from + TOGETHER; --t) {
+                meanwhile();
+#pragma GCC unroll 4
+                for (int n = 0; n < TOGETHER; ++n) {
+                    add_own(db[n], t, from + n);
+                    add_own(dk[n], t, CHUNK + from + n);
+                    go_back(db[n], t, from + n);
+                    go_back(dk[n], t, CHUNK + from + n);
+                }
+            }
+#pragma GCC unroll 4
+            for (int m = TOGETHER - 1; m >= 0; --m)
+#pragma GCC unroll 4
+                for (int n = 0; n <= m; ++n) {
+                    add_own(db[n], from + m, from + n);
+                    add_own(dk[n], from + m, CHUNK + from + n);
+                    if (n == m) continue;
+                    go_back(db[n], from + m, from + n);
+                    go_back(dk[n], from + m, CHUNK + from + n);
+                }
+#pragma GCC unroll 4
+            for (int n = 0; n < TOGETHER; ++n) {
+                store_lanes(w.db[from + n] + first, db[n]);
+                store_lanes(w.dk[from + n] + first, dk[n]);
             }
         }
     }
@@ -499,40 +610,29 @@ struct Backward {
         for (int t = length - 1; t >= 0; --t)
 #pragma GCC unroll 4
             for (int j = 0; j < N; j += LANES) {
-                const vec sum = load(now.sum + j) + load(w.dr[t] + j) * load(x.r(t) + j) -
+                const vec sum = load(now.sum + j) + load(w.dr_da[t] + j) * load(x.r(t) + j) -
                                 load(w.db[t] + j) * load(x.b(t) + j) - load(w.dk[t] + j) * load(x.k(t) + j);
                 store(w.dlog_decay[t] + j, sum);
-                store(now.sum + j, sum + load(w.da[t] + j) * load(x.a(t) + j));
+                store(now.sum + j, sum + load(w.dr_da[CHUNK + t] + j) * load(x.a(t) + j));
             }
     }
 
-    [[gnu::always_inline]] void fetch_row(const Unit& u, Background& background) const {
-        constexpr int EACH = 9;  // rows of a token, the ninth being its share of the saved state
-        const int64_t token = background.fetch_first + background.fetched / EACH;
-        if (token >= background.fetch_stop) return;
-        const int64_t at = row_of(c, background.fetch_head, token), row = background.fetched++ % EACH;
-        const void* const inputs[] = {c.r, c.log_decay, c.k, c.v, c.a, c.b, c.dy};
-        if (row < 7)
-            will_read((const T*)inputs[row] + at);
-        else if (row == 7)
-            will_read(c.removed + at);
-        else
-            will_read(c.states + saved_state_of(c, u, background.fetch_head, background.fetch_first) +
-                      background.fetched / EACH * N - N);
+    // Tokens first … stop - 1 of a head, and the state before them.
+    void fetch(const Unit& u, int64_t head, int64_t first, int64_t stop, Fetch<T, 7, 2>& x) const {
+        const int64_t at = row_of(c, head, first), apart = c.heads * N;
+        const auto row = [&](const void* tensor) { return static_cast<const T*>(tensor) + at; };
+        x.begin(stop - first, {row(c.r), row(c.log_decay), row(c.k), row(c.v), row(c.a), row(c.b), row(c.dy)}, apart);
+        x.floats(0, c.removed + at, apart);
+        x.floats(1, c.states + saved_state_of(c, u, head, first), N);
     }
 
-    [[gnu::always_inline]] void write_row(const Workspace& w, Background& background) const {
-        constexpr int EACH = 5;
-        const int64_t t = background.written / EACH, row = background.written % EACH;
-        if (background.write_first + t >= background.write_stop) return;
-        ++background.written;
-        const Row* const from[] = {w.dr, w.dlog_decay, w.dk, w.da, w.db};
+    void write(int64_t at, int length, const Workspace& w, Background& x) const {
+        const float* const from[] = {w.dr_da[0], w.dlog_decay[0], w.dk[0], w.dr_da[CHUNK], w.db[0]};
         void* const to[] = {c.dr, c.dlog_decay, c.dk, c.da, c.db};
-        stream_row((T*)to[row] + row_of(c, background.write_head, background.write_first + t), from[row][t]);
-    }
-
-    void finish_writing(const Workspace& w, Background& background) const {
-        for (int n = 0; n < 5 * CHUNK; ++n) write_row(w, background);
+        for (int n = 0; n < 5; ++n) x.results[n] = {from[n], static_cast<T*>(to[n]) + at};
+        x.apart = c.heads * N;
+        x.to_write = 5 * length;
+        x.next = 0;
     }
 };
 

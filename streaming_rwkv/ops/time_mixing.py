@@ -62,11 +62,13 @@ def wkv7(
     rows, tokens = r.shape[:2]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (rows + 1) * tokens, max(tokens, 1), dtype=torch.int32)[: rows + 1]
-    flat = [x.reshape(1, rows * tokens, *x.shape[2:]) for x in (r, log_decay, k, v, a, b)]
+    flat = [r, log_decay, k, v, a, b]
+    if rows != 1:
+        flat = [x.reshape(1, rows * tokens, *x.shape[2:]) for x in flat]
     differentiable = (*flat, initial_state) if initial_state is not None else flat
     save = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     y, final_state, _, _ = torch.ops.streaming_rwkv.wkv7(*flat, initial_state, cu_seqlens, save)
-    return y.reshape(r.shape), final_state
+    return y if rows == 1 else y.reshape(r.shape), final_state
 
 
 def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -111,7 +113,8 @@ def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """The values, where reading them costs nothing: on the CPU."""
     if cu_seqlens.device.type != "cpu":
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+    bounds = cu_seqlens.numpy()
+    if bounds[0] != 0 or bounds[-1] > tokens or (bounds[1:] < bounds[:-1]).any():
         raise ValueError(f"wkv7: cu_seqlens is {cu_seqlens.tolist()}, expected to rise from 0 to {tokens} or less")
 
 
