@@ -391,12 +391,13 @@ def damaged_shard(data: Path, to: Path, *, how: str) -> Path:
     return to
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+# tests/data tries each with 0, 1 and 2 workers; a whole run of each takes half a minute.
 @pytest.mark.parametrize(
-    ("how", "text"), [("missing", "cannot be fetched"), ("corrupt", "does not have the hash that the index gives")]
+    ("how", "workers", "text"),
+    [("missing", 2, "cannot be fetched"), ("corrupt", 0, "does not have the hash that the index gives")],
 )
 def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
-    how: str, text: str, workers: int, place: Workplace, tmp_path: Path
+    how: str, workers: int, text: str, place: Workplace, tmp_path: Path
 ) -> None:
     data = damaged_shard(place.data, tmp_path / "data", how=how)
     with place.run(tmp_path / "run", f"data.workers={workers}", data=data) as run:
@@ -408,9 +409,8 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unknown_key_is_named_with_its_neighbour(workers: int, place: Workplace, tmp_path: Path) -> None:
-    with place.run(tmp_path / "run", "data.stgaes=1", f"data.workers={workers}") as run:
+def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: Path) -> None:
+    with place.run(tmp_path / "run", "data.stgaes=1") as run:
         status, output = run.finish(seconds=60)
     assert status == 1
     assert "command line: data.stgaes: unknown key; did you mean 'stages'?" in output
@@ -418,10 +418,9 @@ def test_an_unknown_key_is_named_with_its_neighbour(workers: int, place: Workpla
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(workers: int, place: Workplace, tmp_path: Path) -> None:
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(place: Workplace, tmp_path: Path) -> None:
     data = changed_manifest(place.data, tmp_path / "data")
-    with place.run(tmp_path / "run", f"data.workers={workers}", data=data) as run:
+    with place.run(tmp_path / "run", data=data) as run:
         status, output = run.finish(seconds=60)
     assert status == 1
     assert "is not the one that made the tokens (ffffffffffffffff…)" in output

@@ -1,0 +1,99 @@
+"""A training step on the CPU with the C++ kernel, and with what PyTorch makes of the same maths in its place.
+
+    python bench/training_step.py [--hidden-size 128] [--layers 4] [--vocab-size 4096] [--threads 2]
+
+Forward, backward and AdamW on one pack of equally long documents (what the chunked form can do), float32. The forms
+take turns, and the best of all rounds counts; their losses are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from wkv7_cpu import wkv7_chunked
+
+from streaming_rwkv.model import rwkv7
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.init import initialize
+from streaming_rwkv.ops import wkv7
+from streaming_rwkv.ops.reference import wkv7_reference
+from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+
+
+def chunked(*inputs: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    documents, (_, _, heads, size) = cu_seqlens.shape[0] - 1, inputs[0].shape
+    zeros = inputs[0].new_zeros(documents, heads, size, size)
+    return wkv7_chunked(*inputs, initial_state=zeros if initial_state is None else initial_state, cu_seqlens=cu_seqlens)
+
+
+FORMS = {"C++": wkv7, "chunked PyTorch": chunked, "step by step": wkv7_reference}
+KERNELS = ("streaming_rwkv::wkv7", "streaming_rwkv::wkv7_backward")
+ROUNDS = {"C++": 10, "chunked PyTorch": 3, "step by step": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="each of 10, 3 and 1 steps of the three forms")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = RWKV7Config(hidden_size=options.hidden_size, num_layers=options.layers, vocab_size=options.vocab_size)
+    tokens = options.documents * options.length
+    bounds = torch.arange(0, tokens + 1, options.length, dtype=torch.int32)
+    ids = torch.randint(options.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    print(f"{options.layers} layers of {options.hidden_size}, {options.vocab_size} words, {options.threads} threads;")
+    print(f"{options.documents} documents of {options.length} tokens\n")
+
+    def trainer(name: str) -> Callable[[], float]:
+        """A step of training that returns the loss."""
+        network = rwkv7.RWKV7(config)
+        initialize(network, seed=0)
+        optimizer = build_optimizer(network, OptimizerConfig(lr=1e-3))
+
+        def step() -> float:
+            with patch.object(rwkv7, "wkv7", FORMS[name]):
+                loss = network(ids[:, :-1], cu_seqlens=bounds, targets=ids[:, 1:]).sum() / tokens
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+
+    steps = {name: trainer(name) for name in FORMS}
+    losses = {name: [step() for _ in range(2)] for name, step in steps.items()}
+    for name, found in losses.items():
+        if not all(abs(x - y) < 1e-3 for x, y in zip(found, losses["C++"], strict=True)):
+            sys.exit(f"{name}: losses {found}, with C++ {losses['C++']}: not the same maths, no comparison")
+    best = dict.fromkeys(FORMS, float("inf"))
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            for _ in range(ROUNDS[name]):
+                started = time.perf_counter()
+                step()
+                best[name] = min(best[name], time.perf_counter() - started)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(5):
+            steps["C++"]()
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    kernel = sum(event.self_cpu_time_total for event in events if event.key in KERNELS)
+    for name, seconds in best.items():
+        print(f"{name:16} {tokens / seconds:9.0f} tokens/s   C++ is {seconds / best['C++']:6.1f}x as fast")
+    print(f"The op, forward and backward, takes {kernel / total:.0%} of the step's time with C++.")
+
+
+if __name__ == "__main__":
+    main()
