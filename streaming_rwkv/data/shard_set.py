@@ -228,19 +228,8 @@ class VerifiedStream(Stream):
         delta = self.drop_if_bad(raw_info)
         if raw.exists():
             return delta
-        data = None
-        for attempt in ("first", "second"):
-            data, left_over = self._compressed(zip_info)
-            delta -= left_over
-            if hashlib.sha256(data).hexdigest() == zip_info.hashes["sha256"]:
-                break
-            logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(zip_info), attempt, len(data))
-            data = None
-        if data is None:
-            raise DataError(
-                f"{self._url(zip_info)}: does not have the hash that the index gives, fetched twice; "
-                "restore the shard, or rebuild the data set with `python -m prep build`"
-            )
+        data, left_over = self._compressed(zip_info)
+        delta -= left_over
         # The frame's own claim of its size is not trusted: at most the bytes that the manifest allows are produced.
         plain = _expand(data, raw_info.bytes)
         if plain is None:
@@ -253,21 +242,38 @@ class VerifiedStream(Stream):
         return delta + raw_info.bytes
 
     def _compressed(self, info: FileInfo) -> tuple[bytes, int]:
-        """A shard as it lies at the location, and how many bytes of it the cache has now less than it had."""
+        """A shard as it lies at the location, with the hash that the index gives; and how many bytes of it the cache
+        has now less than it had."""
         path = Path(self.local, self.split, info.basename)
         left_over = path.stat().st_size if path.exists() else 0
         try:
             if self.store is None:
-                if not left_over:
-                    self._download_file(info.basename)
-                return path.read_bytes(), left_over
-            return self.store.get_bytes(f"{self.folder}/{info.basename}", most=info.bytes), left_over
+                return self._copied(path, info), left_over
+            name, sha256 = f"{self.folder}/{info.basename}", info.hashes["sha256"]
+            return self.store.get_bytes(name, most=info.bytes, sha256=sha256), left_over
+        except DataError:
+            raise
         except StorageError as error:
             raise DataError(str(error)) from error
         except Exception as error:
             raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
         finally:
             path.unlink(missing_ok=True)
+
+    def _copied(self, path: Path, info: FileInfo) -> bytes:
+        """From a folder, by way of `path` in the cache, where a killed run may have left it."""
+        for attempt in ("first", "second"):
+            if not path.exists():
+                self._download_file(info.basename)
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == info.hashes["sha256"]:
+                return data
+            logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(info), attempt, len(data))
+            path.unlink()
+        raise DataError(
+            f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
+            "rebuild the data set with `python -m prep build`"
+        )
 
     def drop_if_bad(self, raw_info: FileInfo) -> int:
         """Remove the cached raw file if it is not what the index says; returns the change in bytes of the cache."""

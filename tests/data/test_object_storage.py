@@ -259,7 +259,7 @@ def test_an_object_without_its_writers_checksum_is_compared_with_the_index(
     place.proxy.add(Fault(kind="flip", path=SHARD))
     with (
         opened(s3_place, tmp_path / "other") as dataset,
-        pytest.raises(DataError, match="does not have the hash that the index gives, fetched twice"),
+        pytest.raises(DataError, match=r"fetched twice, and its checksum \(sha256\) is not the expected"),
     ):
         read(dataset, 2)
 
