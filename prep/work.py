@@ -98,8 +98,11 @@ def hash_file(file: Path) -> FileRecord:
 
 
 def write_durably(file: Path, content: bytes) -> None:
-    """Write and flush to the disk; under its name the file is whole or not there."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write and flush to the disk; under its name the file is whole or not there.
+
+    By one process at a time: what a killed one was writing has one name, so that the next one takes it over.
+    """
+    temporary = file.with_name(f".{file.name}.writing")
     temporary.write_bytes(content)
     flush(temporary)
     os.replace(temporary, file)

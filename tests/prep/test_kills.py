@@ -18,6 +18,7 @@ from prep.pipeline import build
 from prep.units import UnitRecord
 from prep.verification import verify
 from prep.work import done_folder, load_done, locked
+from streaming_rwkv.shards import MANIFEST_NAME
 from tests.prep.processes import kill, members, started, wait_for
 
 
@@ -206,6 +207,25 @@ def test_what_an_interrupted_start_was_writing_is_cleared(small, tmp_path):
     stray.mkdir(parents=True)
     build(small())
     assert not stray.exists()
+
+
+def test_a_manifest_that_was_being_written_leaves_nothing(small, tmp_path, monkeypatch):
+    build(small(out=str(tmp_path / "whole")))
+    replace = os.replace
+
+    def killed_before(source: Path, target: Path) -> None:
+        if Path(target).name == MANIFEST_NAME:
+            raise Stop
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed_before)
+        patched.setattr(os, "getpid", lambda: 1)  # another process's
+        with pytest.raises(Stop):
+            build(small())
+    assert content(tmp_path / "out") != content(tmp_path / "whole")
+    build(small())
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_work_left_behind_a_finished_data_set_is_cleared(small, tmp_path, monkeypatch):
