@@ -1,8 +1,7 @@
 """`composer train.py yamls/NAME.yaml [key=value …]`: one training run on every process that the launcher starts."""
 
-import sys
-
+from streaming_rwkv.processes import end_with
 from streaming_rwkv.train.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

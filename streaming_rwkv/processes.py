@@ -1,13 +1,18 @@
-"""No process outlives its parent, and no two runs write to one folder."""
+"""No process outlives its parent or its own work, and no two runs write to one folder."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import fcntl
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from streaming_rwkv.config import UserError
 
@@ -28,6 +33,32 @@ def die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main`, and end this process with the status it gives, as `sys.exit(main())` would; but always end it.
+
+    Threads of gloo still free the tensors of the last collective when a run is over, and need the interpreter for it.
+    Whoever takes that apart, or the process group, waits for them for ever, or they abort the process (PyTorch #154976,
+    #190489; up to one exit in five): a run that has succeeded would hang, or count as failed. So nothing is taken
+    apart, after all that is registered for the end of a process has been called.
+    """
+    try:
+        status = main() or 0
+    except SystemExit as ending:
+        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+    except BaseException as error:  # noqa: BLE001 - what the interpreter does with it
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    # As multiprocessing ends the processes that it forks.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 class FolderLock:

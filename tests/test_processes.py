@@ -1,4 +1,4 @@
-"""No process outlives its parent, and no two runs write to one folder."""
+"""No process outlives its parent or its own work, and no two runs write to one folder."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ from streaming_rwkv.processes import die_with_parent
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("ready", flush=True)
 time.sleep(60)
+"""
+ENDING = """
+import atexit, sys, threading, time
+from streaming_rwkv.processes import end_with
+def finish_writing():
+    time.sleep(0.2)
+    print("written")
+atexit.register(print, "closed")
+threading.Thread(target=finish_writing).start()
+def main():
+    {body}
+end_with(main)
 """
 
 
@@ -104,3 +116,36 @@ def test_without_the_call_it_would_live_on() -> None:
     time.sleep(0.5)
     assert is_alive(child)
     child.kill()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        ("return 3", 3, ""),
+        ("return None", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(4)", 4, ""),
+        ("sys.exit('no such file')", 1, "no such file"),
+        ("raise ValueError('the cause')", 1, "ValueError: the cause"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_process_ends_as_any_other_does(body: str, status: int, error: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.format(body=body)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "written\nclosed\n")
+    assert done.stderr.strip().splitlines()[-1:] == ([error] if error else [])
+
+
+def test_a_process_whose_reader_has_gone_ends_too() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDING.format(body="return 3")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 3
+
+
+def test_processes_end_whatever_gloo_still_does() -> None:
+    worker = Path(__file__).with_name("ending_worker.py")
+    done = subprocess.run([sys.executable, worker, "15"], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

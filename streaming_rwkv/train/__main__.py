@@ -7,6 +7,7 @@ import logging
 import sys
 
 from streaming_rwkv.config import UserError, load_config
+from streaming_rwkv.processes import end_with
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,4 +35,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

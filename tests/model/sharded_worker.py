@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from streaming_rwkv.model.checkpoint import load_model
+from streaming_rwkv.processes import end_with
 
 
 def main(folder: Path, rank: int) -> None:
@@ -39,8 +40,7 @@ def main(folder: Path, rank: int) -> None:
             logits, _ = model.step(torch.tensor([[1, 2, 3]]))
         results[name] = {"nll": nll.detach(), "gradients": gradients, "logits": logits}
     torch.save(results, folder / f"result{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    end_with(lambda: main(Path(sys.argv[1]), int(sys.argv[2])))

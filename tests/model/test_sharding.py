@@ -31,9 +31,13 @@ def results(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[...
     processes = [
         subprocess.Popen([sys.executable, worker, folder, str(rank)], stderr=subprocess.PIPE) for rank in (0, 1)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=150)
-        assert process.returncode == 0, errors.decode()
+    try:
+        errors = [process.communicate(timeout=150)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [0, 0], b"\n".join(errors).decode()
     return [torch.load(folder / f"result{rank}.pt") for rank in (0, 1)]
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from streaming_rwkv.processes import end_with
+
 
 def main() -> None:
     dist.init_process_group("gloo")
@@ -36,7 +38,6 @@ def main() -> None:
         assert min(abs(scale - 1), abs(scale - 2)) < 1e-5
         torch.testing.assert_close(gradient * scale, expected.grad, rtol=1e-4, atol=1e-3)
     print("gradients equal", flush=True)
-    dist.destroy_process_group()
 
 
-main()
+end_with(main)

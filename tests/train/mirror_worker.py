@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.processes import end_with
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from streaming_rwkv.train.mirror import Mirror, restore
@@ -58,8 +59,7 @@ def main(rank: int, port: int, folder: Path, remote: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
     print(json.dumps([path.name for path in written]))
     store.close()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    end_with(lambda: main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))

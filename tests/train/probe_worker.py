@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 
@@ -13,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.processes import end_with
 from streaming_rwkv.train.probing import largest_that_fits, probe_microbatch
 
 
@@ -44,7 +44,6 @@ def main(limit: int) -> None:
     if dist.get_rank() == 0:
         print(found, passes, agreed, flush=True)
     dist.barrier()
-    os._exit(0)  # gloo's threads never end after a pass that was broken off between its collectives
 
 
-main(int(sys.argv[1]))
+end_with(lambda: main(int(sys.argv[1])))

@@ -467,6 +467,7 @@ def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: 
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error for _, error in outputs)
     assert [json.loads(output.splitlines()[-1]) for output, _ in outputs] == [
         [".metadata", "__0_0.distcp", "complete.json"],
