@@ -3,6 +3,7 @@
     {remote}/checkpoints/step-00000500/…              as in the save folder; each rank brings the files that it wrote
     {remote}/checkpoints/step-00000500/uploading.0    begun by rank 0; removed once the mark is there
     {remote}/checkpoints/step-00000500/complete.json  last: what has it is whole
+    {remote}/writer.json                              who may write here: the run that began last
     {remote}/{config.yaml, metrics.jsonl, samples.jsonl, …, tokenizer/, tensorboard/}
                                                       with each checkpoint, and at the end of the run
 
@@ -18,15 +19,19 @@ not. A mark whose files are not all there is damage. Where there is nothing but 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -35,7 +40,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
-from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
 from streaming_rwkv.train.checkpoint import (
     NAME,
     WRITING,
@@ -59,11 +64,13 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 UPLOADING = "uploading."
+WRITER = "writer.json"
 LOGS = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip
 FETCH_THREADS = 4
 LARGEST_MARK_BYTES = 1 << 26
+LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
 
 
@@ -89,6 +96,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}  # logs by name: time and size of what went up
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
+        self._writer: bytes | None = None  # as we wrote it
 
     @property
     def busy(self) -> bool:
@@ -98,6 +106,22 @@ class Mirror:
     @property
     def failed(self) -> bool:
         return self._problem is not None and not self.busy
+
+    def take_over(self) -> None:
+        """From now on this run alone writes here. One that still does, elsewhere, stops at its next upload.
+
+        A scheduler that starts a job again cannot always tell that the first one is dead. What began last goes on,
+        so nobody has to clear away the claim of a machine that is lost.
+        """
+        writer = {
+            "run": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self._writer = all_gather(json.dumps(writer).encode())[0]
+        content = self._writer
+        run_together((lambda: self.store.put_bytes(content, WRITER)) if is_leader() else None)
 
     def begin(self, checkpoint: Path, *, all_by_leader: bool = False) -> None:
         """Have a whole local checkpoint go up; `all_by_leader` if the ranks of another world wrote it."""
@@ -165,7 +189,21 @@ class Mirror:
         self._thread = threading.Thread(target=target, name="mirror", daemon=True)
         self._thread.start()
 
+    def _check_writer(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            found = self.store.get_bytes(WRITER, most=LARGEST_WRITER_BYTES)
+        except ObjectMissing:  # removed by hand: nobody else's
+            return
+        if found != self._writer:
+            raise MirrorError(
+                f"{self.store.url(WRITER)}: another run has taken this place over: {found.decode(errors='replace')}; "
+                "only one may write here, so stop the other, or give this one its own `save_remote`"
+            )
+
     def _send_files(self, checkpoint: Path, names: Sequence[str]) -> None:
+        self._check_writer()
         folder = f"{CHECKPOINTS}/{checkpoint.name}"
         files = read_mark(checkpoint)["files"]
         self.store.put_bytes(b"begun\n", f"{folder}/{UPLOADING}{rank()}")
@@ -180,6 +218,7 @@ class Mirror:
         prune(self.store, keep=self.keep, last=checkpoint.name)
 
     def _send_logs(self) -> None:
+        self._check_writer()
         for path in _log_files(self.folder):
             status = path.stat()
             name, state = path.relative_to(self.folder).as_posix(), (status.st_mtime_ns, status.st_size)
@@ -363,7 +402,7 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
             store.get_file(name, folder / path)
 
 
-def run_together(work: Callable[[], None] | None) -> None:
+def run_together(work: Callable[[], object] | None) -> None:
     """Do each rank's `work`, if it has any, and wait for all of it, however long it takes; by all ranks together.
 
     A collective that waited for another rank's download would come to its timeout. What one rank raises, all do.

@@ -206,6 +206,9 @@ def train(config: RunConfig) -> int:
         checkpoint, in_store = restore(store, save_folder, run=prepared.identity, allow=allow)
     if checkpoint is not None:
         check_same_run(checkpoint, prepared.identity, allow=allow)
+    if mirror:
+        mirror.take_over()
+    if checkpoint is not None:
         if mirror and not in_store:
             mirror.begin(checkpoint.path, all_by_leader=True)
         if checkpoint.step >= prepared.plan.steps:

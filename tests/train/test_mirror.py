@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 import socket
@@ -192,6 +193,35 @@ def test_the_newest_are_kept_and_interrupted_uploads_before_them_go(store: Store
     assert steps_in(store) == [2, 3, 5, 9]
     send(store, save(folder, 6), keep=1)
     assert steps_in(store) == [6, 9]
+
+
+def test_of_two_runs_in_one_place_the_later_goes_on(store: Store, folder: Path, empty: Path, tmp_path: Path) -> None:
+    first, second = Mirror(store, folder, keep=0), Mirror(store, empty, keep=0)
+    first.take_over()
+    first.begin(save(folder, 5))
+    assert first.settle()
+    second.take_over()
+    first.begin(save(folder, 6))
+    assert not first.settle()
+    refusal = rf"step-00000006 could not be uploaded: .*writer.json: another run .*\"process\": {os.getpid()}"
+    with pytest.raises(MirrorError, match=refusal):
+        first.finish()
+    with pytest.raises(MirrorError, match="another run has taken this place over"):
+        first.send_logs()
+    assert steps_in(store) == [5]
+    second.begin(save(empty, 7))
+    second.finish()
+    assert steps_in(store) == [5, 7]
+    assert_restored(store, tmp_path / "third", step=7)
+
+
+def test_a_claim_that_somebody_removed_is_nobody_elses(store: Store, folder: Path) -> None:
+    mirror = Mirror(store, folder, keep=0)
+    mirror.take_over()
+    store.delete(["writer.json"])
+    mirror.begin(save(folder, 5))
+    mirror.finish()
+    assert steps_in(store) == [5]
 
 
 def test_an_upload_that_was_interrupted_is_not_there(store: Store, folder: Path, empty: Path) -> None:
