@@ -12,13 +12,10 @@ Nothing here imports torch or transformers, except to convert a hub repository t
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import hashlib
 import itertools
 import json
 import logging
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,8 +28,20 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import TokenizerRecord, sha256_of_file
+from streaming_rwkv.tokenizer_json import (
+    LLAMA3_BOS,
+    LLAMA3_EOS,
+    TokenizerError,
+    byte_level_bytes,
+    examples,
+    llama3_definition,
+    marked_bytes,
+    merges_as_strings,
+    read_tiktoken,
+    vocabulary_of,
+    with_special,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +51,6 @@ RECORD_NAME = "record.json"
 _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 # What `Tokenizer.save` writes, by kind: where folders cannot be listed, a reader asks for these.
 SAVED_FILES = {"huggingface": [*_HUB_FILES, RECORD_NAME], "rwkv-world": [WORLD_VOCABULARY, RECORD_NAME]}
-
-
-class TokenizerError(UserError):
-    """A tokenizer that cannot be read, or that lacks what the on-disk contract needs of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +207,7 @@ def _load_file(
         return WorldTokenizer(file, name=WORLD_NAME)
     if file.suffix == ".model":
         definition = llama3_definition(read_tiktoken(file))
-        named = {"bos_token": _LLAMA3_BOS, "eos_token": _LLAMA3_EOS} | named
+        named = {"bos_token": LLAMA3_BOS, "eos_token": LLAMA3_EOS} | named
     else:
         try:
             definition = orjson.loads(file.read_bytes())
@@ -293,26 +298,26 @@ class HuggingFaceTokenizer(Tokenizer):
         """`definition`: the parsed tokenizer.json; `where`: what errors call it."""
         self.name = name
         self._where = where
-        ids = _vocabulary(definition)
+        ids = vocabulary_of(definition)
         if not ids:
             raise TokenizerError(f"{where}: its vocabulary is empty")
         if eos_token is None:
             raise TokenizerError(
                 f"{where}: no end-of-text token is named, and every document ends with one; set `eos_token:` to one of "
-                f'{_examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
+                f'{examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
             )
         bos_token = eos_token if bos_token is None else bos_token
         for key, token in (("eos_token", eos_token), ("bos_token", bos_token)):
             if token not in ids:
-                raise TokenizerError(f"{where}: {key} {token!r} is not in its vocabulary; try {_examples(definition)}")
+                raise TokenizerError(f"{where}: {key} {token!r} is not in its vocabulary; try {examples(definition)}")
         self.bos_id, self.eos_id = ids[bos_token], ids[eos_token]
         self.vocab_size = max(ids.values()) + 1
         self._bos_token, self._eos_token = bos_token, eos_token
         self._definition = definition | {
-            "model": definition["model"] | _merges_as_strings(definition["model"]),
+            "model": definition["model"] | merges_as_strings(definition["model"]),
             "truncation": None,
             "padding": None,
-            "added_tokens": _with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
+            "added_tokens": with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
         }
 
     @cached_property
@@ -372,8 +377,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _text_bytes(self) -> list[bytes]:
         """The bytes of text behind each id."""
         table = [b""] * self.vocab_size
-        to_bytes = _byte_level_bytes if self._byte_level else _marked_bytes
-        for token, index in _vocabulary(self._definition, added=False).items():
+        to_bytes = byte_level_bytes if self._byte_level else marked_bytes
+        for token, index in vocabulary_of(self._definition, added=False).items():
             table[index] = to_bytes(token)
         for added in self._definition["added_tokens"]:
             table[added["id"]] = added["content"].encode()
@@ -385,7 +390,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self._byte_level:
             return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
         lengths = np.zeros(self.vocab_size, np.uint32)  # a character of a byte-level token is a byte
-        tokens = _vocabulary(self._definition, added=False)
+        tokens = vocabulary_of(self._definition, added=False)
         lengths[np.fromiter(tokens.values(), np.int64, count=len(tokens))] = [*map(len, tokens)]
         for added in self._definition["added_tokens"]:
             lengths[added["id"]] = len(added["content"].encode())
@@ -497,152 +502,3 @@ def _join(arrays: list[NDArray[np.uint32]]) -> TokenBatch:
     offsets = np.zeros(len(arrays) + 1, np.int64)
     np.cumsum([len(ids) for ids in arrays], out=offsets[1:])
     return TokenBatch(ids=np.concatenate([np.empty(0, np.uint32), *arrays]), offsets=offsets)
-
-
-def _vocabulary(definition: dict[str, Any], *, added: bool = True) -> dict[str, int]:
-    """Token to id; Unigram models list [token, score] pairs in the order of their ids."""
-    vocabulary = definition["model"].get("vocab", {})
-    ids = {token: index for index, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
-    return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])} if added else ids
-
-
-def _merges_as_strings(model: dict[str, Any]) -> dict[str, list[str]]:
-    """Merges as "left right", the older spelling: every library reads it, and in half the time of pairs."""
-    merges = model.get("merges")
-    if not merges or isinstance(merges[0], str) or any(" " in token for token in model["vocab"]):
-        return {}
-    return {"merges": [f"{left} {right}" for left, right in merges]}
-
-
-def _examples(definition: dict[str, Any]) -> str:
-    special = [token["content"] for token in definition.get("added_tokens", []) if token.get("special")]
-    return ", ".join(special[:4]) if special else "the tokens of its vocabulary"
-
-
-def _with_special(added: list[dict[str, Any]], ids: dict[str, int], special: tuple[str, str]) -> list[dict[str, Any]]:
-    """Mark bos and eos as special: only then does a text that spells them out keep to ordinary tokens."""
-    known = {token["content"] for token in added}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    missing = [{"id": ids[token], "content": token, **plain} for token in dict.fromkeys(special) if token not in known]
-    return [{**token, "special": token.get("special") or token["content"] in special} for token in [*added, *missing]]
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself if it is printable in Latin-1, else the next from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
-
-
-_CHARACTER_BYTE = {character: bytes([byte]) for byte, character in _byte_characters().items()}
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    return b"".join([_CHARACTER_BYTE.get(character) or character.encode() for character in token])
-
-
-def _marked_bytes(token: str) -> bytes:
-    """SentencePiece marks spaces with U+2581 and writes a byte without a token of its own as <0xNN>."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.removeprefix("##").replace("▁", " ").encode()
-
-
-# Llama 3 ships a bare tiktoken file; its pattern and special tokens are in Meta's llama-models, not in the file.
-_LLAMA3_RANKS = 128_000
-_LLAMA3_BOS, _LLAMA3_EOS = "<|begin_of_text|>", "<|end_of_text|>"
-_LLAMA3_SPECIAL = [
-    _LLAMA3_BOS,
-    _LLAMA3_EOS,
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *[f"<|reserved_special_token_{number}|>" for number in range(3, 248)],
-]
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-
-
-def read_tiktoken(file: Path) -> dict[bytes, int]:
-    """The ranks in a tiktoken file: lines of `base64 rank`.
-
-    Raises:
-        TokenizerError: another kind of file (a SentencePiece `tokenizer.model`, say).
-    """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise TokenizerError(
-                f"{file}:{number}: no tiktoken file (`base64 rank` lines); convert a SentencePiece model with "
-                "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder) and give that folder"
-            ) from None
-    return ranks
-
-
-def llama3_definition(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """A tokenizer.json's content that gives the ids of Llama 3's tiktoken vocabulary.
-
-    Raises:
-        TokenizerError: not Llama 3's number of ranks; another model's pattern is unknown, and a guess is not ids.
-    """
-    if len(ranks) != _LLAMA3_RANKS:
-        raise TokenizerError(
-            f"tokenizer.model: {len(ranks)} ranks, only Llama 3's with {_LLAMA3_RANKS} can be converted (the file does "
-            "not say how to split words); give a folder with a tokenizer.json"
-        )
-    return tiktoken_definition(ranks, pattern=_LLAMA3_PATTERN, special=_LLAMA3_SPECIAL)
-
-
-def tiktoken_definition(ranks: dict[bytes, int], *, pattern: str, special: Sequence[str]) -> dict[str, Any]:
-    """A tokenizer.json's content with the ids of a tiktoken encoding.
-
-    tiktoken merges the adjacent pair whose *joined* bytes have the lowest rank; a BPE model merges the pair that
-    comes first in its list. Every way to split a token into two tokens, in the order of the tokens' ranks, says the
-    same.
-    """
-    characters = _byte_characters()
-    spelled = {token: "".join([characters[byte] for byte in token]) for token in ranks}
-    merges: list[list[str]] = []
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        splits = [(token[:at], token[at:]) for at in range(1, len(token))]
-        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [[spelled[left], spelled[right]] for left, right in known]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": index, "content": content, **plain} for index, content in enumerate(special, start=len(ranks))
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True, "add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-            "merges": merges,
-        },
-    }

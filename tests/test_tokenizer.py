@@ -19,13 +19,10 @@ from streaming_rwkv.tokenizer import (
     RECORD_NAME,
     WORLD_VOCABULARY,
     HuggingFaceTokenizer,
-    TokenizerError,
     WorldTokenizer,
-    llama3_definition,
     load_tokenizer,
-    read_tiktoken,
-    tiktoken_definition,
 )
+from streaming_rwkv.tokenizer_json import TokenizerError, llama3_definition, read_tiktoken, tiktoken_definition
 
 HARD_TEXTS = [
     "",
@@ -301,7 +298,8 @@ def test_hub_names_come_from_the_cache_and_its_absence_is_explained(tmp_path):
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     program = """
-from streaming_rwkv.tokenizer import TokenizerError, load_tokenizer
+from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.tokenizer_json import TokenizerError
 print(load_tokenizer("some/model").record().name)
 try:
     load_tokenizer("some/other")

@@ -1,0 +1,165 @@
+"""What stands in a tokenizer.json: vocabulary, the bytes behind tokens; and Llama 3's, made from its tiktoken file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streaming_rwkv.config import UserError
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be read, or that lacks what the on-disk contract needs of it."""
+
+
+def vocabulary_of(definition: dict[str, Any], *, added: bool = True) -> dict[str, int]:
+    """Token to id; Unigram models list [token, score] pairs in the order of their ids."""
+    vocabulary = definition["model"].get("vocab", {})
+    ids = {token: index for index, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])} if added else ids
+
+
+def merges_as_strings(model: dict[str, Any]) -> dict[str, list[str]]:
+    """Merges as "left right", the older spelling: every library reads it, and in half the time of pairs."""
+    merges = model.get("merges")
+    if not merges or isinstance(merges[0], str) or any(" " in token for token in model["vocab"]):
+        return {}
+    return {"merges": [f"{left} {right}" for left, right in merges]}
+
+
+def examples(definition: dict[str, Any]) -> str:
+    special = [token["content"] for token in definition.get("added_tokens", []) if token.get("special")]
+    return ", ".join(special[:4]) if special else "the tokens of its vocabulary"
+
+
+def with_special(added: list[dict[str, Any]], ids: dict[str, int], special: tuple[str, str]) -> list[dict[str, Any]]:
+    """Mark bos and eos as special: only then does a text that spells them out keep to ordinary tokens."""
+    known = {token["content"] for token in added}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    missing = [{"id": ids[token], "content": token, **plain} for token in dict.fromkeys(special) if token not in known]
+    return [{**token, "special": token.get("special") or token["content"] in special} for token in [*added, *missing]]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself if it is printable in Latin-1, else the next from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+_CHARACTER_BYTE = {character: bytes([byte]) for byte, character in _byte_characters().items()}
+
+
+def byte_level_bytes(token: str) -> bytes:
+    return b"".join([_CHARACTER_BYTE.get(character) or character.encode() for character in token])
+
+
+def marked_bytes(token: str) -> bytes:
+    """SentencePiece marks spaces with U+2581 and writes a byte without a token of its own as <0xNN>."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.removeprefix("##").replace("▁", " ").encode()
+
+
+# Llama 3 ships a bare tiktoken file; its pattern and special tokens are in Meta's llama-models, not in the file.
+_LLAMA3_RANKS = 128_000
+LLAMA3_BOS, LLAMA3_EOS = "<|begin_of_text|>", "<|end_of_text|>"
+_LLAMA3_SPECIAL = [
+    LLAMA3_BOS,
+    LLAMA3_EOS,
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *[f"<|reserved_special_token_{number}|>" for number in range(3, 248)],
+]
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def read_tiktoken(file: Path) -> dict[bytes, int]:
+    """The ranks in a tiktoken file: lines of `base64 rank`.
+
+    Raises:
+        TokenizerError: another kind of file (a SentencePiece `tokenizer.model`, say).
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise TokenizerError(
+                f"{file}:{number}: no tiktoken file (`base64 rank` lines); convert a SentencePiece model with "
+                "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder) and give that folder"
+            ) from None
+    return ranks
+
+
+def llama3_definition(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """A tokenizer.json's content that gives the ids of Llama 3's tiktoken vocabulary.
+
+    Raises:
+        TokenizerError: not Llama 3's number of ranks; another model's pattern is unknown, and a guess is not ids.
+    """
+    if len(ranks) != _LLAMA3_RANKS:
+        raise TokenizerError(
+            f"tokenizer.model: {len(ranks)} ranks, only Llama 3's with {_LLAMA3_RANKS} can be converted (the file does "
+            "not say how to split words); give a folder with a tokenizer.json"
+        )
+    return tiktoken_definition(ranks, pattern=_LLAMA3_PATTERN, special=_LLAMA3_SPECIAL)
+
+
+def tiktoken_definition(ranks: dict[bytes, int], *, pattern: str, special: Sequence[str]) -> dict[str, Any]:
+    """A tokenizer.json's content with the ids of a tiktoken encoding.
+
+    tiktoken merges the adjacent pair whose *joined* bytes have the lowest rank; a BPE model merges the pair that
+    comes first in its list. Every way to split a token into two tokens, in the order of the tokens' ranks, says the
+    same.
+    """
+    characters = _byte_characters()
+    spelled = {token: "".join([characters[byte] for byte in token]) for token in ranks}
+    merges: list[list[str]] = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        splits = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [[spelled[left], spelled[right]] for left, right in known]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": content, **plain} for index, content in enumerate(special, start=len(ranks))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True, "add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+            "merges": merges,
+        },
+    }
