@@ -10,7 +10,7 @@ from pathlib import Path
 from prep.config import SourceConfig
 from prep.sources import plan_units, read_unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import RECORD_NAME, Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
@@ -46,6 +46,7 @@ def train_tokenizer(
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_NAME).unlink(missing_ok=True)  # of the one that was there, which goes
     trained.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))

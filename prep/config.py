@@ -16,6 +16,7 @@ from urllib.parse import quote
 from pydantic import Field, field_validator, model_validator
 
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.shards import check_source_name
 from streaming_rwkv.storage import is_remote
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
@@ -96,8 +97,7 @@ class PrepConfig(Config):
     @classmethod
     def _names_are_folders(cls, sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         for name in sources:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise ValueError(f"found {name!r}, expected a folder name: letters, digits, '_', '-' and '.'")
+            check_source_name(name)
         return sources
 
     @field_validator("edges")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,18 @@ from prep.job import Job
 from prep.spool import HASHES_NAME, read_hashes
 from prep.units import Report, UnitRecord, unit_name
 from prep.work import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
-from streaming_rwkv.config import Config
 
 _DOCUMENTS_PER_RANGE = 1 << 21  # about 100 MB while they are sorted
 _RESULT_NAME = "duplicates.npy"
 
 
-class HashRange(Config):
+@dataclass(frozen=True, kw_only=True)
+class HashRange:
     """The documents whose 64 upper bits of the hash lie in [index, index + 1) * 2**64 / ranges."""
 
     index: int
     ranges: int
-    runs: tuple[tuple[int, ...], ...]  # of each unit's hashes.bin
+    runs: tuple[tuple[int, ...], ...]  # of each unit's hashes.bin; one object for all ranges
 
 
 class RangeRecord(DoneRecord):

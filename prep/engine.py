@@ -7,14 +7,12 @@ index, its result) as they come. What a task reports while it works goes to `on_
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any
 
 from prep.job import Job
 from streaming_rwkv.config import UserError
+from streaming_rwkv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ def _died() -> WorkerError:
 def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Connection]) -> None:
     for connection in inherited:  # or a worker would hold the other end of its own line open
         connection.close()
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the one that was started decides
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already
     try:
@@ -154,7 +153,7 @@ def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Con
             for other in connections:
                 if other is not connection:
                     other.close()
-            _die_with_parent()
+            die_with_parent()
             _work(job, connection)
             os._exit(0)
         workers.append(worker)
@@ -187,15 +186,6 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001  # any class can define how it is pickled
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _die_with_parent() -> None:
-    """On Linux, be killed when the parent is; elsewhere a worker ends when its connection does."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() == 1:  # it died before we asked
-            os._exit(1)
 
 
 # --- Ray ---

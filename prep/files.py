@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,14 +36,15 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     """All readable files below `paths`, sorted by name.
 
     Raises:
-        UserError: a path that is not there, or nothing readable below them.
+        UserError: a path that is not there, or with nothing readable below it.
     """
     paths = [path if path.startswith("s3://") else os.path.normpath(os.path.expanduser(path)) for path in paths]
-    found = {file: (size, changed_ns) for path in paths for file, size, changed_ns in _walk(source, path)}
-    if not found:
-        raise UserError(
-            f"sources.{source}: no file to read below {', '.join(paths)}; files must end in {', '.join(SUFFIXES)}"
-        )
+    found: dict[str, tuple[int, int]] = {}
+    for path in paths:
+        below = {file: (size, changed_ns) for file, size, changed_ns in _walk(source, path)}
+        if not below:
+            raise UserError(f"sources.{source}: no file to read below {path}; files must end in {', '.join(SUFFIXES)}")
+        found |= below
     root = _common_root(sorted(found), paths)
     files = [
         InputFile(source=source, name=path[len(root) :], path=path, size=size, changed_ns=changed_ns)
@@ -70,7 +72,7 @@ def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
     for match in matches:
         if os.path.isdir(match):
             for folder, folders, files in os.walk(match, followlinks=True):
-                folders[:] = [name for name in folders if not name.startswith(".")]
+                folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(folder, name)]
                 yield from (_stat(f"{folder}/{name}") for name in files if _readable(name))
         elif os.path.isfile(match):
             if not match.endswith(SUFFIXES):
@@ -84,8 +86,17 @@ def _readable(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith((".", "_"))
 
 
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether this is a link to a folder above it: files below would be found again and again."""
+    path = f"{folder}/{name}"
+    return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
+
+
 def _stat(path: str) -> tuple[str, int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend it, or take it out of the source") from None
     return path, status.st_size, status.st_mtime_ns
 
 
@@ -98,8 +109,6 @@ def _s3() -> Any:
 
 
 def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
-    import fnmatch
-
     from pyarrow.fs import FileSelector, FileType
 
     path = url.removeprefix("s3://").rstrip("/")
@@ -115,15 +124,33 @@ def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
         raise UserError(
             f"sources.{source}: {url}: {error}; check the bucket, the credentials, and S3_ENDPOINT_URL"
         ) from error
+    # As `glob` has it for local files, and what lies below a folder that matches.
+    pattern = re.compile(_glob_pattern(path) + "(/.*)?") if magic else re.compile(".*")
     for info in infos:
-        wanted = info.type == FileType.File and _readable(info.base_name)
-        if wanted and (not magic or fnmatch.fnmatchcase(info.path, path)):
+        if info.type == FileType.File and _readable(info.base_name) and pattern.fullmatch(info.path):
             yield f"s3://{info.path}", info.size, info.mtime_ns or 0
 
 
+def _glob_pattern(path: str) -> str:
+    """The regular expression of a glob: `*` and `?` stay within a folder, `**/` stands for any number of them."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])", path)
+    special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    literal = (special.get(part) or (f"[^{part[2:]}" if part.startswith("[!") else part) for part in parts[1::2])
+    return "".join(
+        itertools.chain.from_iterable(itertools.zip_longest(map(re.escape, parts[::2]), literal, fillvalue=""))
+    )
+
+
 def open_file(path: str) -> IO[bytes]:
-    """`path` for reading: a seekable binary file."""
-    if path.startswith("s3://"):
-        file: IO[bytes] = _s3().open_input_file(path.removeprefix("s3://"))
-        return file
-    return Path(path).open("rb")
+    """`path` for reading: a seekable binary file.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        if path.startswith("s3://"):
+            file: IO[bytes] = _s3().open_input_file(path.removeprefix("s3://"))
+            return file
+        return Path(path).open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror or error})") from None

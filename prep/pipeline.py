@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,7 +105,10 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
                 check_free(store)
                 store.close()  # before workers are forked: they would inherit its connections
             _save_tokenizer(tokenizer, job)
+            # Listing an S3 input opened connections of pyarrow's, and forked workers would read each other's answers.
+            fork = fork and not any(is_remote(part.file.path) for unit in units for part in unit.parts)
             with (
+                _nothing_kept_of_wrong_ids(job),
                 start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run,
                 Transfers(store) if store is not None else nullcontext() as transfers,
             ):
@@ -122,6 +125,16 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
                 write_durably(job.out / MANIFEST_NAME, manifest.to_json())
             _clear(job)
     return Built(manifest=manifest, was_finished=False)
+
+
+@contextlib.contextmanager
+def _nothing_kept_of_wrong_ids(job: Job) -> Iterator[None]:
+    """After an audit that failed, finished units may hold wrong ids too, in documents that it did not look at."""
+    try:
+        yield
+    except AuditError:
+        shutil.rmtree(job.work / DONE_FOLDER, ignore_errors=True)
+        raise
 
 
 def _finished(plan: dict[str, Any], job: Job, store: Store | None) -> Manifest | None:
@@ -144,9 +157,9 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
     with tempfile.TemporaryDirectory() as folder:
-        # Workers load the tokenizer from the data set's folder; this one is thrown away.
+        # Workers load the tokenizer from the data set's folder; this one is thrown away, and no other node sees it.
         job = Job(
-            config=config.model_copy(update={"out": folder, "work": None}),
+            config=config.model_copy(update={"out": folder, "work": None, "engine": "processes"}),
             units=units,
             vocab_size=tokenizer.vocab_size,
             given_tokenizer=tokenizer,
@@ -225,7 +238,8 @@ def _audit(sample: AuditSample, tokenizer: Tokenizer) -> None:
             raise AuditError(
                 f"tokenizer {tokenizer.name}: {where}: id {at} is {found[at : at + 1].tolist()}, the reference gives "
                 f"{wanted[at : at + 1].tolist()} (near {context!r} in a text of {len(text)} characters); nothing was "
-                "published: report this to the project, or pin the tokenizer library that gave equal ids"
+                "published, and the next start tokenizes anew: report this to the project, or pin the tokenizer "
+                "library that gave equal ids"
             )
 
 

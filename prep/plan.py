@@ -10,7 +10,7 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.sources import Unit
 from prep.work import WorkError, write_durably
-from streaming_rwkv.shards import FORMAT, Manifest, TokenizerRecord
+from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
 from streaming_rwkv.storage import is_remote
 
 PLAN_NAME = "plan.json"
@@ -40,11 +40,13 @@ def check_plan(plan: dict[str, Any], *, out: str, folder: Path, work: Path, mani
     Raises:
         WorkError: `out` holds another build, or the folder holds other files.
     """
-    if (work / PLAN_NAME).exists():
-        earlier = json.loads((work / PLAN_NAME).read_bytes())
-    elif manifest is not None:  # copied here without its work folder: its input cannot be compared
-        earlier = plan | {"config": manifest.config, "tokenizer": manifest.tokenizer.model_dump()}
-    else:
+    if is_remote(out) and (folder / MANIFEST_NAME).exists():  # the end of the build would remove its shards
+        raise WorkError(f"{folder}: holds a finished data set of its own; choose an empty `work=`")
+    has_plan = (work / PLAN_NAME).exists()
+    earlier = json.loads((work / PLAN_NAME).read_bytes()) if has_plan else plan
+    if manifest is not None:  # somebody else's, perhaps, or copied here without its work: input cannot be compared
+        earlier = earlier | {"config": manifest.config, "tokenizer": manifest.tokenizer.model_dump()}
+    elif not has_plan:
         strangers = [entry.name for entry in folder.iterdir() if entry != work] if folder.is_dir() else []
         if strangers:
             key = "work" if is_remote(out) else "out"

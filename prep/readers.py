@@ -25,6 +25,7 @@ from prep.files import InputFile, open_file
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
+_ARRAY_RECORDS = 1 << 10  # of a JSON array at a time; the array itself is read as a whole
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 INVALID_UTF8 = "invalid UTF-8"
@@ -163,10 +164,12 @@ def _read_json(
         if file.suffix.startswith(".json") and not file.suffix.startswith(".jsonl"):
             blocks, array = _whole_array(blocks, file)
             if array is not None:
-                rows = np.arange(len(array))
-                records = [item if isinstance(item, dict) else _Broken(NOT_AN_OBJECT) for item in array]
                 select = select or (lambda record: record.get(config.text, without_text))
-                yield rows, _apply(select, records, file=file, rows=rows)
+                for first in range(0, len(array), _ARRAY_RECORDS):
+                    items = array[first : first + _ARRAY_RECORDS]
+                    rows = np.arange(first, first + len(items))
+                    records = [item if isinstance(item, dict) else _Broken(NOT_AN_OBJECT) for item in items]
+                    yield rows, _apply(select, records, file=file, rows=rows)
                 return
         for lines in _lines(blocks):
             if row == 0 and lines[0].startswith(_BYTE_ORDER_MARK):
@@ -249,7 +252,9 @@ def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
     if part.byte_range is not None:
         begin, end = part.byte_range
         raw.seek(begin)
-        yield from _read_blocks(raw, end - begin)
+        yield from _read_blocks(raw, end - begin, file)
+    elif file.size == 0 and file.suffix.endswith((".gz", ".zst")):
+        raise InputError(f"{file.path}: is empty, and not even an empty file is when compressed; download it again")
     elif file.suffix.endswith(".gz"):
         try:
             with igzip.IGzipFile(fileobj=raw) as stream:
@@ -260,11 +265,14 @@ def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
     elif file.suffix.endswith(".zst"):
         yield from _zstd_blocks(raw, file)
     else:
-        yield from _read_blocks(raw, file.size)
+        yield from _read_blocks(raw, file.size, file)
 
 
-def _read_blocks(raw: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (block := raw.read(min(size, _READ_BYTES))):
+def _read_blocks(raw: IO[bytes], size: int, file: InputFile) -> Iterator[bytes]:
+    while size > 0:
+        block = raw.read(min(size, _READ_BYTES))
+        if not block:
+            raise InputError(f"{file.path}: has lost {size} bytes since it was listed; is another program writing it?")
         size -= len(block)
         yield block
 

@@ -113,7 +113,7 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
     for batch in itertools.chain.from_iterable(read_part(part, config) for part in unit.parts):
         pending.append(batch)
         characters += batch.characters
-        documents += len(batch.texts)
+        documents += len(batch.texts) + len(batch.rejections)
         if characters >= CHUNK_CHARACTERS or documents >= CHUNK_DOCUMENTS:
             yield _documents(pending)
             pending, characters, documents = [], 0, 0

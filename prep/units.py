@@ -24,7 +24,7 @@ from prep.readers import InputError
 from prep.sources import Unit, read_unit
 from prep.spool import HASHES_NAME, PIECES_NAME, Block, HashedFile, SortedPieces, write_blocks, write_hashes
 from prep.work import DoneRecord, finish, load_done, temporary_folder
-from streaming_rwkv.tokenizer import TokenBatch
+from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
 
 REJECTED_NAME = "rejected.jsonl"
 HOLDS_SPECIAL = "text encodes to bos or eos"
@@ -159,8 +159,8 @@ def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
     audit_bytes = job.config.audit_bytes
     for documents in read_unit(unit, job.config.sources[unit.source]):
         batch = job.tokenizer.encode_batch(documents.texts)
-        if audit_bytes:
-            report(_audit_sample(documents, batch, budget=audit_bytes))
+        if audit_bytes and documents.texts:
+            report(_audit_sample(job.tokenizer, documents, batch, budget=audit_bytes))
             audit_bytes = 0
         documents, batch = _without_unusable(job, documents, batch)
         for rejection in documents.rejections:
@@ -243,8 +243,8 @@ def _without_unusable(job: Job, documents: Documents, batch: TokenBatch) -> tupl
     )
 
 
-def _audit_sample(documents: Documents, batch: TokenBatch, *, budget: int) -> AuditSample:
-    """Documents spread over the chunk, of about `budget` bytes together; the longest are left out."""
+def _audit_sample(tokenizer: Tokenizer, documents: Documents, batch: TokenBatch, *, budget: int) -> AuditSample:
+    """Documents spread over the chunk, of `budget` bytes together; if all are longer, the beginning of the first."""
     chosen: list[int] = []
     count = len(documents.texts)
     step = max(1, count // 64)
@@ -253,6 +253,10 @@ def _audit_sample(documents: Documents, batch: TokenBatch, *, budget: int) -> Au
         if size <= budget:
             chosen.append(index)
             budget -= size
+    if not chosen:
+        beginning = documents.texts[0].encode()[:budget].decode(errors="ignore")
+        where = f"{documents.files[documents.file_of[0]]}: beginning of row {documents.rows[0]}"
+        return AuditSample(where=[where], texts=[beginning], ids=[tokenizer.encode(beginning)])
     return AuditSample(
         where=[f"{documents.files[documents.file_of[index]]}: row {documents.rows[index]}" for index in chosen],
         texts=[documents.texts[index] for index in chosen],

@@ -35,12 +35,14 @@ from streaming_rwkv.shards import (
     sha256_of_file,
 )
 from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.tokenizer import SAVED_FILES
 
 logger = logging.getLogger(__name__)
 
 _FILES_AT_ONCE = 8
 _OURS = re.compile(
-    rf"({'|'.join(SPLITS)})/[^/]+/\d+-\d+/({re.escape(INDEX_NAME)}|shard\.\d+\.mds\.zstd)|{TOKENIZER_FOLDER}/[^/]+|"
+    rf"({'|'.join(SPLITS)})/[^/]+/\d+-\d+/({re.escape(INDEX_NAME)}|shard\.\d+\.mds\.zstd)|"
+    rf"{TOKENIZER_FOLDER}/({'|'.join(map(re.escape, sorted(set().union(*SAVED_FILES.values()))))})|"
     rf"{re.escape(STATISTICS_NAME)}|{re.escape(REJECTED_NAME)}"
 )
 

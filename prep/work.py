@@ -147,14 +147,18 @@ def locked(work: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_write_errors(out: Path) -> Iterator[None]:
-    """Turn a full disk into advice.
+    """Turn a full or closed disk into advice.
 
     Raises:
-        WorkError: no space left, or quota exceeded.
+        WorkError: no space left, quota exceeded, or no permission.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise WorkError(
+                f"{error.filename or out}: cannot be written ({error.strerror}); choose another `out=`"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise WorkError(

@@ -43,22 +43,25 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
     #190489; up to one exit in five): a run that has succeeded would hang, or count as failed. So nothing is taken
     apart, after all that is registered for the end of a process has been called.
     """
+    status = 1
     try:
-        status = main() or 0
-    except SystemExit as ending:
-        status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-        if isinstance(ending.code, str):
-            print(ending.code, file=sys.stderr)
-    except BaseException as error:  # noqa: BLE001 - what the interpreter does with it
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    # As multiprocessing ends the processes that it forks.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(status)
+        try:
+            sys.exit(main())  # by this name: W&B learns the status there
+        except SystemExit as ending:
+            status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+            if isinstance(ending.code, str):
+                print(ending.code, file=sys.stderr)
+        except BaseException as error:  # noqa: BLE001 - what the interpreter does with it
+            status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+            sys.excepthook(type(error), error, error.__traceback__)
+        # As multiprocessing ends the processes that it forks.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):  # nobody reads it any more, or ever did
+                stream.flush()
+    finally:  # a signal's exception too
+        os._exit(status)
 
 
 class FolderLock:

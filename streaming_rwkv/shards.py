@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,17 @@ def stream_path(split: str, source: str, bucket: str) -> str:
     return f"{split}/{source}/{bucket}"
 
 
+def check_source_name(name: str) -> str:
+    """A source's name if it can be a folder's, wherever it is written.
+
+    Raises:
+        ValueError: it cannot; `../` or an absolute path would lead out of a data set, or out of a reader's cache.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"found {name!r}, expected a folder name: letters, digits, '_', '-' and '.'")
+    return name
+
+
 class ShardRecord(Config):
     """One shard file: the compressed bytes as they lie on disk, and what they expand to."""
 
@@ -127,6 +139,8 @@ class StreamRecord(Config):
     packs: int
     index_sha256: str
     shards: list[ShardRecord]
+
+    _named = field_validator("source")(check_source_name)
 
     @property
     def bucket(self) -> str:

@@ -145,6 +145,26 @@ def test_a_process_whose_reader_has_gone_ends_too() -> None:
         assert process.wait(timeout=60) == 3
 
 
+def test_a_process_that_never_had_an_output_ends_too() -> None:
+    program = ENDING.format(body="return 3")
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, program], timeout=60, check=False
+    )
+    assert done.returncode == 3
+
+
+def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
+    body = """
+    import os, signal
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    threading.Thread(target=time.sleep, args=[60]).start()
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    return 3
+    """
+    done = subprocess.run([sys.executable, "-c", ENDING.format(body=body)], timeout=30, check=False)
+    assert done.returncode == 3
+
+
 def test_processes_end_whatever_gloo_still_does() -> None:
     worker = Path(__file__).with_name("ending_worker.py")
     done = subprocess.run([sys.executable, worker, "15"], capture_output=True, text=True, timeout=200, check=False)

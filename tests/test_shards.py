@@ -123,6 +123,14 @@ def test_a_shard_outside_its_folder_is_refused(name):
         parse_manifest(json.dumps(content).encode(), where="here")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/etc", "a/b", "a\\b", "", ".", ".."])
+def test_a_source_outside_the_data_set_is_refused(name):
+    content = json.loads(manifest().to_json())
+    content["streams"][0]["source"] = name
+    with pytest.raises(DataError, match=r"source: found .* expected a folder name"):
+        parse_manifest(json.dumps(content).encode(), where="here")
+
+
 def test_books_balance():
     assert books().imbalance() is None
     assert books(duplicates=1).imbalance() == "10 documents read, 9 accounted for"

@@ -200,28 +200,28 @@ class Throughput(Callback):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.interval_steps = interval_steps
-        self.window_start = self.waited = self.batch_ended = 0.0
+        self.window_start = self.waited = self.asked_for_data = 0.0
         self.window_tokens = 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._open_window(state)
-        self.batch_ended = time.perf_counter()
 
     def _open_window(self, state: State) -> None:
         self.window_start, self.window_tokens, self.waited = time.perf_counter(), int(state.timestamp.token), 0.0
 
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self.asked_for_data = time.perf_counter()
+
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        self.waited += time.perf_counter() - self.batch_ended
+        self.waited += time.perf_counter() - self.asked_for_data
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self._open_window(state)  # the time of an evaluation is not the training's
-        self.batch_ended = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.batch_ended = time.perf_counter()
         if int(state.timestamp.batch) % self.interval_steps:
             return
-        seconds = self.batch_ended - self.window_start
+        seconds = time.perf_counter() - self.window_start
         rate = (int(state.timestamp.token) - self.window_tokens) / max(seconds, 1e-9)
         if not rate:
             return
@@ -285,8 +285,10 @@ class Checkpointer(Callback):
         self.stopping = bool(asked or failed)
         if not (self.stopping or step % self.interval_steps == 0 or step == self.last_step):
             return
-        if mirror and not failed:
-            failed = not mirror.settle()  # one checkpoint at a time: no queue grows before a slow network
+        # One checkpoint at a time goes up: no queue grows before a slow network. Who has been asked to stop may have
+        # seconds left, though: this one goes onto the disk first, where nothing that is on its way up is removed.
+        if mirror and not failed and not self.stopping:
+            failed = not mirror.settle()
         assert isinstance(state.model, RWKV7ForTraining)
         mark = {
             "tokens": int(state.timestamp.token),
@@ -296,8 +298,15 @@ class Checkpointer(Callback):
             "run": self.run,
         }
         path = save_checkpoint(
-            self.root, step=step, model=state.model.network, optimizer=state.optimizers[0], mark=mark, keep=self.keep
+            self.root,
+            step=step,
+            model=state.model.network,
+            optimizer=state.optimizers[0],
+            mark=mark,
+            keep=0 if mirror and self.stopping else self.keep,
         )
+        if mirror and not failed and self.stopping:
+            failed = not mirror.settle()
         if mirror and failed:
             raise mirror.error()
         if mirror:

@@ -177,6 +177,7 @@ def save_checkpoint(
     barrier()
     if leads_node() and not writing.exists():  # a disk of its own
         _make_room(final, writing)
+    barrier()
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
         save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
@@ -295,11 +296,14 @@ def _check_hashes(checkpoint: Checkpoint) -> None:
 
 
 def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Path) -> None:
+    # Each as a tensor: what the index calls anything else, torch would unpickle, and run what is in it.
+    moments = {f"{name}.{moment}": x for name, of_one in state["optimizer"].items() for moment, x in of_one.items()}
     wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+    wanted |= {f"optimizer.{name}": tuple(tensor.shape) for name, tensor in moments.items()}
     found = {
         key: tuple(entry.size)
         for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)
     }
     for key in sorted({*wanted, *found}):
         if wanted.get(key) != found.get(key):

@@ -207,12 +207,16 @@ class Mirror:
         folder = f"{CHECKPOINTS}/{checkpoint.name}"
         files = read_mark(checkpoint)["files"]
         self.store.put_bytes(b"begun\n", f"{folder}/{UPLOADING}{rank()}")
+        # This step may lie there from an earlier start: a mark must never stand over a mixture of both.
+        self.store.delete([f"{folder}/{MARK_NAME}"])
         for name in names:
+            self._check_writer()
             self.store.put_file(checkpoint / name, f"{folder}/{name}", sha256=files[name]["sha256"])
 
     def _seal(self, checkpoint: Path) -> None:
         self._send_logs()
         folder = f"{CHECKPOINTS}/{checkpoint.name}/"
+        self._check_writer()
         self.store.put_bytes((checkpoint / MARK_NAME).read_bytes(), folder + MARK_NAME)
         self.store.delete(name for name in self.store.list(folder) if name.startswith(folder + UPLOADING))
         prune(self.store, keep=self.keep, last=checkpoint.name)
@@ -316,35 +320,53 @@ def newest_remote(store: Store, *, only: str | None = None) -> RemoteCheckpoint 
     return None
 
 
-def restore(
-    store: Store, folder: Path, *, run: Mapping[str, Any] | None = None, allow: frozenset[str] = frozenset()
-) -> tuple[Checkpoint | None, bool]:
-    """The newest whole checkpoint of this machine and the store, fetched if only the store has it; by all ranks.
+def check_place(store: Store, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
+    """Refuse a place that holds another run's checkpoint, before anything is changed there; by all ranks.
 
-    Args:
-        run: settings that the store's checkpoint must have been made with, but for those in `allow`: else two runs
-            would share a place there, and remove each other's checkpoints.
+    Raises:
+        CheckpointError: its settings are others, but for those in `allow`. Two runs would remove each other's
+            checkpoints.
+        StorageError: the store cannot be read.
+    """
+
+    def check() -> None:
+        try:
+            remote = newest_remote(store)
+        except CheckpointError:  # damage: `restore` says what to do
+            return
+        if remote is not None:
+            check_same_settings(remote.mark, run, allow=allow, where=store.url(f"{CHECKPOINTS}/{remote.name}"))
+
+    run_together(check if is_leader() else None)
+
+
+def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]:
+    """The newest whole checkpoint of this machine and the store, on each node's disk; by all ranks.
+
+    The leader chooses: its disk may be the other nodes' too, or each may have its own. A node that lacks the chosen one
+    fetches it, or all go on from the store's where that has an older one alone.
+
     Returns:
         The checkpoint, if any, and whether the store has it.
     Raises:
-        CheckpointError: there are checkpoints, here or there, but none is whole; or the store's is another run's.
+        CheckpointError: there are checkpoints, here or there, but none is whole on every node.
         StorageError: the store cannot be read, or damages what it gives.
     """
     chosen: list[tuple[int | None, RemoteCheckpoint | None]] = [(None, None)]
+    root = folder / CHECKPOINTS
 
     def choose() -> None:
-        store.abort_unfinished()
         local, remote, problems = None, None, []
         try:
-            local = newest_checkpoint(folder / CHECKPOINTS)
+            local = newest_checkpoint(root)
         except CheckpointError as error:
             problems.append(error)
-        try:
-            remote = newest_remote(store)
-        except CheckpointError as error:
-            problems.append(error)
-        if remote is not None and run is not None:
-            check_same_settings(remote.mark, run, allow=allow, where=store.url(f"{CHECKPOINTS}/{remote.name}"))
+        if store is not None:
+            store.abort_unfinished()
+            try:
+                remote = newest_remote(store)
+            except CheckpointError as error:
+                problems.append(error)
         if problems and local is None and remote is None:
             raise problems[0]
         for problem in problems:
@@ -352,20 +374,39 @@ def restore(
         chosen[0] = (local.step if local else None, remote)
 
     run_together(choose if is_leader() else None)
-    local_step, remote = all_gather(chosen[0])[0]
-    root = folder / CHECKPOINTS
-    if remote is None or (local_step is not None and local_step >= remote.step):
-        in_store = remote is not None and local_step == remote.step
-        return (None if local_step is None else _local(root, local_step)), in_store
-    # The leader first: the other nodes may see its disk, or have their own.
-    run_together((lambda: _fetch(store, remote, folder, logs=LOGS)) if is_leader() else None)
+    step, remote = all_gather(chosen[0])[0]
+    if step is not None and (remote is None or step > remote.step):
+        lacking = _nodes_without(root / step_name(step))
+        if not lacking:
+            return _local(root, step), False
+        if remote is None:
+            raise CheckpointError(
+                f"{root / step_name(step)}: not whole on every node ({'; '.join(lacking)}); bring the files there, or "
+                "move it away on every node to go on from the one before it (with `save_remote`, a node fetches what "
+                "it lacks)"
+            )
+        if is_leader():
+            logger.warning("going back to step %d: %s (%s)", remote.step, root / step_name(step), "; ".join(lacking))
+    if store is None or remote is None:
+        return None, False
+    if step is None or step < remote.step:  # the leader first: the other nodes may see its disk
+        run_together((lambda: _fetch(store, remote, folder, logs=LOGS)) if is_leader() else None)
     run_together((lambda: _fetch(store, remote, folder)) if leads_node() else None)
     return _local(root, remote.step), True
 
 
+def _nodes_without(path: Path) -> list[str]:
+    """Each node where this checkpoint is not whole, and why."""
+    problem = find_problem(path) if leads_node() else None
+    found = all_gather(problem and f"{socket.gethostname()}: {problem}")
+    return [text for text in found if text is not None]
+
+
 def _local(root: Path, step: int) -> Checkpoint:
     path = root / step_name(step)
-    return Checkpoint(path=path, mark=read_mark(path))
+    marks: list[dict[str, Any]] = []
+    run_together(lambda: marks.append(read_mark(path)))
+    return Checkpoint(path=path, mark=marks[0])
 
 
 def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequence[str] = ()) -> None:
@@ -440,15 +481,38 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
     if not is_remote(location):
         yield Path(location)
         return
+    with _run_of(location) as (store, name), TemporaryDirectory(prefix="checkpoint-") as temporary:
+        found = _find(store, name, location)
+        _fetch(store, found, Path(temporary), logs=[TOKENIZER_FOLDER])
+        yield Path(temporary) / CHECKPOINTS / found.name
+
+
+def node_checkpoint(location: str, folder: Path) -> Path:
+    """Likewise for all ranks together: one and the same checkpoint, of which each node gets one copy, into `folder`."""
+    if not is_remote(location):
+        return Path(location)
+    with _run_of(location) as (store, name):
+        chosen: list[RemoteCheckpoint] = []
+        run_together((lambda: chosen.append(_find(store, name, location))) if is_leader() else None)
+        found = all_gather(chosen)[0][0]
+        run_together((lambda: _fetch(store, found, folder)) if is_leader() else None)
+        run_together((lambda: _fetch(store, found, folder)) if leads_node() else None)
+    return folder / CHECKPOINTS / found.name
+
+
+@contextmanager
+def _run_of(location: str | Path) -> Iterator[tuple[Store, str | None]]:
+    """The store that a run's checkpoints are in, and the one that is named, if one is."""
     run, _, name = str(location).rstrip("/").partition(f"/{CHECKPOINTS}/")
     store = open_store(run)
     try:
-        found = newest_remote(store, only=name or None)
-        if found is None:
-            raise CheckpointError(f"{location}: no checkpoint of a run here; give its `save_remote`")
-        with TemporaryDirectory(prefix="checkpoint-") as temporary:
-            folder = Path(temporary)
-            _fetch(store, found, folder, logs=[TOKENIZER_FOLDER])
-            yield folder / CHECKPOINTS / found.name
+        yield store, name or None
     finally:
         store.close()
+
+
+def _find(store: Store, name: str | None, location: str | Path) -> RemoteCheckpoint:
+    found = newest_remote(store, only=name)
+    if found is None:
+        raise CheckpointError(f"{location}: no checkpoint of a run here; give its `save_remote`")
+    return found

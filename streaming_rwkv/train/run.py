@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,20 @@ from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, copy_tokenizer, open_shard_set
-from streaming_rwkv.model.checkpoint import State, infer_config, load_state, read_state
+from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import die_with_parent, lock_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER, StreamRecord, TokenizerRecord
-from streaming_rwkv.storage import open_store
+from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
+    all_gather,
     check_same_run,
     is_leader,
+    leads_node,
     load_checkpoint,
     newest_checkpoint,
     write_durably,
@@ -42,7 +47,15 @@ from streaming_rwkv.train.checkpoint import (
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
-from streaming_rwkv.train.mirror import Mirror, local_checkpoint, restore
+from streaming_rwkv.train.mirror import (
+    Mirror,
+    check_place,
+    local_checkpoint,
+    newest_remote,
+    node_checkpoint,
+    restore,
+    run_together,
+)
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
 from streaming_rwkv.train.probing import densest_pack, probe_microbatch, remembered_microbatch
@@ -82,9 +95,11 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
+def prepare(config: RunConfig, *, world_size: int, leader: bool, shape: Mapping[str, Any] | None = None) -> Prepared:
     """Open the data and work out the plan.
 
+    Args:
+        shape: of the network that `model.init_from` names, where it is known already.
     Raises:
         UserError: anything in configuration or data that the run could not be finished with.
     """
@@ -114,20 +129,19 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool) -> Prepared:
         config=config,
         shard_set=shard_set,
         plan=plan,
-        model=_model_config(config.model, manifest.tokenizer),
+        model=_model_config(config.model, manifest.tokenizer, shape),
         total_tokens=round(float(plan.expected_targets().sum())),
     )
 
 
-def _model_config(config: ModelConfig, tokenizer: TokenizerRecord) -> RWKV7Config:
+def _model_config(config: ModelConfig, tokenizer: TokenizerRecord, known: Mapping[str, Any] | None) -> RWKV7Config:
     """The network's shape: as given, else that of the weights to start from; the vocabulary by default the data's."""
     given = config.model_dump(exclude={"init_from"}, exclude_none=True)
-    shape: dict[str, Any] = {}
-    if config.init_from is not None:
-        shape = infer_config(_initial_weights(config.init_from), where=config.init_from).model_dump(exclude_none=True)
-    else:
-        shape["vocab_size"] = tokenizer.vocab_size
-    shape |= given
+    shape: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
+    if config.init_from is not None and known is None:
+        with local_checkpoint(config.init_from) as path:
+            known = _shape_of(path, where=config.init_from)
+    shape |= dict(known or {}) | given
     if shape["vocab_size"] < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size: found {shape['vocab_size']}, but the data's tokenizer has {tokenizer.vocab_size} ids; "
@@ -136,9 +150,45 @@ def _model_config(config: ModelConfig, tokenizer: TokenizerRecord) -> RWKV7Confi
     return validate(RWKV7Config, shape, where="model")
 
 
-def _initial_weights(location: str) -> State:
-    with local_checkpoint(location) as path:
-        return read_state(path)
+def _shape_of(path: Path, *, where: str) -> dict[str, Any]:
+    return infer_config(read_state(path), where=where).model_dump(exclude_none=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What `model.init_from` comes to: the network's shape, and its weights unless the run goes on from later ones."""
+
+    shape: dict[str, Any]
+    weights: Path | None
+
+
+def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
+    """By all ranks together; one reads for all. A run that goes on does not need what it started from any more."""
+    root, copy = save_folder / "checkpoints", save_folder / "init_from"
+    found: list[Any] = []
+    run_together((lambda: found.append(_newest_mark(root, store))) if is_leader() else None)
+    mark = all_gather(found)[0][0]
+    if mark is not None:
+        _remove(copy)
+        return Start(shape=mark["run"]["model"], weights=None)
+    weights = node_checkpoint(location, copy)
+    run_together((lambda: found.append(_shape_of(weights, where=location))) if is_leader() else None)
+    return Start(shape=all_gather(found)[0][1], weights=weights)
+
+
+def _newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
+    with contextlib.suppress(CheckpointError):  # of damage, `restore` says what to do
+        if (here := newest_checkpoint(root)) is not None:
+            return here.mark
+    with contextlib.suppress(CheckpointError):
+        if store is not None and (there := newest_remote(store)) is not None:
+            return there.mark
+    return None
+
+
+def _remove(copy: Path) -> None:
+    if leads_node():
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def _all_stages(config: RunConfig) -> list[StageConfig]:
@@ -190,25 +240,24 @@ def train(config: RunConfig) -> int:
     run_lock = None
     if is_leader():
         run_lock = lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
-    leader = dist.get_local_rank() == 0
-    prepared = prepare(config, world_size=dist.get_world_size(), leader=True) if leader else None
-    dist.barrier()
-    prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False)
-    root = save_folder / "checkpoints"
-    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
+    start = _find_start(config.model.init_from, save_folder, store) if config.model.init_from is not None else None
+    leader, shape = dist.get_local_rank() == 0, start.shape if start else None
+    prepared = prepare(config, world_size=dist.get_world_size(), leader=True, shape=shape) if leader else None
+    dist.barrier()
+    prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False, shape=shape)
+    root = save_folder / "checkpoints"
+    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
     mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
     allow = frozenset(config.checkpoint.allow_changed)
-    checkpoint, in_store = newest_checkpoint(root) if store is None else None, False
-    if store is not None:
-        checkpoint, in_store = restore(store, save_folder, run=prepared.identity, allow=allow)
+    if store and mirror:
+        check_place(store, prepared.identity, allow=allow)
+        mirror.take_over()  # before the newest is looked for: from here on nobody else adds one
+    checkpoint, in_store = restore(store, save_folder)
     if checkpoint is not None:
         check_same_run(checkpoint, prepared.identity, allow=allow)
-    if mirror:
-        mirror.take_over()
-    if checkpoint is not None:
         if mirror and not in_store:
             mirror.begin(checkpoint.path, all_by_leader=True)
         if checkpoint.step >= prepared.plan.steps:
@@ -220,20 +269,28 @@ def train(config: RunConfig) -> int:
         copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER)
         write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
-        start = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
+        where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
         show(
             f"{prepared.plan.steps} steps of {prepared.plan.batch_packs} packs, "
-            f"{prepared.total_tokens:,} tokens; {start}"
+            f"{prepared.total_tokens:,} tokens; {where}"
         )
     if mirror:
         mirror.send_logs()
-    status = _fit(prepared, checkpoint, mirror, root=root, device=device)
+    status = _fit(prepared, start, checkpoint, mirror, root=root, device=device)
     if run_lock is not None:
         run_lock.release()
     return status
 
 
-def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | None, *, root: Path, device: Any) -> int:
+def _fit(
+    prepared: Prepared,
+    start: Start | None,
+    checkpoint: Checkpoint | None,
+    mirror: Mirror | None,
+    *,
+    root: Path,
+    device: Any,
+) -> int:
     config, plan = prepared.config, prepared.plan
     save_folder = Path(config.save_folder)
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
@@ -242,8 +299,11 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
     precision = config.precision or ("amp_bf16" if on_gpu else "fp32")
     microbatch = _microbatch_packs(prepared, precision=precision, device=device)
     network = RWKV7(prepared.model)
-    if checkpoint is None and config.model.init_from is not None:
-        load_state(network, _initial_weights(config.model.init_from), where=config.model.init_from)
+    if checkpoint is None and start is not None:
+        assert start.weights is not None  # no mark anywhere, or `restore` would have found its checkpoint
+        load_state(network, read_state(start.weights), where=str(config.model.init_from))
+        dist.barrier()
+        _remove(save_folder / "init_from")
     elif checkpoint is None:
         initialize(network, seed=config.seed)
     model = RWKV7ForTraining(
@@ -334,7 +394,11 @@ def _fit(prepared: Prepared, checkpoint: Checkpoint | None, mirror: Mirror | Non
     for written in (lines, samples):
         written.rewind(checkpoint.step if checkpoint else 0)
     checkpointer.listen()
-    trainer.fit()
+    try:
+        trainer.fit()
+    except BaseException:
+        trainer.engine.close()  # while the cause is on its way: trackers note a run that failed
+        raise
     steps = int(trainer.state.timestamp.batch)
     trainer.close()
     if mirror:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+
 import pytest
 
-from prep.files import find_files, open_file
+from prep.files import _glob_pattern, find_files, open_file
 from streaming_rwkv.config import UserError
 
 
@@ -73,3 +77,38 @@ def test_what_cannot_be_found_names_the_source_and_the_path(tree, path, message)
 def test_a_path_with_a_trailing_slash_is_the_same_folder(tree):
     assert [file.name for file in find_files("s", [f"{tree}/a/"])] == names(tree, "a")
     assert [file.name for file in find_files("s", [f"{tree}/a", f"{tree}//b/../a"])] == names(tree, "a")
+
+
+def test_each_path_must_have_something_to_read(tree):
+    with pytest.raises(UserError, match=r"sources\.s: no file to read below .*/b/\*\.jsnl"):
+        names(tree, "a", "b/*.jsnl")
+
+
+def test_a_link_to_a_folder_above_is_not_followed_and_any_other_is(tree):
+    (tree / "a" / "loop").symlink_to(tree / "a")
+    (tree / "a" / "deep" / "up").symlink_to("..")
+    (tree / "a" / "other").symlink_to(tree / "b")
+    assert names(tree, "a") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet", "other/1.jsonl.zst"]
+
+
+def test_a_link_to_nothing_is_an_error(tree):
+    (tree / "a" / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"a/gone\.jsonl: cannot be read \(No such file or directory\)"):
+        names(tree, "a")
+
+
+def test_a_file_that_may_not_be_opened_is_an_error(tree):
+    with pytest.raises(UserError, match=r"a/deep: cannot be opened \(Is a directory\)"):
+        open_file(str(tree / "a" / "deep"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "a/*", "a/**/*.json.gz", "**/*.jsonl", "**/1.*", "?/1.jsonl", "[ab]/*.jsonl", "[!a]/*", "a/**", "a+/x"],
+)
+def test_globs_in_a_bucket_are_those_of_a_folder(tree, pattern):
+    (tree / "top.jsonl").write_bytes(b"")
+    files = [os.path.relpath(f"{folder}/{name}", tree) for folder, _, found in os.walk(tree) for name in found]
+    visible = [file for file in files if "/." not in f"/{file}"]
+    expected = [path for path in glob.glob(pattern, root_dir=tree, recursive=True) if (tree / path).is_file()]
+    assert sorted(file for file in visible if re.fullmatch(_glob_pattern(pattern), file)) == sorted(expected)

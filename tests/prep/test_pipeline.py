@@ -345,6 +345,40 @@ def test_another_id_than_the_references_stops_the_build(config, write_lines, tmp
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_after_wrong_ids_the_next_start_keeps_nothing_of_them(config, write_lines, tmp_path, monkeypatch):
+    for name in "ab":
+        write_lines(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
+    right = HuggingFaceTokenizer.encode_batch
+
+    def wrong(self, texts):
+        batch = right(self, texts)
+        ids = batch.ids.copy()
+        if len(texts) > 1:
+            ids[batch.offsets[-2]] += 1  # of the last document, for which no sample has room
+        if texts[0].startswith("b"):
+            ids[0] += 1
+        return TokenBatch(ids=ids, offsets=batch.offsets)
+
+    values = {"unit_bytes": 1024, "workers": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceTokenizer, "encode_batch", wrong)
+        with pytest.raises(AuditError, match=r"b\.jsonl: .*; nothing was published, and the next start tokenizes anew"):
+            build(config(audit_bytes=16, **values))
+    build(config(**values))
+    build(config(out=str(tmp_path / "clean"), **values))
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "clean" / "manifest.json").read_bytes()
+
+
+def test_of_long_documents_the_beginning_is_compared(config, write_lines, tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789" * 100])
+    right = HuggingFaceTokenizer.encode_batch
+    monkeypatch.setattr(
+        HuggingFaceTokenizer, "encode_batch", lambda self, texts: right(self, [f"x{text[1:]}" for text in texts])
+    )
+    with pytest.raises(AuditError, match=r"a\.jsonl: beginning of row 0: id 0 is"):
+        build(config(audit_bytes=64))
+
+
 def test_a_missing_id_stops_it_too(config, write_lines, tmp_path, monkeypatch):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789"])
     right = HuggingFaceTokenizer.encode_batch

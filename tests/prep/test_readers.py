@@ -138,6 +138,8 @@ def test_another_key_may_hold_the_text(tmp_path):
         ("a.jsonl.gz", gzip.compress(lines("x"), mtime=0)[:-6] + b"abcdef", "broken gzip"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines("x" * 99))[:-3], "broken zstd .ends within a frame"),
         ("a.jsonl.zst", b"no zstd", "broken zstd"),
+        ("a.jsonl.gz", b"", "is empty, and not even an empty file is when compressed; download it again"),
+        ("a.json.zst", b"", "is empty"),
         ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),
         ("a.parquet", b"PAR1 not really PAR1", "cannot be read as parquet .*; download it again"),
         ("a.parquet", b"", "cannot be read as parquet"),
@@ -149,6 +151,29 @@ def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
     expected = message if "zstd .ends" not in message else r"broken zstd \(it ends within a frame\)"
     with pytest.raises(InputError, match=rf"{name}: {expected}"):
         read(tmp_path / name)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(lines(*map(str, range(100))))
+    source = SourceConfig(paths=[str(file)])
+    units = plan_units({"s": source}, unit_bytes=1 << 20)
+    file.write_bytes(lines(*map(str, range(40))))
+    with pytest.raises(InputError, match=r"a\.jsonl: has lost \d+ bytes since it was listed"):
+        [documents for unit in units for documents in read_unit(unit, source)]
+
+
+def test_a_large_array_and_rejections_do_not_pile_up(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 5000}] * 3000))
+    (tmp_path / "b.jsonl.gz").write_bytes(
+        gzip.compress((b"5" + b" " * 60 + b"\n") * 400_000 + lines("x"), compresslevel=1, mtime=0)
+    )
+    for name in ("a.json", "b.jsonl.gz"):
+        source = SourceConfig(paths=[str(tmp_path / name)])
+        chunks = [chunk for unit in plan_units({"s": source}, unit_bytes=1 << 20) for chunk in read_unit(unit, source)]
+        assert len(chunks) > 2
+        assert max(sum(map(len, chunk.texts)) for chunk in chunks) < 12_000_000
+        assert max(len(chunk.rejections) for chunk in chunks) < 150_000
 
 
 # --- parquet ---

@@ -39,12 +39,12 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "fork"), [(1, False), (2, False), (4, True)])
+def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers, fork):
     build(config(out=str(tmp_path / "local"), unit_bytes=1 << 20))
     sources = {"corpus": {"paths": mixed}}
     remote = config(out=str(tmp_path / "remote"), sources=sources, workers=workers, unit_bytes=1 << 20)
-    assert build(remote).manifest.books["corpus"].documents["train"] == 501
+    assert build(remote, fork=fork).manifest.books["corpus"].documents["train"] == 501
     assert content(tmp_path / "remote") == content(tmp_path / "local")
     assert build(remote).was_finished
 

@@ -166,11 +166,35 @@ def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
     assert objects_of(store) == before
 
 
-def test_other_objects_are_left_alone(remote, store):
-    store.put_bytes(b"mine", "thesis.pdf")
-    with pytest.raises(WorkError, match=r"s3://.*: holds other objects \(thesis.pdf\); choose an empty place"):
+def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remote, store, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prep.pipeline._do_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(remote())
+    build(remote(pack_tokens=4096, work=str(tmp_path / "other")))
+    before = objects_of(store)
+    with pytest.raises(WorkError, match=r"holds a finished data set.*\n  config.pack_tokens: was 4096, is 8192"):
         build(remote())
-    assert list(store.list()) == ["thesis.pdf"]
+    assert objects_of(store) == before
+
+
+def test_a_local_data_set_is_no_place_to_work_in(remote, recipe, tmp_path):
+    build(recipe(out=str(tmp_path / "mine")))
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    with pytest.raises(WorkError, match=r"mine: holds a finished data set of its own; choose an empty `work=`"):
+        build(remote(work=str(tmp_path / "mine")))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["thesis.pdf", "tokenizer/llama.model"])
+def test_other_objects_are_left_alone(remote, store, name):
+    store.put_bytes(b"mine", name)
+    with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose an empty place"):
+        build(remote())
+    assert list(store.list()) == [name]
 
 
 def test_a_bucket_that_is_not_there_is_noticed_before_the_work(remote, tmp_path):

@@ -2,7 +2,8 @@
 
 python mirror_worker.py RANK PORT FOLDER REMOTE
 
-Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, and both go on from what is left.
+Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, twice, and both go on from what is left. Without REMOTE
+they would not: both would say why.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.storage import open_store
-from streaming_rwkv.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from streaming_rwkv.train.mirror import Mirror, restore
+from streaming_rwkv.train.checkpoint import find_problem, load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.mirror import Mirror, node_checkpoint, restore
 from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
 
 
@@ -54,6 +58,14 @@ def main(rank: int, port: int, folder: Path, remote: str) -> None:
     assert checkpoint is not None
     assert (checkpoint.step, in_store) == (7, True)
     assert newest_checkpoint(folder / "checkpoints") == checkpoint  # whole on this disk
+    if rank == 1:
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=rf"not whole on every node \({socket.gethostname()}: "):
+        restore(None, folder)
+    assert restore(store, folder) == (checkpoint, True)  # though rank 0 has it whole
+    assert newest_checkpoint(folder / "checkpoints") == checkpoint
+    assert restore(None, folder) == (checkpoint, False)
+    assert find_problem(node_checkpoint(remote, folder / "init_from")) is None  # for another run to start from
     again, optimizer = new_model(seed=1)
     load_checkpoint(checkpoint, model=again, optimizer=optimizer)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from streaming_rwkv.model.checkpoint import CheckpointError, read_state
 from streaming_rwkv.model.init import initialize
@@ -293,6 +295,34 @@ def test_an_index_that_brings_code_is_refused_before_it_runs(tmp_path: Path) -> 
     assert not ran.exists()
     pickle.loads((path / ".metadata").read_bytes())
     assert ran.exists()  # and so it would have run
+
+
+def test_an_index_that_has_a_tensor_unpickled_is_refused_before_that(tmp_path: Path) -> None:
+    path = save(tmp_path / "root", 1)
+    ran = tmp_path / "ran"
+    torch.save(Payload(ran), path / "__1_0.distcp")
+    index = pickle.loads((path / ".metadata").read_bytes())
+    key = "optimizer.emb.weight.exp_avg"
+    index.state_dict_metadata[key] = BytesStorageMetadata()
+    where = next(entry for entry in index.storage_data if entry.fqn == key)
+    size = (path / "__1_0.distcp").stat().st_size
+    index.storage_data = {entry: stored for entry, stored in index.storage_data.items() if entry != where}
+    index.storage_data[MetadataIndex(key)] = _StorageInfo(relative_path="__1_0.distcp", offset=0, length=size)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    mark = read_mark(path)
+    for name in (".metadata", "__1_0.distcp"):
+        mark["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of_file(path / name)}
+    (path / "complete.json").write_text(json.dumps(mark))
+    checkpoint = newest_checkpoint(tmp_path / "root")
+    assert checkpoint is not None
+    network, optimizer = new_model(seed=1)
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.emb\.weight\.exp_avg is missing in the checkpoint and \(20, 64\)"
+    ):
+        load_checkpoint(checkpoint, model=network, optimizer=optimizer)
+    assert not ran.exists()
+    torch.load(path / "__1_0.distcp", weights_only=False)
+    assert ran.exists()  # and so torch would have run it
 
 
 def before_a_kill(base: Path, situation: str) -> None:

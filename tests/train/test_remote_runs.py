@@ -5,7 +5,9 @@ Another machine goes on, and the end is that of a quiet run, to the last bit.
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +91,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
 
     monkeypatch.setenv("S3_ENDPOINT_URL", s3_server.endpoint)
     there = content_of(f"{s3_place}/run")
+    assert json.loads(there.pop("writer.json"))["host"] == socket.gethostname()
     here = {name: run / name for name in there}
     assert [name for name, path in here.items() if there[name] != path.read_bytes()] == []
     names = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}

@@ -91,7 +91,7 @@ def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, Path], tmp_path: Path) -> None:
-    def train(stage: str, *more: str) -> list[dict[str, float]]:
+    def run(stage: str, *more: str) -> str:
         command = [
             Path(sys.executable).with_name("composer"), "-n", "1", "train.py", f"yamls/{stage}.yaml",
             *overrides_of(stage, data[stage], tmp_path), *more,
@@ -99,6 +99,10 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, P
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def train(stage: str, *more: str) -> list[dict[str, float]]:
+        run(stage, *more)
         lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -109,9 +113,10 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, P
     assert losses[-1] < losses[0] - 1
 
     tokens = [f"data.stages.{i}.tokens={tokens}" for i, tokens in enumerate((8000, 24_000, 8000))]
-    second = train(
-        "stage2", f"model.init_from={tmp_path / 'stage1'}", *tokens, "optimizer.lr=1e-4", "optimizer.warmup_tokens=0"
-    )
+    settings = [
+        f"model.init_from={tmp_path / 'stage1'}", *tokens, "optimizer.lr=1e-4", "optimizer.warmup_tokens=0"
+    ]  # fmt: skip
+    second = train("stage2", *settings)
     losses = [line["loss/train/total"] for line in second if "loss/train/total" in line]
     assert losses[0] < 5.67 - 1  # it has learnt something in stage 1
     stages = [line["stage"] for line in second if "stage" in line]
@@ -126,6 +131,8 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, P
         name: tensor.shape for name, tensor in before.items()
     }
     assert not torch.equal(before["head.weight"], after["head.weight"])
+    (tmp_path / "stage1").rename(tmp_path / "put away")  # what it started from is needed no more
+    assert "this run is finished" in run("stage2", *settings)
 
     # What was trained, exported, goes on in BlinkDL's package as it does in ours.
     assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
