@@ -14,7 +14,8 @@ import torch
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.generate import find_tokenizer
-from streaming_rwkv.model.checkpoint import read_state, write_huggingface, write_pth
+from streaming_rwkv.model.checkpoint import CheckpointError, read_state, write_huggingface, write_pth
+from streaming_rwkv.storage import is_remote
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.mirror import local_checkpoint
 
@@ -43,20 +44,32 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
     )
     parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("out", type=Path, help="NAME.pth, or a folder")
+    parser.add_argument("out", help="NAME.pth, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
     options = parser.parse_args(arguments)
     try:
+        out = _local_out(options.out)
         with local_checkpoint(options.checkpoint) as checkpoint:
             tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-            export(checkpoint, options.out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
+            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    without = "" if tokenizer or options.out.suffix == ".pth" else ", without a tokenizer: none lies with it"
-    print(f"wrote {options.out}{without}")
+    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none lies with it"
+    print(f"wrote {out}{without}")
     return 0
+
+
+def _local_out(name: str) -> Path:
+    if is_remote(name):
+        raise CheckpointError(f"{name}: exports are written to a disk; give a local path, and copy from there")
+    out = Path(name)
+    if out.suffix == ".pth" and out.is_dir():
+        raise CheckpointError(f"{out}: is a folder; a .pth is one file, give another name")
+    if out.suffix != ".pth" and out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give NAME.pth, or a folder")
+    return out
 
 
 if __name__ == "__main__":

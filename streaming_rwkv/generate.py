@@ -6,6 +6,7 @@ The model reads each token once and carries a state, so a token costs the same h
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    vocab_size: int | None = None,
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
@@ -46,20 +48,21 @@ def generate(
         max_tokens: how many at most.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the fewest tokens whose probabilities together reach this share.
+        vocab_size: the tokenizer's, where the model's is larger: no id from there on is drawn.
         stop: tokens that end the text; the one that did is not given.
         generator: on the CPU; makes the choices repeatable.
     Raises:
-        GenerationError: an empty prompt, or a setting out of its range.
+        GenerationError: an empty prompt, a setting out of its range, or a model that gives logits which are not finite.
     """
     if len(tokens) == 0:
         raise GenerationError("prompt: is empty; begin with the tokenizer's bos token")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise GenerationError(f"temperature {temperature}, top_p {top_p}: expected temperature ≥ 0 and 0 < top_p ≤ 1")
     device = model.emb.weight.device
     unread, state = list(tokens), None
     for _ in range(max_tokens):
         logits, state = model.step(torch.tensor([unread], device=device), state)
-        token = choose(logits[0].float().cpu(), temperature=temperature, top_p=top_p, generator=generator)
+        token = choose(logits[0, :vocab_size].float().cpu(), temperature=temperature, top_p=top_p, generator=generator)
         if token in stop:
             return
         yield token
@@ -68,9 +71,13 @@ def generate(
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None = None) -> int:
     """Draw an id from logits (V,) float32."""
+    if not logits.isfinite().all():
+        raise GenerationError(
+            "the model gives logits that are not finite: its training has diverged; take an older one"
+        )
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, dim=0)
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0)  # from 0 down: no temperature overflows
     if top_p < 1:
         ordered, ids = probabilities.sort(descending=True)
         # A token is kept if those before it do not suffice; the first always is.
@@ -115,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, help="repeats a text")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
     options = parser.parse_args(arguments)
     try:
         return run(options)
@@ -130,8 +137,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)  # as a run's settings have it
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion: a torch without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise GenerationError(f"--device {name}: cannot be used here ({reason}); take cpu") from None
+    return device
+
+
 def run(options: argparse.Namespace) -> int:
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    device = _device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
         if tokenizer is None:
@@ -139,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.checkpoint}: no tokenizer lies with it; give one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"
             )
-        model = load_model(checkpoint, dtype=dtype).to(options.device)
+        model = load_model(checkpoint, dtype=dtype).to(device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerationError(
             f"{options.checkpoint}: the model knows {model.config.vocab_size} tokens, the tokenizer "
@@ -156,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
+            vocab_size=tokenizer.vocab_size,
             stop={tokenizer.eos_id},
             generator=generator,
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,28 @@ def test_a_low_temperature_sharpens() -> None:
     assert draws(temperature=0.5, top_p=1) == pytest.approx([2778, 111, 1000, 111], abs=126)
 
 
+def test_no_temperature_overflows() -> None:
+    assert choose(torch.tensor([1e4, 2e4, 0.0]), temperature=1e-38, top_p=1.0) == 1
+
+
+def test_logits_that_are_not_finite_are_named() -> None:
+    with pytest.raises(GenerationError, match="not finite: its training has diverged"):
+        choose(torch.tensor([1.0, math.nan]), temperature=1.0, top_p=1.0)
+
+
+def test_ids_that_the_tokenizer_has_not_are_not_drawn() -> None:
+    model = model_of(64)
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        model.head.weight[50:] *= 10
+    for temperature in (0.0, 1.0):
+        highest = [
+            max(generate.generate(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
+            for vocab_size in (None, 50)
+        ]
+        assert highest[1] < 50 <= highest[0]
+
+
 def test_the_same_seed_draws_the_same_text() -> None:
     model = model_of(50)
     texts = [
@@ -106,6 +129,7 @@ def test_generating_leaves_gradients_on_for_the_caller() -> None:
         ({"tokens": []}, "prompt: is empty; begin with the tokenizer's bos token"),
         ({"tokens": [1], "top_p": 0.0}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
         ({"tokens": [1], "temperature": -1.0}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
+        ({"tokens": [1], "temperature": math.nan}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict[str, object], error: str) -> None:
@@ -195,6 +219,29 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: 
     code, _, err = run(tmp_path / "model.pth", "--tokenizer", "rwkv-world", capsys=capsys)
     assert code == 1
     assert "the model knows 50 tokens, the tokenizer 'rwkv-world' has 65536" in err
+
+
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; give NAME.pth"), ("d.pth", "is a folder")],
+)
+def test_an_export_to_an_impossible_place(
+    out: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pth(model_state(model_of(50)), tmp_path / "model.pth")
+    (tmp_path / "file").touch()
+    (tmp_path / "d.pth").mkdir()
+    assert export.main(["model.pth", out]) == 1
+    assert error in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.pth", "file", "model.pth"]
+
+
+@pytest.mark.parametrize("device", ["mps", "nonsense"])
+def test_a_device_that_is_not_here(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(tmp_path / "model.pth", "--device", device, capsys=capsys)
+    assert code == 1
+    assert f"--device {device}: cannot be used here" in err
 
 
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ _UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
 _CONFIG_NAME = "config.json"
 _SAFETENSORS_NAME = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
+_TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the old kind
 _LAYER_NORM_EPS = 1e-5  # torch's default, and what every RWKV has
 
 
@@ -182,6 +183,13 @@ def _read(path: Path) -> State:
 
 
 def _read_torch_file(path: Path) -> Any:
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    if path.suffix == ".safetensors":
+        raise ValueError("a safetensors file has no configuration; give the Hugging Face folder that it lies in")
+    if not beginning.startswith(_TORCH_FILES):
+        what = beginning.decode(errors="replace").partition("\n")[0]
+        raise ValueError(f"not a torch file: it begins with {what!r}")
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         # Files of the old, not zipped kind can be read but not mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -192,12 +200,21 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
     try:
         return read(path)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
+        # Of torch's words, which advise to switch the safety off, what the file asked for; or else what it could not read.
+        asks_for = re.search(r"(?:it asks for|GLOBAL) ([\w.]+)", str(error))
+        if asks_for is None:
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{path}: damaged or no checkpoint ({reason}); copy it again from its source"
+            ) from None
         raise CheckpointError(
-            f"{path}: refused, since reading it whole would run code that it brings ({reason}). Only weights are read "
-            "here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
+            f"{path}: refused, since reading it whole would run code that it brings (it asks for {asks_for[1]}). Only "
+            "weights are read here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError) as error:
+    except (
+        *(RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError),
+        *(KeyError, IndexError, TypeError, AttributeError),  # torch and pickle, of bytes that mean nothing
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{path}: damaged or no checkpoint ({reason}); copy it again from its source") from error
 
@@ -216,6 +233,8 @@ def _read_huggingface(folder: Path) -> State:
     if config.get("model_type") != "rwkv7":
         raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, expected 'rwkv7'")
     head_size = config.get("head_dim") or 64
+    if not isinstance(head_size, int):
+        raise CheckpointError(f"{folder}/{_CONFIG_NAME}: head_dim is {head_size!r}, expected a number")
     expected = {
         "norm_eps": _LAYER_NORM_EPS,
         "norm_bias": True,
@@ -228,7 +247,10 @@ def _read_huggingface(folder: Path) -> State:
             raise CheckpointError(f"{folder}/{_CONFIG_NAME}: {key} is {config[key]!r}, BlinkDL's RWKV-7 has {value!r}")
     _check_group_norm(head_size, where=f"{folder}/{_CONFIG_NAME}: head_dim")
     if (folder / _SAFETENSORS_INDEX).is_file():
-        files = sorted(set(_read_json(folder / _SAFETENSORS_INDEX)["weight_map"].values()))
+        weight_map = _read_json(folder / _SAFETENSORS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{folder / _SAFETENSORS_INDEX}: has no weight_map of files; copy it again")
+        files = sorted(set(weight_map.values()))
     else:
         files = [_SAFETENSORS_NAME]
     state: State = {}

@@ -9,11 +9,21 @@ from typing import Any
 
 import torch
 from composer.models import ComposerModel
+from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
 from torchmetrics import Metric
 
 from streaming_rwkv.data.batch import NO_STREAM, Batch
 from streaming_rwkv.model.rwkv7 import RWKV7
+
+
+def sharding() -> FSDP2Config:
+    """Of parameters, in their own type; only autocast decides what is computed in which.
+
+    Composer's default would hand every block its weights and all of its arguments in bfloat16: the residual stream and
+    the carried states too, so that several processes would train otherwise than one.
+    """
+    return FSDP2Config(mixed_precision="FULL")
 
 
 class RWKV7ForTraining(ComposerModel):

@@ -24,7 +24,6 @@ import torch
 from composer.core import Precision, get_precision_context
 from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch
@@ -32,7 +31,7 @@ from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoint import is_leader, write_durably
-from streaming_rwkv.train.composer_model import RWKV7ForTraining
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Prec
     """Forward and backward on a network of zeros, beside the room that AdamW's moments take."""
     model = RWKV7ForTraining(RWKV7(config), num_streams=1, flops_per_token=1)
     if dist.get_world_size() > 1:
-        parallelize_composer_model(model, None, FSDP2Config(), precision=precision)
+        parallelize_composer_model(model, None, sharding(), precision=precision)
     else:
         model.to(device)
     moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]

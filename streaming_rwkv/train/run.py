@@ -18,7 +18,6 @@ from composer.core import Callback, Evaluator, Precision
 from composer.devices import Device
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
-from composer.utils.parallelism import FSDP2Config
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
@@ -44,7 +43,7 @@ from streaming_rwkv.train.checkpoint import (
     newest_checkpoint,
     write_durably,
 )
-from streaming_rwkv.train.composer_model import RWKV7ForTraining
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
 from streaming_rwkv.train.mirror import (
@@ -66,7 +65,8 @@ logger = logging.getLogger(__name__)
 STOPPED_EARLY = 143  # 128 + SIGTERM, as shells and schedulers have it
 
 # Dense bf16, without sparsity, from NVIDIA's data sheets: what MFU is a share of.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# The first name that a device's contains.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +377,7 @@ def _fit(
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
         dist_timeout=max(300.0, 4 * config.data.timeout_seconds),
-        parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
+        parallelism_config={"fsdp": sharding()} if dist.get_world_size() > 1 else None,
         progress_bar=config.log.progress_bar,
         spin_dataloaders=False,
         # Composer's own checkpoints and autoresume are not used: see train/checkpoint.py.

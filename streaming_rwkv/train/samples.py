@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer.core import Callback, State, get_precision_context
@@ -35,6 +36,7 @@ class Samples(Callback):
         self.seed = seed
         self.tokenizer: Tokenizer | None = None
         self.prompts: list[list[int]] = []
+        self.vocab_size: int | None = None
         self.writes = dist.get_global_rank() == 0
 
     def rewind(self, step: int) -> None:
@@ -47,12 +49,13 @@ class Samples(Callback):
             return
         assert isinstance(state.model, RWKV7ForTraining)
         register_fsdp_forward_method(state.model.network, "step")  # nothing, where the network is not sharded
-        encoded: list[list[list[int]]] = [[]]
+        encoded: list[Any] = [[], None]
         if self.writes:
             tokenizer = self.tokenizer = load_tokenizer(self.tokenizer_folder)
-            encoded = [[[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in self.config.prompts]]
+            prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in self.config.prompts]
+            encoded = [prompts, tokenizer.vocab_size]
         dist.broadcast_object_list(encoded)
-        self.prompts = encoded[0]
+        self.prompts, self.vocab_size = encoded
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if not self.prompts:
@@ -75,6 +78,7 @@ class Samples(Callback):
             max_tokens=self.config.sample_tokens,
             temperature=self.config.sample_temperature,
             top_p=self.config.sample_top_p,
+            vocab_size=self.vocab_size,
             generator=torch.Generator().manual_seed(self.seed + number),
         )
         return list(tokens)

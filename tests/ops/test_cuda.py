@@ -41,10 +41,11 @@ def test_the_same_bits_wherever_the_bounds_lie_and_in_a_pack_or_alone() -> None:
 
 def test_it_never_waits_for_the_device() -> None:
     case = on_gpu(make_case([40, 17]))
-    run(wkv7, case)  # compiles
+    on_device = case._replace(cu_seqlens=case.cu_seqlens.cuda())  # a copy that waits
+    run(wkv7, on_device)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(wkv7, case._replace(cu_seqlens=case.cu_seqlens.cuda()))
+        run(wkv7, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

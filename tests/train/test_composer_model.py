@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,3 +118,13 @@ def test_validation_sums_by_stream_over_any_batches(microbatch_packs: int) -> No
 
 def test_training_has_no_metrics_that_composer_would_compute() -> None:
     assert new_model().get_metrics(is_train=True) == {}
+
+
+@pytest.mark.timeout(300)
+def test_sharding_changes_nothing_of_what_is_computed_in_bf16() -> None:
+    """Composer's own setting rounds the residual stream and the states to bf16; texts were then not even drawn."""
+    worker = Path(__file__).with_name("sharding_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "sharding_worker.py equal"
