@@ -148,11 +148,17 @@ def bucket_order(bucket: str) -> int:
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """The mean of each value and its neighbours, half a window to either side as far as there are any."""
+    """The mean of each value and its neighbours, half a window to either side as far as there are any.
+
+    Of those that are finite: a step that was skipped for its gradient may have no loss.
+    """
     index = np.arange(len(values))
     low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    means: Floats = (sums[high] - sums[low]) / (high - low)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    total, count = sums[high] - sums[low], counts[high] - counts[low]
+    means: Floats = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
     return means
 
 
@@ -162,7 +168,10 @@ def thin(tokens: Floats, values: Floats) -> tuple[Floats, Floats]:
         return tokens, values
     edges = np.linspace(0, len(values), MOST_POINTS + 1).astype(int)[:-1]
     counts = np.diff(edges, append=len(values))
-    return np.add.reduceat(tokens, edges) / counts, np.add.reduceat(values, edges) / counts
+    finite = np.isfinite(values)
+    sums, known = np.add.reduceat(np.where(finite, values, 0.0), edges), np.add.reduceat(finite.astype(int), edges)
+    means = np.divide(sums, known, out=np.full(len(edges), np.nan), where=known > 0)
+    return np.add.reduceat(tokens, edges) / counts, means
 
 
 def mixture(run: Run, *, by: int) -> tuple[Floats, dict[str, Floats]]:
@@ -340,6 +349,7 @@ def summary(history: History) -> list[list[str]]:
     rows = [["run", "steps", "tokens", "training loss", "validation loss", "bits per byte", "tokens / s, median"]]
     for run in history.runs:
         loss = run.series("loss/train/total")[1]
+        loss = loss[np.isfinite(loss)]
         last = [run.series(f"validation/{name}/all")[1][-1:] for name in ("loss", "bits_per_byte")]
         rate = run.series("throughput/tokens_per_second")[1]
         rows.append(
@@ -347,7 +357,7 @@ def summary(history: History) -> list[list[str]]:
                 run.name,
                 f"{run.last_step:,}",
                 f"{run.total_tokens:,.0f}",
-                f"{loss[-max(1, len(loss) // 40) :].mean():.4f}",
+                f"{loss[-max(1, len(loss) // 40) :].mean():.4f}" if len(loss) else "–",
                 *(f"{value[0]:.4f}" if len(value) else "–" for value in last),
                 f"{np.median(rate):,.0f}" if len(rate) else "–",
             ]

@@ -79,6 +79,13 @@ def test_a_mean_of_neighbours_shrinks_at_the_ends() -> None:
     assert smooth(np.array([1.0, 2.0, 6.0]), 1).tolist() == [1, 2, 6]
 
 
+def test_a_value_that_is_missing_spoils_none_but_its_own() -> None:
+    assert smooth(np.array([1.0, np.nan, 3.0, 5.0]), 3).tolist() == [1.0, 2.0, 4.0, 4.0]
+    values = np.ones(6000)
+    values[30] = np.nan
+    assert thin(np.arange(6000.0), values)[1].tolist() == [1.0] * 2000
+
+
 def test_a_long_curve_is_thinned_to_means() -> None:
     tokens = np.arange(6000.0)
     thinned, values = thin(tokens, 2 * tokens)

@@ -87,6 +87,9 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
         (["data.path=/nowhere"], "/nowhere/manifest.json: not there"),
         (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),
         (["data.stages.0.sources.code=-1"], "shares must not be negative"),
+        (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),
+        (["data.cache_limit=1kb"], "data.cache_limit: found 1,024 bytes, but at least"),
+        (["checkpoint.allow_changed=[batch_size]"], "checkpoint.allow_changed"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):

@@ -18,12 +18,15 @@ import atexit
 import fcntl
 import logging
 import os
+import signal
 import tempfile
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -301,6 +304,8 @@ class PackLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own iterator class is no part of its use
         batches = super().__iter__()
+        workers = getattr(batches, "_workers", [])
+        _WORKERS.update(workers)
         try:
             yield from map(finish, batches)
         except UserError as error:  # of a worker; torch wraps the text into a traceback of that process
@@ -317,6 +322,7 @@ class PackLoader(DataLoader[Any]):
         finally:
             if self.num_workers:  # not left to the garbage collector, in which torch waits 5 s for each of them
                 batches._shutdown_workers()  # type: ignore[attr-defined]
+                _kill(workers)
 
 
 def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:
@@ -342,8 +348,25 @@ def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> 
     )
 
 
+_WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """Those that did not end when they were told to: they take no SIGTERM, and hold nothing."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+@atexit.register  # after multiprocessing did, so this comes before its own: that one sends SIGTERM, and waits
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error, in the middle of this
+    _kill(_WORKERS)
+
+
 def _init_worker(worker: int) -> None:
     die_with_parent()
-    # Launchers and terminals signal a rank's whole group. The rank then finishes its step and writes a checkpoint,
-    # which it could not do without its workers.
+    # Launchers and terminals signal a rank's whole group, systemd and schedulers all processes of a job. The rank then
+    # finishes its step and writes a checkpoint, which it could not do without its workers; they end with it.
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from streaming_rwkv.data.order import Ints, StreamOrder, fraction
 from streaming_rwkv.shards import StreamRecord
 
 Floats = NDArray[np.float64]
-ORDER_VERSION = 1  # raised when the same configuration would give another order; checkpoints carry it
+ORDER_VERSION = 2  # raised when the same configuration would give another order; checkpoints carry it
 
 
 class MixtureConfig(Config):
@@ -85,13 +85,14 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole run: slot n of the run lies in step n // batch_packs."""
+    """The whole run: slot n of the run lies in step n // batch_packs - shift."""
 
     streams: list[StreamRecord]
     batch_packs: int
     stages: list[Stage]
     orders: list[StreamOrder] = field(repr=False)
     end: Ints  # (S,) packs that each stream has given at the end of the run
+    shift: int = 0  # how far the batch size was changed on the way: see `going_on`
 
     @property
     def steps(self) -> int:
@@ -102,6 +103,18 @@ class Plan:
         """(S,) global id of each stream's first pack: streams lie one after another, as StreamingDataset has them."""
         packs = np.array([stream.packs for stream in self.streams], np.int64)
         return np.cumsum(packs) - packs
+
+    def going_on(self, *, step: int, slots: int) -> Plan:
+        """The same plan for a run that has filled `slots` of it in `step` steps, whatever their batches were.
+
+        It goes on with the next whole batch: nothing comes again, and less than a batch is left for the next pass.
+        """
+        shift = -(-slots // self.batch_packs) - step
+        stages = [replace(stage, first_step=stage.first_step - (shift - self.shift)) for stage in self.stages]
+        return replace(self, stages=stages, shift=shift)
+
+    def slots_before(self, step: int) -> int:
+        return (step + self.shift) * self.batch_packs
 
     def stage_of(self, step: int) -> int:
         return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step or i == 0)
@@ -183,15 +196,17 @@ def make_plan(
     targets = np.array([stream.targets for stream in streams], np.float64)
     resolved: list[Stage] = []
     first_step, position = 0, np.zeros(len(streams), np.int64)
-    carried = 0.0  # slots that earlier stages in passes left over, since only whole batches are trained on
+    # Batches that earlier stages in passes left over of their streams, since only whole ones are trained on.
+    carried: dict[bytes, float] = {}
     for i, config in enumerate(stages):
         shares = token_shares(config, streams, where=f"{where}.{i}")
         chosen = shares > 0
         if config.passes is not None:
             rates = np.where(chosen, packs, 0) / packs[chosen].sum()
-            wanted = config.passes * int(packs[chosen].sum()) / batch_packs + carried
+            window = chosen.tobytes()
+            wanted = config.passes * int(packs[chosen].sum()) / batch_packs + carried.get(window, 0.0)
             steps = max(1, int(wanted + 1e-9))
-            carried = max(0.0, wanted - steps)
+            carried[window] = max(0.0, wanted - steps)
         else:
             assert config.tokens is not None
             rates = np.zeros(len(streams))

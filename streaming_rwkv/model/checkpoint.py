@@ -200,7 +200,7 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
     try:
         return read(path)
     except pickle.UnpicklingError as error:
-        # Of torch's words, which advise to switch the safety off, what the file asked for; or else what it could not read.
+        # Of torch's words, which advise to switch the safety off: what the file asked for, or what it is that is wrong.
         asks_for = re.search(r"(?:it asks for|GLOBAL) ([\w.]+)", str(error))
         if asks_for is None:
             reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]

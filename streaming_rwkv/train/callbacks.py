@@ -249,7 +249,9 @@ class Checkpointer(Callback):
         keep: int,
         last_step: int,
         run: dict[str, Any],
+        slots_before: Callable[[int], int],
         consumption: Consumption,
+        clipping: ClipGradient,
         mirror: Mirror | None = None,
     ) -> None:
         self.root = root
@@ -257,7 +259,9 @@ class Checkpointer(Callback):
         self.keep = keep
         self.last_step = last_step
         self.run = run
+        self.slots_before = slots_before
         self.consumption = consumption
+        self.clipping = clipping
         self.mirror = mirror
         self.asked_to_stop = False
         self.stopping = False
@@ -293,7 +297,9 @@ class Checkpointer(Callback):
         mark = {
             "tokens": int(state.timestamp.token),
             "samples": int(state.timestamp.sample),
+            "slots": self.slots_before(step),
             "seconds": state.timestamp.total_wct.total_seconds(),
+            "steps_skipped": self.clipping.skipped,
             "consumed": self.consumption.consumed(),
             "run": self.run,
         }

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.fsdp import FSDPModule
 
+from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import INDEX_NAME, MARK_NAME, SafeReader
 from streaming_rwkv.shards import sha256_of_file
@@ -57,6 +58,21 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.mark["step"])
+
+
+def plan_from(plan: Plan, mark: Mapping[str, Any], *, where: str) -> Plan:
+    """The plan from a checkpoint's step on, where batches before it may have had another size.
+
+    Raises:
+        CheckpointError: the run is longer than the plan.
+    """
+    slots = mark.get("slots", mark["step"] * mark["run"]["batch_packs"])  # as it was before batches could change
+    plan = plan.going_on(step=mark["step"], slots=slots)
+    if mark["step"] > plan.steps:
+        raise CheckpointError(
+            f"{where}: {mark['step']} steps were taken, and these settings end after {plan.steps}; train on more tokens"
+        )
+    return plan
 
 
 def step_name(step: int) -> str:
@@ -175,7 +191,8 @@ def save_checkpoint(
     if is_leader():
         _make_room(final, writing)
     barrier()
-    if leads_node() and not writing.exists():  # a disk of its own
+    own_disk = leads_node() and not is_leader() and not writing.exists()
+    if own_disk:
         _make_room(final, writing)
     barrier()
     writer = FileSystemWriter(writing, sync_files=True)
@@ -195,7 +212,7 @@ def save_checkpoint(
     if is_leader():
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
-    if leads_node() and writing.exists():
+    if own_disk:  # asked once: of what another node has just renamed, NFS may still say that it is there
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
     return final

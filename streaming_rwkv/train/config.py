@@ -6,6 +6,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from streaming.base.util import bytes_to_int
 
 from streaming_rwkv.config import Config
 from streaming_rwkv.data.mixture import StageConfig
@@ -22,7 +23,8 @@ class DataConfig(Config):
     cache: str | None = None
     """Folder for downloaded and expanded shards; by default below the save folder."""
     cache_limit: str | int | None = None
-    """At most so much on disk ('200gb'), at least 4 of the largest shards; by default everything is kept."""
+    """At most so much of this data set on disk ('200gb', in powers of 1024), compressed and expanded; at least four of
+    the largest shards of training and of validation. By default everything is kept."""
     stages: list[StageConfig] = Field(min_length=1)
     cycles: PositiveInt = 1
     """Go through all stages so many times, each time with its share of their tokens."""
@@ -41,6 +43,14 @@ class DataConfig(Config):
     """For paths other than s3://, for which attempts are counted by time alone."""
     timeout_seconds: PositiveFloat = 120.0
     """Stop the run when a download got nowhere for so long."""
+
+    @field_validator("cache_limit")
+    @classmethod
+    def _in_bytes(cls, limit: str | int | None) -> int | None:
+        try:
+            return None if limit is None else bytes_to_int(limit)
+        except ValueError:
+            raise ValueError(f"found {limit!r}; expected a number of bytes, or one with kb, mb, gb, tb") from None
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> DataConfig:
@@ -86,7 +96,9 @@ class CheckpointConfig(Config):
     interval_steps: PositiveInt = 500
     keep: int = Field(default=3, ge=0)
     """So many on disk, the newest; 0 keeps all."""
-    allow_changed: list[str] = Field(default=[])
+    allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
+        default=[]
+    )
     """Settings that may differ from the checkpoint's, by the names that a refusal gives."""
     upload_timeout_seconds: PositiveFloat = 300.0
     """Stop the run when an upload to `save_remote` got nowhere for so long."""

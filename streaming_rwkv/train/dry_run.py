@@ -6,19 +6,21 @@ loader. Nothing is left behind but the cache of shards, which the run will use.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
-from streaming_rwkv.config import ConfigError
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import data_spec, training_batches
 from streaming_rwkv.data.shard_set import copy_tokenizer
 from streaming_rwkv.shards import TOKENIZER_FOLDER
+from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoint import check_same_run, newest_checkpoint
+from streaming_rwkv.train.checkpoint import check_same_settings, newest_checkpoint, plan_from
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.optimizer import lr_multiplier
 from streaming_rwkv.train.preview import batch_table, mixture_table, show, summary_table
-from streaming_rwkv.train.run import Prepared, open_packs, prepare
+from streaming_rwkv.train.run import Prepared, newest_mark, open_packs, prepare
 
 
 def dry_run(config: RunConfig, *, processes: int) -> int:
@@ -27,9 +29,19 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     Raises:
         UserError: whatever would stop the run before its first step.
     """
-    prepared = prepare(config, world_size=processes, leader=True)
+    root = Path(config.save_folder) / "checkpoints"
+    store = open_store(config.save_remote) if config.save_remote is not None else None
+    with contextlib.closing(store) if store else contextlib.nullcontext():
+        mark = newest_mark(root, store)
+    if mark is None:
+        newest_checkpoint(root)  # of damage, it says what to do
+    prepared = prepare(config, world_size=processes, leader=True, shape=mark["run"]["model"] if mark else None)
     lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
-    step = _first_step(prepared)
+    step = 0
+    if mark is not None:
+        step, where = int(mark["step"]), config.save_folder
+        check_same_settings(mark, prepared.identity, allow=frozenset(config.checkpoint.allow_changed), where=where)
+        prepared = replace(prepared, plan=plan_from(prepared.plan, mark, where=where))
     plan = prepared.plan
     show(mixture_table(plan, max_repeats=config.data.max_repeats))
     show(summary_table(prepared, processes=processes, first_step=step))
@@ -39,18 +51,6 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     batch, tokenizer = _read(prepared, step)
     show(batch_table(batch, plan, tokenizer, step=step))
     return 0
-
-
-def _first_step(prepared: Prepared) -> int:
-    """Where the run would begin: after the newest checkpoint of its save folder, if that is of the same run."""
-    config = prepared.config
-    checkpoint = newest_checkpoint(Path(config.save_folder) / "checkpoints")
-    if checkpoint is None:
-        return 0
-    check_same_run(checkpoint, prepared.identity, allow=frozenset(config.checkpoint.allow_changed))
-    if checkpoint.step > prepared.plan.steps:
-        raise ConfigError(f"{checkpoint.path}: beyond this run's {prepared.plan.steps} steps; train on more tokens")
-    return checkpoint.step
 
 
 def _read(prepared: Prepared, step: int) -> tuple[Batch, Tokenizer]:

@@ -503,10 +503,12 @@ def node_checkpoint(location: str, folder: Path) -> Path:
 @contextmanager
 def _run_of(location: str | Path) -> Iterator[tuple[Store, str | None]]:
     """The store that a run's checkpoints are in, and the one that is named, if one is."""
-    run, _, name = str(location).rstrip("/").partition(f"/{CHECKPOINTS}/")
-    store = open_store(run)
+    run = str(location).rstrip("/")
+    before, _, last = run.rpartition(f"/{CHECKPOINTS}/")
+    name = last if before and NAME.fullmatch(last) else None
+    store = open_store(before if name else run)
     try:
-        yield store, name or None
+        yield store, name
     finally:
         store.close()
 

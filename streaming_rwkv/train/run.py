@@ -8,7 +8,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import die_with_parent, lock_folder
-from streaming_rwkv.shards import TOKENIZER_FOLDER, StreamRecord, TokenizerRecord
+from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
@@ -41,6 +42,7 @@ from streaming_rwkv.train.checkpoint import (
     leads_node,
     load_checkpoint,
     newest_checkpoint,
+    plan_from,
     write_durably,
 )
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
@@ -113,6 +115,7 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool, shape: Mapping[
         leader=leader,
     )
     manifest = shard_set.manifest
+    cache_limits(data.cache_limit, manifest)  # refuses what does not suffice
     if config.evaluation.prompts and not manifest.select("validation"):
         raise ConfigError(
             f"evaluation.prompts: texts are drawn at evaluations, but {data.path} has no validation packs; "
@@ -166,7 +169,7 @@ def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     """By all ranks together; one reads for all. A run that goes on does not need what it started from any more."""
     root, copy = save_folder / "checkpoints", save_folder / "init_from"
     found: list[Any] = []
-    run_together((lambda: found.append(_newest_mark(root, store))) if is_leader() else None)
+    run_together((lambda: found.append(newest_mark(root, store))) if is_leader() else None)
     mark = all_gather(found)[0][0]
     if mark is not None:
         _remove(copy)
@@ -176,14 +179,16 @@ def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     return Start(shape=all_gather(found)[0][1], weights=weights)
 
 
-def _newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
+def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
+    """What the checkpoint that a run goes on from says of itself, here or in object storage."""
+    found: list[dict[str, Any]] = []
     with contextlib.suppress(CheckpointError):  # of damage, `restore` says what to do
         if (here := newest_checkpoint(root)) is not None:
-            return here.mark
+            found.append(here.mark)
     with contextlib.suppress(CheckpointError):
         if store is not None and (there := newest_remote(store)) is not None:
-            return there.mark
-    return None
+            found.append(there.mark)
+    return max(found, key=lambda mark: int(mark["step"]), default=None)
 
 
 def _remove(copy: Path) -> None:
@@ -258,9 +263,11 @@ def train(config: RunConfig) -> int:
     checkpoint, in_store = restore(store, save_folder)
     if checkpoint is not None:
         check_same_run(checkpoint, prepared.identity, allow=allow)
+        plan = plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))
+        prepared = replace(prepared, plan=plan)
         if mirror and not in_store:
             mirror.begin(checkpoint.path, all_by_leader=True)
-        if checkpoint.step >= prepared.plan.steps:
+        if checkpoint.step == prepared.plan.steps:
             if mirror:
                 mirror.finish()
             show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
@@ -317,13 +324,16 @@ def _fit(
     train_set = open_packs(prepared, train_records, batches, num_batches, plan.batch_packs)
     interval = config.log.interval_steps
     consumption = cb.Consumption(train_records, interval_steps=interval)
+    clipping = cb.ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite)
     checkpointer = cb.Checkpointer(
         root,
         interval_steps=config.checkpoint.interval_steps,
         keep=config.checkpoint.keep,
         last_step=plan.steps,
         run=prepared.identity,
+        slots_before=plan.slots_before,
         consumption=consumption,
+        clipping=clipping,
         mirror=mirror,
     )
     name = torch.cuda.get_device_name() if on_gpu else ""
@@ -339,7 +349,7 @@ def _fit(
         samples,  # before the throughput is taken up again
         cb.LearningRate(config.optimizer, total_tokens=prepared.total_tokens),
         cb.StageNumber(plan.stage_of),
-        cb.ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite),
+        clipping,
         consumption,
         cb.Throughput(
             total_tokens=prepared.total_tokens,
@@ -391,6 +401,7 @@ def _fit(
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)
         _go_on_at(trainer, train_set, checkpoint)
         consumption.load(checkpoint.mark["consumed"])
+        clipping.skipped = checkpoint.mark.get("steps_skipped", 0)
     for written in (lines, samples):
         written.rewind(checkpoint.step if checkpoint else 0)
     checkpointer.listen()
@@ -477,8 +488,35 @@ def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) 
         sample_in_epoch=mark["samples"],
         token=mark["tokens"],
         token_in_epoch=mark["tokens"],
+        total_wct=timedelta(seconds=mark["seconds"]),
     )
     train_set.start_at(checkpoint.step)
+
+
+def cache_limits(limit: str | int | None, manifest: Manifest) -> dict[Split, int | None]:
+    """What of the cache's limit falls to training and to validation: each looks after its own shards alone.
+
+    Validation gets what it needs, but no more than a tenth, unless that would not do.
+
+    Raises:
+        ConfigError: not even four of the largest shards, which Streaming wants, fit for each.
+    """
+    if limit is None:
+        return {"train": None, "validation": None}
+    limit = int(limit)
+    sizes = {
+        split: [shard.raw_bytes + shard.bytes for stream in manifest.select(split) for shard in stream.shards]
+        for split in SPLITS
+    }
+    least = {split: 4 * max(sizes[split], default=0) for split in SPLITS}
+    part = min(sum(sizes["validation"]), max(limit // 10, least["validation"]))
+    if limit - part < least["train"]:
+        raise ConfigError(
+            f"data.cache_limit: found {limit:,} bytes, but at least {least['train'] + part:,} are needed: four of the "
+            "largest shards, compressed and expanded, of training and of validation; raise it"
+        )
+    # What is kept whole needs no limit.
+    return {"train": limit - part, "validation": part if part < sum(sizes["validation"]) else None}
 
 
 def open_packs(
@@ -493,7 +531,7 @@ def open_packs(
         num_batches=num_batches,
         batch_packs=batch_packs,
         fetch_ahead=max(data.fetch_ahead, batch_packs),
-        cache_limit=data.cache_limit,
+        cache_limit=cache_limits(data.cache_limit, prepared.shard_set.manifest)[records[0].split],
         download_attempts=data.download_attempts,
         timeout_seconds=data.timeout_seconds,
     )

@@ -7,11 +7,14 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from streaming_rwkv.config import UserError
@@ -103,6 +106,33 @@ def test_a_loader_reads_the_plan(data, tmp_path, workers):
     for batch, ids in zip(batches, plan.packs(0, plan.steps), strict=True):
         assert batch["streams"].tolist() == (np.searchsorted(first_pack, ids, side="right") - 1).tolist()
         assert batch["num_targets"] == batch["cu_seqlens"][-1] == batch["tokens"].numel()
+
+
+def test_workers_go_on_when_a_whole_job_is_asked_to_stop_and_end_with_the_loader(data, tmp_path):
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
+    next(batches)
+    workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()
+    assert len(list(batches)) == plan.steps - 1
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_a_process_that_fails_in_mid_iteration_does_not_wait_for_its_workers(data, tmp_path):
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.data.test_loader import data_spec, open_dataset
+dataset, _, _ = open_dataset({str(data)!r}, {str(tmp_path / "cache")!r})
+batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
+next(batches)
+print("one batch", flush=True)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "one batch\n"), done.stderr
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -37,6 +37,36 @@ def test_without_shares_each_pack_is_seen_once_a_pass_and_the_rest_opens_the_nex
         assert sorted(ids[pass_number * packs : (pass_number + 1) * packs]) == list(range(packs))
 
 
+def test_what_a_stage_leaves_over_is_taken_up_over_the_same_streams():
+    """A window's remainder is its own: in the next window's passes it would be seen twice, and here never."""
+    streams = [stream("web", 256, 1000), stream("web", 512, 1000)]
+    stages = [{"passes": 1, "max_length": 256}, {"passes": 1, "min_length": 257}] * 4
+    plan = plan_of(stages, streams, batch_packs=300)
+    assert [stage.steps for stage in plan.stages] == [3, 3, 3, 3, 4, 4, 3, 3]
+    counts = np.bincount(plan.packs(0, plan.steps).ravel(), minlength=2000)
+    assert counts.reshape(2, -1).sum(1).tolist() == [3900, 3900]  # of 4000, in whole batches
+    assert set(counts.tolist()) == {3, 4}
+
+
+@pytest.mark.parametrize(("first", "then"), [(16, 32), (16, 4), (12, 10), (10, 12)])
+def test_with_another_batch_size_the_run_goes_on_where_it_was(first, then):
+    stages = [{"tokens": 30_000, "max_length": 256}, {"passes": 1}]
+    before, whole = plan_of(stages, batch_packs=first), plan_of(stages, batch_packs=then)
+    step = 7
+    after = whole.going_on(step=step, slots=before.slots_before(step))
+    skipped = -(step * first) % then  # less than a batch, lest a pack come twice
+    slots = np.concatenate([before.packs(0, step).ravel(), after.packs(step, after.steps).ravel()])
+    expected = whole.packs(0, whole.steps).ravel()
+    assert slots[: step * first].tolist() == expected[: step * first].tolist()
+    assert slots[step * first :].tolist() == expected[step * first + skipped :].tolist()
+    # Started again with the same size, and changed once more.
+    again = whole.going_on(step=step + 2, slots=after.slots_before(step + 2))
+    assert again.packs(step + 2, again.steps).tolist() == after.packs(step + 2, after.steps).tolist()
+    assert again.stage_of(step) == after.stage_of(step)
+    back = before.going_on(step=step + 2, slots=after.slots_before(step + 2))
+    assert back.slots_before(step + 2) - after.slots_before(step + 2) in range(first)
+
+
 def test_shares_are_of_tokens_not_of_packs():
     # web/512 has 80 targets in a pack and web/256 has 100: equal shares need 5 packs of it for every 4.
     plan = plan_of([{"tokens": 160_000, "streams": {"web/1-256": 1, "web/257-512": 1, "code/1-256": 0}}])

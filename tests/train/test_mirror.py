@@ -25,11 +25,19 @@ from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.storage import StorageError, Store, open_store
-from streaming_rwkv.train.callbacks import Checkpointer, Consumption
+from streaming_rwkv.train.callbacks import Checkpointer, ClipGradient, Consumption
 from streaming_rwkv.train.checkpoint import FORMAT, install, newest_checkpoint
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.mirror import Mirror, MirrorError, check_place, local_checkpoint, newest_remote, restore
+from streaming_rwkv.train.mirror import (
+    Mirror,
+    MirrorError,
+    _run_of,
+    check_place,
+    local_checkpoint,
+    newest_remote,
+    restore,
+)
 from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import S3Server
@@ -407,7 +415,15 @@ def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
     consumption.fit_start(state, logger)
     mirror = Mirror(hasty, folder, keep=2)
     checkpointer = Checkpointer(
-        folder / "checkpoints", interval_steps=2, keep=2, last_step=9, run={}, consumption=consumption, mirror=mirror
+        folder / "checkpoints",
+        interval_steps=2,
+        keep=2,
+        last_step=9,
+        run={},
+        slots_before=lambda step: step,
+        consumption=consumption,
+        clipping=ClipGradient(1.0, on_nonfinite="skip"),
+        mirror=mirror,
     )
 
     def end_of_step(step: int) -> None:
@@ -503,3 +519,18 @@ def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: 
         ["__1_0.distcp", "complete.json"],
     ]
     assert files_of(store, 7) == [".metadata", "__0_0.distcp", "__1_0.distcp", "complete.json"]
+
+
+@pytest.mark.parametrize(
+    ("location", "run", "name"),
+    [
+        ("s3://b/runs/a", "s3://b/runs/a", None),
+        ("s3://b/runs/a/", "s3://b/runs/a", None),
+        ("s3://b/runs/a/checkpoints/step-00000010", "s3://b/runs/a", "step-00000010"),
+        ("s3://b/checkpoints/stage1", "s3://b/checkpoints/stage1", None),
+        ("s3://b/checkpoints/stage1/checkpoints/step-00000010/", "s3://b/checkpoints/stage1", "step-00000010"),
+    ],
+)
+def test_a_run_or_one_of_its_checkpoints_is_meant(location: str, run: str, name: str | None) -> None:
+    with _run_of(location) as (store, found):
+        assert (store.url("x"), found) == (f"{run}/x", name)

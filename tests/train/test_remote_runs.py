@@ -18,10 +18,12 @@ from streaming_rwkv import export
 from streaming_rwkv.model.checkpoint import read_state
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import open_store
+from streaming_rwkv.train.__main__ import main
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import SECRET_KEY, S3Server
 from tests.train.test_runs import (
     FREEZE,
+    SETTINGS,
     TRAIN,
     VALIDATION,
     Workplace,
@@ -55,6 +57,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
     s3_place: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(FREEZE)
@@ -103,6 +106,11 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
     assert export.main([f"{s3_place}/run", str(tmp_path / "model.pth"), "--dtype", "float32"]) == 0
     exported, expected = read_state(tmp_path / "model.pth"), last_weights(tmp_path / "quiet")
     assert all(torch.equal(exported[name], expected[name].squeeze()) for name in ("emb.weight", "head.weight"))
+
+    # A look from another machine: the bucket says how far the run came, and what it started from is not needed.
+    empty = [f"save_folder={tmp_path / 'empty'}", "model.hidden_size=null", "model.init_from=/gone.pth"]
+    assert main(["yamls/tiny_cpu.yaml", "--dry-run", *remote, *SETTINGS, *empty]) == 0
+    assert "this run is finished (30 steps)" in capsys.readouterr().out
 
     secret = SECRET_KEY.encode()
     assert secret not in output.encode() + resumed.encode()
