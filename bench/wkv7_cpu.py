@@ -4,8 +4,9 @@
 
 The floor is the time in which these cores, at the rate measured in the same run, do 19·N² multiply-adds per token and
 head (5 forward, 14 backward). Rate and times are each the best of all rounds, which interleave; the rate is taken over
-a fraction of a millisecond, so that a busy machine makes the kernel look worse, never better. Beside it stands what
-torch.mm makes of the same cores, for large matrices. Results are checked first; a wrong one is not timed.
+a fraction of a millisecond, so that a busy machine makes the kernel look worse, never better. Beside it stands what the
+vendor's code makes of the same cores: torch.mm of large matrices, and torch.bmm of products as a chunk of 16 tokens has
+them, with nothing to compute before, between or after. Results are checked first; a wrong one is not timed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from streaming_rwkv.ops.testing import Case, errors, make_case, run, run_referen
 
 N = 64
 SQUARE = 1024
+CHUNKS, CHUNK = 512, 16  # 8192 tokens and heads
 MULTIPLY_ADDS = 19 * N * N  # per token and head, forward and backward
 PACKS = {"one document of 2048": [2048], "eight documents of 256": [256] * 8}
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
@@ -89,6 +91,9 @@ def main() -> None:
     rate = 0.0
     product = float("inf")
     square = torch.randn(SQUARE, SQUARE)
+    chunks, states = torch.randn(CHUNKS, CHUNK, N), torch.randn(CHUNKS, N, N)
+    chunk_products = torch.empty_like(chunks)
+    batched = float("inf")
     rows = []
     for name, lengths in PACKS.items():
         tokens = sum(lengths)
@@ -104,6 +109,9 @@ def main() -> None:
                 started = time.perf_counter()
                 square @ square
                 product = min(product, time.perf_counter() - started)
+                started = time.perf_counter()
+                torch.bmm(chunks, states, out=chunk_products)
+                batched = min(batched, time.perf_counter() - started)
             if dtype == torch.float32:
                 check(wkv7_chunked, case, expected, "chunked PyTorch")
                 chunked = min(seconds(wkv7_chunked, case) for _ in range(5))
@@ -111,7 +119,8 @@ def main() -> None:
 
     print(f"{options.threads} threads, {options.heads} heads: {rate / 1e9:.1f} G multiply-adds a second; floor "
           f"{MULTIPLY_ADDS / rate * 1e6:.3f} µs per token and head")  # fmt: skip
-    print(f"torch.mm of {SQUARE} x {SQUARE} matrices: {product * rate / SQUARE**3:.2f}× its own floor\n")
+    print(f"torch.mm of {SQUARE} x {SQUARE} matrices: {product * rate / SQUARE**3:.2f}× its own floor")
+    print(f"torch.bmm of {CHUNKS} products {CHUNK} x {N} by {N} x {N}: {batched * rate / chunks.numel() / N:.2f}×\n")
     print(f"{'':24}{'':10}{'C++, forward and backward':>30}{'slower than C++ by':>34}")
     print(f"{'':24}{'':10}{'µs':>16}{'× floor':>14}{'chunked PyTorch':>20}{'step by step':>14}")
     for name, dtype, cpp, chunked, reference, units in rows:
