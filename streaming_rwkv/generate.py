@@ -137,7 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that an option names.
+
+    Raises:
+        GenerationError: it is not there.
+    """
     try:
         device = torch.device("cuda" if name == "gpu" else name)  # as a run's settings have it
         torch.empty(1, device=device)
@@ -148,7 +153,7 @@ def _device(name: str) -> torch.device:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = _device(options.device)
+    device = find_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -160,34 +160,47 @@ class Consumption(Callback):
         logger.log_metrics(metrics)
 
 
+def groups_of(streams: Sequence[StreamRecord]) -> dict[str, list[int]]:
+    """What is reported together: indices of streams by all, source, bucket and stream."""
+    groups: dict[str, list[int]] = {"all": list(range(len(streams)))}
+    for i, stream in enumerate(streams):
+        for name in (
+            f"source/{stream.source}",
+            f"bucket/{stream.bucket}",
+            f"stream/{stream.source}/{stream.bucket}",
+        ):
+            groups.setdefault(name, []).append(i)
+    return groups
+
+
+def validation_metrics(groups: Mapping[str, Sequence[int]], totals: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of each group.
+
+    Args:
+        totals: `LossByStream.totals`.
+    """
+    metrics = {}
+    for group, members in groups.items():
+        nll, targets, text_bytes = (sum(totals[name][i] for i in members) for name in ("nll", "targets", "text_bytes"))
+        if targets:
+            metrics[f"validation/loss/{group}"] = nll / targets
+            metrics[f"validation/perplexity/{group}"] = math.exp(min(700.0, nll / targets))
+        if text_bytes:
+            # Comparable between tokenizers, as the loss per token is not.
+            metrics[f"validation/bits_per_byte/{group}"] = nll / math.log(2) / text_bytes
+    return metrics
+
+
 class ValidationReport(Callback):
     """Loss, perplexity and bits per byte on validation, over all and by source, bucket and stream."""
 
     def __init__(self, streams: Sequence[StreamRecord]) -> None:
-        self.groups: dict[str, list[int]] = {"all": list(range(len(streams)))}
-        for i, stream in enumerate(streams):
-            for name in (
-                f"source/{stream.source}",
-                f"bucket/{stream.bucket}",
-                f"stream/{stream.source}/{stream.bucket}",
-            ):
-                self.groups.setdefault(name, []).append(i)
+        self.groups = groups_of(streams)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics["eval"]["loss"]
         assert isinstance(metric, LossByStream)
-        metrics = {}
-        for group, members in self.groups.items():
-            nll, targets, text_bytes = (
-                sum(metric.totals[name][i] for i in members) for name in ("nll", "targets", "text_bytes")
-            )
-            if targets:
-                metrics[f"validation/loss/{group}"] = nll / targets
-                metrics[f"validation/perplexity/{group}"] = math.exp(min(700.0, nll / targets))
-            if text_bytes:
-                # Comparable between tokenizers, as the loss per token is not.
-                metrics[f"validation/bits_per_byte/{group}"] = nll / math.log(2) / text_bytes
-        logger.log_metrics(metrics)
+        logger.log_metrics(validation_metrics(self.groups, metric.totals))
 
 
 class Throughput(Callback):

@@ -26,6 +26,7 @@ import psutil
 import pytest
 import torch
 
+from streaming_rwkv import evaluate
 from streaming_rwkv.model.checkpoint import read_state
 from streaming_rwkv.train.checkpoint import newest_checkpoint
 
@@ -288,6 +289,16 @@ def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_wi
     status, output = place.train(folder, processes=2)
     assert status == 0, output
     assert_same_run(folder, unbroken_with_two)
+
+
+def test_its_last_checkpoint_evaluates_as_the_run_did(
+    place: Workplace, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(unbroken), str(place.data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    step, loss = validation_losses(unbroken)[-1]
+    assert step == STEPS
+    assert found["validation/loss/all"] == pytest.approx(loss, rel=1e-6)
 
 
 def press_ctrl_c(run: Run) -> None:
