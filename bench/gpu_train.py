@@ -89,7 +89,7 @@ def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
     return [
         Size(name=name, model=RWKV7Config(vocab_size=vocab_size, preset=name), settings=[f"model.preset={name}"],
              pack_tokens=8192, microbatch_packs=packs, batch_packs=32, steps=40, checkpoint_steps=10)
-        for name, packs in (("0.1B", 4), ("0.4B", 2))  # some 45 and 63 GB
+        for name, packs in (("0.1B", 4), ("0.4B", 2))  # about 45 and 63 GB, as preview.py estimates them
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch
@@ -27,6 +27,7 @@ from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
 from streaming_rwkv.generate import find_device, find_tokenizer
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.plot import validation_rows
 from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.train.callbacks import groups_of, validation_metrics
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
@@ -101,16 +102,11 @@ def evaluate(
     return validation_metrics(groups_of(records), sums.totals)
 
 
-def loss_table(metrics: Mapping[str, float]) -> Table:
-    table = Table()
-    table.add_column("")
-    kinds = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-    for heading in kinds.values():
-        table.add_column(heading, justify="right")
-    prefix = "validation/loss/"
-    for group in (name.removeprefix(prefix) for name in metrics if name.startswith(prefix)):
-        values = (metrics.get(f"validation/{kind}/{group}") for kind in kinds)
-        table.add_row(group, *("–" if value is None else f"{value:,.4f}" for value in values))
+def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
+    heading, *rows = validation_rows(metrics, title=title)
+    table = Table(heading[0], *(Column(name, justify="right") for name in heading[1:]))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -136,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(metrics, indent=1))
     else:
-        show(loss_table(metrics))
+        show(loss_table(metrics, title=options.split))
     return 0
 
 

@@ -371,16 +371,21 @@ def last_validation(run: Run) -> list[list[str]]:
     for row in run.rows:
         if any(name.startswith("validation/") for name in row):
             latest = row
+    return validation_rows(latest, title=f"{run.name}, step {latest['step']:,}") if latest else []
+
+
+def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]]:
+    """A heading, and a row each for all together, every source and every bucket that `metrics` has."""
     prefix = "validation/loss/"
-    groups = [name.removeprefix(prefix) for name in latest if name.startswith(prefix)]
+    groups = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     shown = [name for name in groups if name.startswith(("source/", "bucket/"))]
     shown.sort(key=lambda name: (name.startswith("bucket/"), bucket_order(name[7:]) if name[0] == "b" else 0, name))
     kinds = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-    rows = [[f"{run.name}, step {latest.get('step', 0):,}", *kinds.values()]]
+    rows = [[title, *kinds.values()]]
     for name in ["all", *shown]:
-        values = [latest.get(f"validation/{kind}/{name}") for kind in kinds]
-        rows.append([name.replace("/", " "), *("–" if value is None else f"{value:.3f}" for value in values)])
-    return rows if latest else []
+        values = [metrics.get(f"validation/{kind}/{name}") for kind in kinds]
+        rows.append([name.replace("/", " "), *("–" if value is None else f"{value:.4f}" for value in values)])
+    return rows
 
 
 def page(history: History, figure: Figure) -> str:

@@ -85,6 +85,8 @@ def test_data_on_object_storage_and_a_part_of_it(
         assert main([str(checkpoint), place, "--split", "train", "--packs-per-stream", "2", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
+    assert main([str(checkpoint), str(data), "--split", "train", "--json"]) == 0
+    assert found[0] != json.loads(capsys.readouterr().out)
 
 
 def test_what_does_not_go_together_is_refused(

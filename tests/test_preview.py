@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 import pytest
 import torch
 
+from streaming_rwkv.config import load_config
 from streaming_rwkv.data.loader import data_spec
 from streaming_rwkv.model.config import RWKV7Config, parameter_count
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
+from streaming_rwkv.train.config import CheckpointConfig, RunConfig
 from streaming_rwkv.train.preview import activation_bytes, checkpoint_steps, state_bytes
+from streaming_rwkv.train.run import prepare
 
 CONFIG = """
 save_folder: {run}
@@ -95,6 +99,14 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
 def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):
     assert main([str(config), "--dry-run", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_whatever_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
+    run = load_config(RunConfig, str(config), overrides=[])
+    prepared = prepare(run, world_size=1, leader=True)
+    (allowed,) = get_args(CheckpointConfig.model_fields["allow_changed"].annotation)
+    assert set(get_args(allowed)) == set(prepared.identity)
+    prepared.shard_set.lock.release()
 
 
 def test_processes_must_be_positive(config, capsys):

@@ -85,14 +85,16 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole run: slot n of the run lies in step n // batch_packs - shift."""
+    """The whole run: slot n lies n // batch_packs steps after the first stage's first.
+
+    That is step 0, unless the batch size was changed on the way: see `going_on`.
+    """
 
     streams: list[StreamRecord]
     batch_packs: int
     stages: list[Stage]
     orders: list[StreamOrder] = field(repr=False)
     end: Ints  # (S,) packs that each stream has given at the end of the run
-    shift: int = 0  # how far the batch size was changed on the way: see `going_on`
 
     @property
     def steps(self) -> int:
@@ -109,12 +111,11 @@ class Plan:
 
         It goes on with the next whole batch: nothing comes again, and less than a batch is left for the next pass.
         """
-        shift = -(-slots // self.batch_packs) - step
-        stages = [replace(stage, first_step=stage.first_step - (shift - self.shift)) for stage in self.stages]
-        return replace(self, stages=stages, shift=shift)
+        moved = step - -(-slots // self.batch_packs) - self.stages[0].first_step
+        return replace(self, stages=[replace(stage, first_step=stage.first_step + moved) for stage in self.stages])
 
     def slots_before(self, step: int) -> int:
-        return (step + self.shift) * self.batch_packs
+        return (step - self.stages[0].first_step) * self.batch_packs
 
     def stage_of(self, step: int) -> int:
         return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step or i == 0)

@@ -203,20 +203,25 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
         # Of torch's words, which advise to switch the safety off: what the file asked for, or what it is that is wrong.
         asks_for = re.search(r"(?:it asks for|GLOBAL) ([\w.]+)", str(error))
         if asks_for is None:
-            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-            raise CheckpointError(
-                f"{path}: damaged or no checkpoint ({reason}); copy it again from its source"
-            ) from None
+            raise _damaged(path, str(error).rpartition("WeightsUnpickler error: ")[2]) from None
         raise CheckpointError(
             f"{path}: refused, since reading it whole would run code that it brings (it asks for {asks_for[1]}). Only "
             "weights are read here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
         ) from None
-    except (
-        *(RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError),
-        *(KeyError, IndexError, TypeError, AttributeError),  # torch and pickle, of bytes that mean nothing
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: damaged or no checkpoint ({reason}); copy it again from its source") from error
+    except _UNREADABLE as error:
+        raise _damaged(path, str(error)) from error
+
+
+# The second line is torch's and pickle's, of bytes that mean nothing.
+_UNREADABLE = (
+    RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError,
+    LookupError, TypeError, AttributeError,
+)  # fmt: skip
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    reason = reason.strip().partition("\n")[0]
+    return CheckpointError(f"{path}: damaged or no checkpoint ({reason}); copy it again from its source")
 
 
 def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -22,7 +22,7 @@ class DataConfig(Config):
     """Data set that `prep` built: a folder, or s3://bucket/prefix."""
     cache: str | None = None
     """Folder for downloaded and expanded shards; by default below the save folder."""
-    cache_limit: str | int | None = None
+    cache_limit: int | None = None
     """At most so much of this data set on disk ('200gb', in powers of 1024), compressed and expanded; at least four of
     the largest shards of training and of validation. By default everything is kept."""
     stages: list[StageConfig] = Field(min_length=1)
@@ -44,11 +44,11 @@ class DataConfig(Config):
     timeout_seconds: PositiveFloat = 120.0
     """Stop the run when a download got nowhere for so long."""
 
-    @field_validator("cache_limit")
+    @field_validator("cache_limit", mode="before")
     @classmethod
-    def _in_bytes(cls, limit: str | int | None) -> int | None:
+    def _in_bytes(cls, limit: Any) -> Any:
         try:
-            return None if limit is None else bytes_to_int(limit)
+            return bytes_to_int(limit) if isinstance(limit, str) else limit
         except ValueError:
             raise ValueError(f"found {limit!r}; expected a number of bytes, or one with kb, mb, gb, tb") from None
 

@@ -493,7 +493,7 @@ def _go_on_at(trainer: Trainer, train_set: PackDataset, checkpoint: Checkpoint) 
     train_set.start_at(checkpoint.step)
 
 
-def cache_limits(limit: str | int | None, manifest: Manifest) -> dict[Split, int | None]:
+def cache_limits(limit: int | None, manifest: Manifest) -> dict[Split, int | None]:
     """What of the cache's limit falls to training and to validation: each looks after its own shards alone.
 
     Validation gets what it needs, but no more than a tenth, unless that would not do.
@@ -503,7 +503,6 @@ def cache_limits(limit: str | int | None, manifest: Manifest) -> dict[Split, int
     """
     if limit is None:
         return {"train": None, "validation": None}
-    limit = int(limit)
     sizes = {
         split: [shard.raw_bytes + shard.bytes for stream in manifest.select(split) for shard in stream.shards]
         for split in SPLITS
