@@ -281,10 +281,15 @@ class Checkpointer(Callback):
 
     def listen(self) -> None:
         """Take SIGTERM, and the first Ctrl-C, as a wish to stop at the end of the step."""
+        interrupted = False
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self.asked_to_stop:
+            nonlocal interrupted
+            # Not whoever was asked before: of one Ctrl-C comes a SIGINT from the terminal and a SIGTERM from the
+            # launcher, in either order.
+            if number == signal.SIGINT and interrupted:
                 raise KeyboardInterrupt
+            interrupted = interrupted or number == signal.SIGINT
             self.asked_to_stop = True
 
         signal.signal(signal.SIGTERM, on_signal)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.callbacks import (
+    Checkpointer,
     ClipGradient,
     Consumption,
     JSONLines,
@@ -291,3 +295,35 @@ def test_evaluations_come_before_the_checkpoint_of_their_step_and_at_the_end():
         # Composer asks at each of these in turn, and writes checkpoints between the first two.
         asked += [(step, event) for event in (Event.BATCH_END, Event.EPOCH_END, Event.FIT_END) if due(state, event)]
     assert asked == [(4, Event.BATCH_END), (8, Event.BATCH_END), (10, Event.BATCH_END)]
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_restored")
+@pytest.mark.parametrize("asked", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+def test_one_ctrl_c_asks_to_stop_whatever_the_launcher_adds_and_a_second_one_stops(
+    asked: list[signal.Signals], tmp_path: Path
+) -> None:
+    checkpointer = Checkpointer(
+        tmp_path,
+        interval_steps=1,
+        keep=1,
+        last_step=1,
+        run={},
+        slots_before=lambda step: step,
+        consumption=Consumption(STREAMS, interval_steps=1),
+        clipping=ClipGradient(1.0, on_nonfinite="skip"),
+    )
+    checkpointer.listen()
+    assert not checkpointer.asked_to_stop
+    for number in asked:
+        os.kill(os.getpid(), number)
+    assert checkpointer.asked_to_stop
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
