@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.storage import StorageError, Store, is_remote, open_store
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
@@ -38,7 +39,7 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     Raises:
         UserError: a path that is not there, or with nothing readable below it.
     """
-    paths = [path if path.startswith("s3://") else os.path.normpath(os.path.expanduser(path)) for path in paths]
+    paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
     found: dict[str, tuple[int, int]] = {}
     for path in paths:
         below = {file: (size, changed_ns) for file, size, changed_ns in _walk(source, path)}
@@ -65,24 +66,33 @@ def _common_root(files: list[str], paths: list[str]) -> str:
 
 
 def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
-    if path.startswith("s3://"):
+    if is_remote(path):
         yield from _walk_s3(source, path)
         return
-    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    is_pattern = glob.has_magic(path) and not os.path.lexists(path)  # names may have brackets
+    matches = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
     for match in matches:
         if os.path.isdir(match):
             for folder, folders, files in os.walk(match, followlinks=True):
                 folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(folder, name)]
                 yield from (_stat(f"{folder}/{name}") for name in files if _readable(name))
         elif os.path.isfile(match):
-            if not match.endswith(SUFFIXES):
-                raise UserError(f"sources.{source}: {match}: cannot be read; files must end in {', '.join(SUFFIXES)}")
+            if match == path:
+                _check_suffix(source, path)
+            elif not _readable(os.path.basename(match)):
+                continue
             yield _stat(match)
         else:
             raise UserError(f"sources.{source}: {path}: no such file or folder")
 
 
+def _check_suffix(source: str, path: str) -> None:
+    if not path.endswith(SUFFIXES):
+        raise UserError(f"sources.{source}: {path}: cannot be read; files must end in {', '.join(SUFFIXES)}")
+
+
 def _readable(name: str) -> bool:
+    """Whether a file that was not named, but lies in a folder or matches a pattern, is one to read."""
     return name.endswith(SUFFIXES) and not name.startswith((".", "_"))
 
 
@@ -100,35 +110,28 @@ def _stat(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=1)
-def _s3() -> Any:
-    from pyarrow.fs import S3FileSystem
-
-    endpoint = os.environ.get("S3_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL")
-    return S3FileSystem(endpoint_override=endpoint) if endpoint else S3FileSystem()
+@lru_cache
+def _bucket(name: str) -> Store:
+    return open_store(f"s3://{name}")
 
 
 def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
-    from pyarrow.fs import FileSelector, FileType
-
-    path = url.removeprefix("s3://").rstrip("/")
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    path = path.rstrip("/")
     magic = glob.has_magic(path)
-    fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)].rpartition("/")[0] if magic else path
-    try:
-        (info,) = _s3().get_file_info([fixed])
-        if info.type == FileType.File:
-            infos = [info]
-        else:
-            infos = _s3().get_file_info(FileSelector(fixed, recursive=True))
-    except OSError as error:
-        raise UserError(
-            f"sources.{source}: {url}: {error}; check the bucket, the credentials, and S3_ENDPOINT_URL"
-        ) from error
     # As `glob` has it for local files, and what lies below a folder that matches.
-    pattern = re.compile(_glob_pattern(path) + "(/.*)?") if magic else re.compile(".*")
-    for info in infos:
-        if info.type == FileType.File and _readable(info.base_name) and pattern.fullmatch(info.path):
-            yield f"s3://{info.path}", info.size, info.mtime_ns or 0
+    pattern = re.compile((_glob_pattern(path) if magic else re.escape(path)) + ("(/.*)?" if path else ".*"))
+    fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)] if magic else path
+    try:
+        for name, size, changed_ns in _bucket(bucket).walk(fixed):
+            hidden = "/." in (fixed[-1:] or "/") + name[len(fixed) :]
+            if name == path:
+                _check_suffix(source, url)
+            elif hidden or not pattern.fullmatch(name) or not _readable(name.rpartition("/")[2]):
+                continue
+            yield f"s3://{bucket}/{name}", size, changed_ns
+    except StorageError as error:
+        raise UserError(f"sources.{source}: {error}") from None
 
 
 def _glob_pattern(path: str) -> str:
@@ -145,12 +148,12 @@ def open_file(path: str) -> IO[bytes]:
     """`path` for reading: a seekable binary file.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened; of an object, reading raises it too.
     """
+    if is_remote(path):
+        bucket, _, name = path.removeprefix("s3://").partition("/")
+        return _bucket(bucket).open(name)
     try:
-        if path.startswith("s3://"):
-            file: IO[bytes] = _s3().open_input_file(path.removeprefix("s3://"))
-            return file
         return Path(path).open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None

@@ -105,8 +105,6 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
                 check_free(store)
                 store.close()  # before workers are forked: they would inherit its connections
             _save_tokenizer(tokenizer, job)
-            # Listing an S3 input opened connections of pyarrow's, and forked workers would read each other's answers.
-            fork = fork and not any(is_remote(part.file.path) for unit in units for part in unit.parts)
             with (
                 _nothing_kept_of_wrong_ids(job),
                 start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,13 @@ from prep.config import SourceConfig
 from prep.document import Documents, document_keys
 from prep.files import InputFile, find_files, open_file
 from prep.readers import Batch, Part, read_parquet_layout, read_part
+from streaming_rwkv.storage import is_remote
 
 CHUNK_CHARACTERS = 4 << 20
 CHUNK_DOCUMENTS = 1 << 15
 _FILES_PER_UNIT = 1024
 _SCAN_BYTES = 1 << 20
+_OPENED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +44,28 @@ def plan_units(sources: dict[str, SourceConfig], *, unit_bytes: int) -> list[Uni
     """
     units: list[Unit] = []
     for source, config in sorted(sources.items()):
-        parts = (part for file in find_files(source, config.paths) for part in _parts(file, config, unit_bytes))
-        for group in _group(parts, unit_bytes):
+        for group in _group(_all_parts(find_files(source, config.paths), config, unit_bytes), unit_bytes):
             members = tuple(part for part, _ in group)
             size = sum(size for _, size in group)
             units.append(Unit(index=len(units), source=source, parts=members, input_bytes=size))
     return units
 
 
+def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+    if not any(is_remote(file.path) for file in files):
+        for file in files:
+            yield from _parts(file, config, unit_bytes)
+        return
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # what takes the time is waiting
+        for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes)), files):
+            yield from parts
+
+
 def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     """The file's parts with their sizes, each about `unit_bytes` where the format can be cut."""
     if file.suffix == ".parquet":
         yield from _row_group_parts(file, config, unit_bytes)
-    elif file.suffix == ".jsonl" and file.size > unit_bytes and not file.path.startswith("s3://"):
+    elif file.suffix == ".jsonl" and file.size > unit_bytes and not is_remote(file.path):
         yield from _line_parts(file, unit_bytes)
     else:
         yield Part(file=file), file.size

@@ -22,13 +22,14 @@ import io
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from streaming_rwkv.remote_file import RemoteFile
 from streaming_rwkv.s3_requests import (
     STEP_BYTES,
     Connection,
@@ -117,22 +118,26 @@ class Store:
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Name → bytes of all objects whose names begin with `prefix`, sorted."""
-        found: dict[str, int] = {}
+        return {name: size for name, size, _ in sorted(self.walk(prefix))}
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+        """(name, bytes, when it was written in ns since 1970) of all objects whose names begin with `prefix`."""
         more: dict[str, str] = {}
         while True:
             page = self._page("list_objects_v2", self._key(prefix), more)
-            found |= {entry["Key"][len(self._key("")) :]: entry["Size"] for entry in page.get("Contents", [])}
+            for entry in page.get("Contents", []):
+                written_ns = int(entry["LastModified"].timestamp()) * 10**9  # whole seconds, as GET has them too
+                yield entry["Key"][len(self._key("")) :], entry["Size"], written_ns
             if not page.get("IsTruncated"):
-                return dict(sorted(found.items()))
+                return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def find(self, name: str) -> StoredObject | None:
         """What lies there, or None. A bucket that does not exist gives None too; `list` tells the difference."""
         try:
-            answer = self._ask("look for", name, lambda client, _: client.head_object(**self._at(name)))
+            return self._stored(name)
         except ObjectMissing:
             return None
-        return _stored(answer)
 
     def check_writable(self) -> None:
         """Find out whether objects may be written here, without one being seen: begin an upload, and abort it."""
@@ -179,6 +184,20 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
 
+    def open(self, name: str) -> IO[bytes]:
+        """An object as a seekable file, of which only what is read is fetched: see `RemoteFile`.
+
+        It stays the object that it is now: when another has taken its place, reading raises StorageError.
+        """
+        found = self._stored(name)
+
+        def fetch(begin: int, end: int) -> bytearray:
+            content = bytearray()
+            self._fetch(name, content.extend, of=found, begin=begin, end=end)
+            return content
+
+        return io.BufferedReader(RemoteFile(fetch, size=found.size))
+
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
         # Not DeleteObjects: it needs a checksum that older servers do not know.
@@ -222,8 +241,9 @@ class Store:
         return found.etag == content.etag or self._read_back(name) == content.sha256
 
     def _read_back(self, name: str) -> str:
-        with open(os.devnull, "wb") as nowhere:
-            return self._fetch(name, nowhere, most=None)[1]
+        digest = hashlib.sha256()
+        self._fetch(name, digest.update)
+        return digest.hexdigest()
 
     def _put_parts(self, content: _Content, name: str) -> Any:
         key = self._key(name)
@@ -301,9 +321,15 @@ class Store:
         for attempt in ("first", "second"):
             file.seek(0)
             file.truncate()
-            found, digest = self._fetch(name, file, most=most)
+            digest = hashlib.sha256()
+
+            def write(block: bytes, digest: Any = digest) -> None:
+                file.write(block)
+                digest.update(block)
+
+            found = self._fetch(name, write, most=most)
             expected = sha256 or found.sha256
-            if expected in (None, digest):
+            if expected in (None, digest.hexdigest()):
                 return
             logger.warning("%s: damaged on the %s attempt (%d bytes)", self.url(name), attempt, found.size)
         raise StorageError(
@@ -311,37 +337,53 @@ class Store:
             "damaged: restore it, or write it again"
         )
 
-    def _fetch(self, name: str, file: IO[bytes], *, most: int | None) -> tuple[StoredObject, str]:
-        """Read an object into `file`; after a break, from there on. Returns what it is, and the sha256 of what came."""
-        digest = hashlib.sha256()
-        at = 0
-        of: StoredObject | None = None
+    def _fetch(
+        self,
+        name: str,
+        write: Callable[[bytes], Any],
+        *,
+        of: StoredObject | None = None,
+        begin: int = 0,
+        end: int | None = None,
+        most: int | None = None,
+    ) -> StoredObject:
+        """Hand an object's bytes to `write` as they come; after a break, from there on. Returns what it is.
+
+        Args:
+            of: the object that is there is this one, or it is an error; needed for a part.
+            begin, end: the part of it to read; by default all.
+        """
+        at = begin
 
         def attempt(client: Any, moved: Moved) -> StoredObject:
             nonlocal at, of
-            rest = {"Range": f"bytes={at}-", "IfMatch": f'"{of.etag}"'} if of else {}
-            answer = client.get_object(**self._at(name), **rest)
+            last = "" if end is None else end - 1
+            part = {"Range": f"bytes={at}-{last}", "IfMatch": f'"{of.etag}"'} if of else {}
+            answer = client.get_object(**self._at(name), **part)
             with contextlib.closing(answer["Body"]) as body:
                 if of is not None and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
-                    raise FaultyAnswer("the whole object came where the rest was asked for")
+                    raise FaultyAnswer("the whole object came where a part was asked for")
                 found = of or _stored(answer)
                 if most is not None and found.size > most:
                     raise StorageError(f"{self.url(name)}: {found.size:,} bytes; at most {most:,} are expected here")
+                stop = found.size if end is None else end
                 while block := body.read(STEP_BYTES):
                     with moved.lock:
-                        if moved.abandoned:  # the next attempt writes into the file
+                        if moved.abandoned:  # the next attempt goes on in its place
                             raise FaultyAnswer("given up")
-                        file.write(block)
-                        digest.update(block)
+                        write(block)
                         at, of = at + len(block), found
                         moved.bytes += len(block)
-            if at != found.size:
-                raise FaultyAnswer(f"{at:,} of {found.size:,} bytes came")
+            if at != stop:
+                raise FaultyAnswer(f"{at - begin:,} of {stop - begin:,} bytes came")
             return found
 
-        return self._ask("read", name, attempt, gained=lambda: at), digest.hexdigest()
+        return self._ask("read", name, attempt, gained=lambda: at)
 
     # --- requests ---
+
+    def _stored(self, name: str) -> StoredObject:
+        return _stored(self._ask("look for", name, lambda client, _: client.head_object(**self._at(name))))
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name

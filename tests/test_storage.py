@@ -211,6 +211,33 @@ def test_an_object_is_not_read_beyond_what_is_expected(store: Store) -> None:
         store.get_bytes("object", most=9)
 
 
+def test_an_object_is_opened_as_a_file(store: Store, large: tuple[Path, str]) -> None:
+    store.put_file(large[0], "large", sha256=large[1])
+    with store.open("large") as remote, large[0].open("rb") as local:
+        for position in (0, SMALL_PART - 10, 7, 2 * SMALL_PART + 990):
+            assert remote.seek(position) == local.seek(position)
+            assert remote.read(SMALL_PART) == local.read(SMALL_PART)
+    with pytest.raises(ObjectMissing, match=r"nothing: cannot look for it at http.*: 404"):
+        store.open("nothing")
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error(store: Store, large: tuple[Path, str]) -> None:
+    store.put_file(large[0], "object", sha256=large[1])
+    with store.open("object") as file:
+        assert file.read(4) == large[0].read_bytes()[:4]
+        store.put_bytes(large[0].read_bytes()[::-1], "object")
+        with pytest.raises(StorageError, match=r"object: cannot read it at .*: it was replaced while it was read"):
+            file.read()
+
+
+def test_a_listing_tells_when_objects_were_written(store: Store) -> None:
+    begun = int(time.time())
+    store.put_bytes(b"12", "x/1")
+    ((name, size, written_ns),) = store.walk("x/")
+    assert (name, size) == ("x/1", 2)
+    assert begun <= written_ns // 10**9 <= time.time() + 1
+
+
 def test_a_store_can_be_pickled_and_survives_a_fork(store: Store) -> None:
     store.put_bytes(b"1", "a")
     copy = pickle.loads(pickle.dumps(store))
@@ -378,6 +405,17 @@ def test_a_download_that_is_damaged_on_its_way_arrives_whole(
     proxied.get_file("large", tmp_path / "back", sha256=large[1])
     assert proxy.counts()[kind] == 1
     assert (tmp_path / "back").read_bytes() == large[0].read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["status", "reset", "truncate", "shorten"])
+def test_an_open_object_is_read_through_faults(
+    store: Store, proxy: FaultProxy, connected_through_proxy: Store, large: tuple[Path, str], kind: Any
+) -> None:
+    store.put_file(large[0], "large", sha256=large[1])
+    proxy.add(Fault(kind=kind, method="GET", skip=2, times=3))
+    with replace(connected_through_proxy, prefix=store.prefix).open("large") as file:
+        assert file.read() == large[0].read_bytes()
+    assert proxy.counts() == {"status 503" if kind == "status" else kind: 3}
 
 
 def test_a_broken_download_goes_on_where_it_stopped(

@@ -74,6 +74,17 @@ def test_what_cannot_be_found_names_the_source_and_the_path(tree, path, message)
         find_files("s", [str(tree / path)])
 
 
+def test_a_pattern_finds_what_can_be_read_and_a_name_must_be_readable(tree):
+    (tree / "a" / "_partial.jsonl").write_bytes(b"")
+    assert names(tree, "a/*") == names(tree, "a")
+    assert names(tree, "a/_partial.jsonl") == ["_partial.jsonl"]
+
+
+def test_a_name_with_brackets_is_no_pattern(tree):
+    (tree / "b").rename(tree / "b [1]")
+    assert names(tree, "b [1]") == ["1.jsonl.zst"]
+
+
 def test_a_path_with_a_trailing_slash_is_the_same_folder(tree):
     assert [file.name for file in find_files("s", [f"{tree}/a/"])] == names(tree, "a")
     assert [file.name for file in find_files("s", [f"{tree}/a", f"{tree}//b/../a"])] == names(tree, "a")

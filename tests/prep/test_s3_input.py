@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prep import files
 from prep.pipeline import build
 from prep.work import WorkError
 from streaming_rwkv.config import UserError
+from streaming_rwkv.storage import StorageError, open_store
+from tests.fault_proxy import Fault, FaultProxy
+
+
+@pytest.fixture
+def proxy(s3_server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.endpoint) as running:
+        yield running
 
 
 @pytest.fixture
 def mixed(s3_server, s3_place, write_lines, tmp_path) -> str:
     """A corpus in a folder, and the same in a bucket."""
-    from prep import files
-
-    files._s3.cache_clear()
+    files._bucket.cache_clear()
     root = tmp_path / "corpus"
     write_lines(root / "a.jsonl", [f"line {number}" for number in range(400)])
     write_lines(root / "deep" / "b.json.gz", ["two"])
@@ -34,8 +43,8 @@ def mixed(s3_server, s3_place, write_lines, tmp_path) -> str:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    files = [path for path in out.rglob("*") if path.is_file() and ".prep" not in path.parts]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+    paths = [path for path in out.rglob("*") if path.is_file() and ".prep" not in path.parts]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.slow
@@ -58,6 +67,23 @@ def test_globs_and_single_objects(config, mixed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", ["", "/", "/*", "/d*", "/deep", "/deep/b.json.gz", "/.hidden", "/**/*.jsonl", "/deep/_x.jsonl"]
+)
+def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path, path):
+    bucket, _, prefix = mixed.removeprefix("s3://").partition("/")
+    with s3_server.client() as client:
+        for name in (".hidden/x.jsonl", "deep/.hidden/x.jsonl", "deep/_x.jsonl", "deep/x.txt", "deeper.jsonl"):
+            client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"{}")
+            (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "corpus" / name).write_bytes(b"{}")
+    found = [file.name for file in files.find_files("s", [mixed + path])]
+    assert found == [file.name for file in files.find_files("s", [f"{tmp_path}/corpus{path}"])]
+    with pytest.raises(UserError, match=r"sources\.s: s3://\S+/deep/x\.txt: cannot be read; files must end in"):
+        files.find_files("s", [f"{mixed}/deep/x.txt"])
+
+
+@pytest.mark.slow
 def test_a_changed_object_is_noticed(config, mixed, s3_server):
     remote = config(sources={"corpus": {"paths": mixed}})
     build(remote)
@@ -71,6 +97,24 @@ def test_a_changed_object_is_noticed(config, mixed, s3_server):
 @pytest.mark.slow
 def test_a_bucket_that_is_not_there_names_what_to_check(config, mixed):
     with pytest.raises(
-        UserError, match=r"s3://no-such-bucket/x: .*check the bucket, the credentials, and S3_ENDPOINT_URL"
+        UserError, match=r"sources\.corpus: s3://no-such-bucket: .*there is no such bucket; .*check its name"
     ):
         build(config(sources={"corpus": {"paths": "s3://no-such-bucket/x"}}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "deep/b.json.gz", "c.parquet"])
+def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mixed, proxy, monkeypatch, name):
+    """And what cannot be read for a while is read later."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
+    recipe = config(sources={"corpus": {"paths": mixed}})
+    proxy.add(Fault(kind="silent", method="GET", path=name))
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_bucket", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=1)))
+        with pytest.raises(StorageError, match=rf"{name}: cannot read it at \S+.*: timed out"):
+            build(recipe)
+    proxy.clear()
+    proxy.add(Fault(kind="status", status=503, times=5), Fault(kind="reset", method="GET", path=name, times=2))
+    assert build(recipe).manifest.books["corpus"].documents_read == 501
+    assert proxy.counts()["status 503"] == 5
+    assert proxy.counts()["reset"] == 2
