@@ -94,6 +94,8 @@ class Connection:
         for attempt in itertools.count(1):
             try:
                 client = self._client_of_this_process()
+                if attempt == 1:
+                    begun = forward = time.monotonic()  # to make the client takes up to seconds on a busy machine
                 result = _watched(functools.partial(call, client), seconds=self.timeout_seconds / 4)
             except _failures() as error:
                 problem = _diagnose(error, answered=self._answered, attempt=attempt)

@@ -22,6 +22,7 @@ from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObj
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import ACCESS_KEY, S3Server
 
+BUSY = 25.0  # seconds that a machine may need for all else: far below the 1,000 that the slowest server would take
 SMALL_PART = 5 << 20  # the least that S3 takes for a part which is not the last
 
 
@@ -277,7 +278,7 @@ def test_unfinished_uploads_are_aborted(
 def test_an_upload_that_fails_leaves_nothing(
     store: Store, s3_server: S3Server, proxy: FaultProxy, large: tuple[Path, str], small_parts: None
 ) -> None:
-    with opened(store.location, timeout_seconds=2) as proxied:
+    with opened(store.location, timeout_seconds=4) as proxied:
         proxy.add(Fault(kind="status", status=500, method="PUT", path="partNumber=2"))
         with pytest.raises(StorageError, match=r"large: cannot upload it at .* attempts in .*: the server answers 500"):
             proxied.put_file(large[0], "large", sha256=large[1])
@@ -311,14 +312,13 @@ def test_a_missing_object_and_a_missing_bucket(store: Store) -> None:
     ):
         store.get_bytes("nothing", most=1)
     nowhere = open_store("s3://no-such-bucket/x")
-    begun = time.monotonic()
     for use in (nowhere.list, nowhere.check_writable, lambda: nowhere.put_bytes(b"1", "a")):
         with pytest.raises(
             StorageError, match=r"at http\S+: 404 NoSuchBucket: there is no such bucket; create it, or check its name"
-        ):
+        ) as raised:
             use()
+        assert " attempts in " not in str(raised.value)
     nowhere.close()
-    assert time.monotonic() - begun < 5
 
 
 def test_wrong_credentials_are_an_error_at_once_that_shows_none(
@@ -327,13 +327,12 @@ def test_wrong_credentials_are_an_error_at_once_that_shows_none(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     stranger = open_store(store.location)
     caplog.set_level(logging.INFO)
-    begun = time.monotonic()
     with pytest.raises(StorageError, match=r"403 SignatureDoesNotMatch: refused; check AWS_ACCESS_KEY_ID") as raised:
         stranger.list()
     with pytest.raises(StorageError, match="403"):
         stranger.put_bytes(b"1", "a")
     stranger.close()
-    assert time.monotonic() - begun < 5
+    assert " attempts in " not in str(raised.value)
     shown = f"{raised.value!r} {stranger!r} {caplog.text} {raised.value.__cause__!r}"
     assert "wrong-secret" not in shown
     assert ACCESS_KEY not in shown
@@ -437,13 +436,14 @@ def test_an_endlessly_slow_server_ends_in_an_error_within_the_stated_time(
 ) -> None:
     store.put_bytes(bytes(1000), "object")
     with opened(store.location, timeout_seconds=2) as proxied:
+        proxied.list()
         proxy.add(Fault(kind=kind, method="GET"))
         begun = time.monotonic()
         with pytest.raises(
             StorageError, match=r"object: cannot read it at .*: timed out, since the server stands still"
         ):
             proxied.get_file("object", tmp_path / "file")
-        assert time.monotonic() - begun < 2 * 1.25 + 0.5
+        assert time.monotonic() - begun < 2 * 1.25 + BUSY
         proxy.clear()
     assert not list(tmp_path.glob("*"))
 

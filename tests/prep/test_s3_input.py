@@ -110,7 +110,7 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mi
     recipe = config(sources={"corpus": {"paths": mixed}})
     proxy.add(Fault(kind="silent", method="GET", path=name))
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_bucket", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=1)))
+        patched.setattr(files, "_bucket", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=4)))
         with pytest.raises(StorageError, match=rf"{name}: cannot read it at \S+.*: timed out"):
             build(recipe)
     proxy.clear()

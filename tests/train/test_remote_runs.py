@@ -38,7 +38,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FAULTS = [
     Fault(kind="status", status=503, chance=0.05),
     Fault(kind="reset", method="GET", chance=0.03),
-    Fault(kind="flip", method="GET", path=r"mds|distcp|metadata|json", chance=0.05),
+    # Once each: an object that comes damaged twice in a row is an error.
+    *(
+        Fault(kind="flip", method="GET", path=name, times=1)
+        for name in ("manifest", r"index\.json", "mds", r"\.metadata", "distcp", "complete", "metrics")
+    ),
     Fault(kind="flip upload", method="PUT", chance=0.03),
     Fault(kind="lose answer", method="PUT", chance=0.03),
 ]
