@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("config", help="yamls/prep/NAME.yaml")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=/data/set workers=8")
     build.add_argument("--dry-run", action="store_true", help="count documents and tokens, write nothing")
+    build.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with files or settings of sources that changed since an unfinished build began",
+    )
     build.set_defaults(command=_build)
 
     upload = commands.add_parser("upload", help="copy a finished data set to object storage, or go on with that")
@@ -99,7 +104,7 @@ def _build(options: argparse.Namespace) -> int:
     if is_remote(config.out):
         print(f"{config.out}: work in progress is kept in {config.folder} (work=…)")
     with observing(console) as observer:
-        built = build(config, observer=observer, fork=True)
+        built = build(config, observer=observer, fork=True, accept_changes=options.accept_changes)
     manifest = built.manifest
     if built.was_finished:
         print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
+from prep.work import WORK_FOLDER
 from streaming_rwkv.config import Config, UserError
 from streaming_rwkv.shards import check_source_name
 from streaming_rwkv.storage import is_remote
@@ -46,6 +47,11 @@ class SourceConfig(Config):
         if name is not None and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ValueError(f"found {name!r}, expected module:function, e.g. my_hooks:keep")
         return name
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides, with the files' content, which documents there are."""
+        hooks = {hook: _hook_identity(getattr(self, hook)) for hook in ("filter", "transform")}
+        return self.model_dump(exclude={"paths"}) | hooks
 
 
 class PrepConfig(Config):
@@ -80,8 +86,8 @@ class PrepConfig(Config):
 
     compression_level: int = Field(default=1, ge=1, le=22)
     """zstd's. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
-    shard_bytes: int = Field(default=1 << 26, ge=1 << 10, lt=1 << 32)
-    """The most uncompressed bytes in a shard."""
+    shard_bytes: int = Field(default=72 << 20, ge=1 << 10, lt=1 << 32)
+    """The most uncompressed bytes in a shard. The default holds a full window: 2²⁴ tokens of 4 bytes, and columns."""
     unit_bytes: int = Field(default=1 << 23, ge=1)
     """Input for one unit of work, where the format can be cut there."""
     window_tokens: int = Field(default=1 << 24, ge=1)
@@ -129,11 +135,15 @@ class PrepConfig(Config):
     def folder(self) -> Path:
         """Where this machine writes: the data set's folder, or the work folder of one in object storage."""
         if not is_remote(self.out):
-            return Path(self.out)
+            return Path(self.out).expanduser()
         if self.work is not None:
             return Path(self.work).expanduser()
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return cache / "streaming-rwkv" / "prep" / quote(self.out.removeprefix("s3://").strip("/"), safe="")
+
+    @property
+    def work_folder(self) -> Path:
+        return self.folder / WORK_FOLDER
 
     @property
     def worker_count(self) -> int:
@@ -143,11 +153,7 @@ class PrepConfig(Config):
     def deciding(self) -> dict[str, Any]:
         """The part that decides the output: what a manifest records, and what must not change under a build."""
         values = self.model_dump(exclude=_NOT_DECIDING)
-        values["sources"] = {
-            name: source.model_dump(exclude={"paths"})
-            | {hook: _hook_identity(getattr(source, hook)) for hook in ("filter", "transform")}
-            for name, source in sorted(self.sources.items())
-        }
+        values["sources"] = {name: source.deciding() for name, source in sorted(self.sources.items())}
         return values
 
 

@@ -65,7 +65,7 @@ def _find(job: Job, hash_range: HashRange) -> NDArray[np.uint64]:
     bounds = [-(-(edge << 64) // hash_range.ranges) for edge in (hash_range.index, hash_range.index + 1)]
     hashes, places = [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint64)]
     for unit, runs in enumerate(hash_range.runs):
-        for run, documents in read_hashes(done_folder(job.work, unit_name(unit)) / HASHES_NAME, runs):
+        for run, documents in read_hashes(done_folder(job.work, unit_name(job.units[unit])) / HASHES_NAME, runs):
             begin, end = (
                 len(run) if bound >> 64 else int(np.searchsorted(run[:, 0], np.uint64(bound))) for bound in bounds
             )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +47,10 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
         if not below:
             raise UserError(f"sources.{source}: no file to read below {path}; files must end in {', '.join(SUFFIXES)}")
         found |= below
-    root = _common_root(sorted(found), paths)
+    for path in found:
+        _check_name(source, path)
+    found = {path: found[path] for path in _once(sorted(found))}
+    root = _common_root(found.keys(), paths)
     files = [
         InputFile(source=source, name=path[len(root) :], path=path, size=size, changed_ns=changed_ns)
         for path, (size, changed_ns) in found.items()
@@ -54,9 +58,29 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _common_root(files: list[str], paths: list[str]) -> str:
+def _check_name(source: str, path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"sources.{source}: {os.fsencode(path)!r}: a name that is not UTF-8 (from an archive made elsewhere?); "
+            "names are part of the documents' keys: rename it"
+        ) from None
+
+
+def _once(paths: Iterable[str]) -> Iterator[str]:
+    """Each file by one path, the first, even if links lead to it on others."""
+    seen: set[str] = set()
+    for path in paths:
+        real = path if is_remote(path) else os.path.realpath(path)
+        if real not in seen:
+            seen.add(real)
+            yield path
+
+
+def _common_root(files: Collection[str], paths: list[str]) -> str:
     """What all names are relative to: the folder that was given, or the nearest one above all that were."""
-    folders = [path.rstrip("/") for path in paths if path.rstrip("/") not in files and not glob.has_magic(path)]
+    folders = [path.rstrip("/") for path in paths if path.rstrip("/") not in files and not _is_pattern(path)]
     single = [file.rpartition("/")[0] for file in files if not any(file.startswith(f"{above}/") for above in folders)]
     # Not os.path.commonpath, which makes one slash of the two in s3://.
     parts = [folder.split("/") for folder in (*folders, *single)]
@@ -69,12 +93,13 @@ def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
     if is_remote(path):
         yield from _walk_s3(source, path)
         return
-    is_pattern = glob.has_magic(path) and not os.path.lexists(path)  # names may have brackets
-    matches = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
+    matches = map(os.path.normpath, glob.glob(path, recursive=True)) if _is_pattern(path) else [path]
     for match in matches:
         if os.path.isdir(match):
-            for folder, folders, files in os.walk(match, followlinks=True):
-                folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(folder, name)]
+            for folder, folders, files in os.walk(match, followlinks=True, onerror=_raise_unreadable):
+                folders[:] = [
+                    name for name in folders if not name.startswith(".") and not _leads_back(f"{folder}/{name}", match)
+                ]
                 yield from (_stat(f"{folder}/{name}") for name in files if _readable(name))
         elif os.path.isfile(match):
             if match == path:
@@ -84,6 +109,11 @@ def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
             yield _stat(match)
         else:
             raise UserError(f"sources.{source}: {path}: no such file or folder")
+
+
+def _is_pattern(path: str) -> bool:
+    """A glob; names of local files and folders may have brackets too."""
+    return glob.has_magic(path) and not (not is_remote(path) and os.path.lexists(path))
 
 
 def _check_suffix(source: str, path: str) -> None:
@@ -96,17 +126,31 @@ def _readable(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith((".", "_"))
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether this is a link to a folder above it: files below would be found again and again."""
-    path = f"{folder}/{name}"
-    return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
+def _leads_back(path: str, top: str) -> bool:
+    """Whether this is a link to a folder on the way to it from `top`: files below would be found again and again."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    while len(path) > len(top):
+        path = os.path.dirname(path)
+        if f"{os.path.realpath(path)}/".startswith(f"{target}/"):
+            return True
+    return False
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise _unreadable(error.filename, error)
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); mend it, or take it out of the source")
 
 
 def _stat(path: str) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend it, or take it out of the source") from None
+        raise _unreadable(path, error) from None
     return path, status.st_size, status.st_mtime_ns
 
 
@@ -118,7 +162,7 @@ def _bucket(name: str) -> Store:
 def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
     bucket, _, path = url.removeprefix("s3://").partition("/")
     path = path.rstrip("/")
-    magic = glob.has_magic(path)
+    magic = _is_pattern(url)
     # As `glob` has it for local files, and what lies below a folder that matches.
     pattern = re.compile((_glob_pattern(path) if magic else re.escape(path)) + ("(/.*)?" if path else ".*"))
     fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)] if magic else path
@@ -144,16 +188,33 @@ def _glob_pattern(path: str) -> str:
     )
 
 
-def open_file(path: str) -> IO[bytes]:
-    """`path` for reading: a seekable binary file.
+@contextlib.contextmanager
+def opened(file: InputFile) -> Iterator[IO[bytes]]:
+    """`file` for reading, seekable.
 
     Raises:
-        UserError: it cannot be opened; of an object, reading raises it too.
+        UserError: it cannot be opened, or is another than when it was listed, now or at the end; of an object, reading
+            raises it too.
     """
-    if is_remote(path):
-        bucket, _, name = path.removeprefix("s3://").partition("/")
-        return _bucket(bucket).open(name)
+    if is_remote(file.path):
+        bucket, _, name = file.path.removeprefix("s3://").partition("/")
+        with _bucket(bucket).open(name, listed=(file.size, file.changed_ns)) as stream:
+            yield stream
+        return
     try:
-        return Path(path).open("rb")
+        local = Path(file.path).open("rb")  # noqa: SIM115  # an error of opening only is meant
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise UserError(f"{file.path}: cannot be opened ({error.strerror})") from None
+    with local:
+        _check_unchanged(file, local)
+        yield local
+        _check_unchanged(file, local)
+
+
+def _check_unchanged(file: InputFile, stream: IO[bytes]) -> None:
+    status = os.fstat(stream.fileno())
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
+        raise UserError(
+            f"{file.path}: has changed since it was listed: {file.size:,} bytes then, {status.st_size:,} now; wait "
+            "until nothing writes it any more, then run the same command again"
+        )

@@ -10,7 +10,6 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.shard_writer import ShardFormat
 from prep.sources import Unit
-from prep.work import WORK_FOLDER
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, columns, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,7 +30,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        return self.out / WORK_FOLDER
+        return self.config.work_folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

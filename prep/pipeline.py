@@ -9,7 +9,9 @@ there. The manifest comes last.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -33,13 +35,23 @@ from prep.observer import Observer
 from prep.place import find_manifest
 from prep.plan import check_plan, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
-from prep.sources import plan_units
-from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
+from prep.sources import find_sources, plan_units
+from prep.units import (
+    REJECTED_NAME,
+    UNITS_FOLDER,
+    AuditSample,
+    Progress,
+    UnitRecord,
+    count_unit,
+    do_unit,
+    unit_name,
+)
 from prep.upload import ShardUploads, Transfers, check_free, final_shards, publish
 from prep.windows import Window, WindowRecord, do_window, plan_windows
 from prep.work import (
     DONE_FOLDER,
     TEMPORARY_FOLDER,
+    WorkError,
     done_folder,
     explained_write_errors,
     flush,
@@ -62,6 +74,8 @@ from streaming_rwkv.shards import (
 from streaming_rwkv.storage import Store, is_remote, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
@@ -75,31 +89,40 @@ class AuditError(UserError):
     """The fast tokenizer gave other ids than the one that defines them."""
 
 
-def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = False) -> Built:
+def build(
+    config: PrepConfig, *, observer: Observer | None = None, fork: bool = False, accept_changes: bool = False
+) -> Built:
     """Build the data set that `config` describes, or go on where an earlier start was interrupted.
 
     Args:
         observer: is told how it goes on.
         fork: see `prep.engine.start`.
+        accept_changes: see `prep.plan.check_plan`.
 
     Raises:
         UserError: anything that its text says how to mend; finished work is kept.
     """
     observer = observer or Observer()
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
-    units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
-    job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
-    plan = make_plan(config, tokenizer.record(), units)
+    _check_out_is_no_input(config)
+    files = find_sources(config.sources)
+    plan = make_plan(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
-        if (manifest := _finished(plan, job, store)) is not None:
-            if (job.work / DONE_FOLDER).exists():  # killed between the manifest and the end
-                with locked(job.work):
-                    _clear(job)
+        finished = functools.partial(_finished, plan, config, store, accept_changes=accept_changes)
+        if (manifest := finished()[0]) is not None:
+            if (config.work_folder / DONE_FOLDER).exists():  # killed between the manifest and the end
+                with locked(config.work_folder):
+                    _clear(config)
             return Built(manifest=manifest, was_finished=True)
+        units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
+        job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
         with explained_write_errors(job.out), locked(job.work):
             # Again: until we had the lock, another build may have been here.
-            if (manifest := _finished(plan, job, store)) is not None:
+            manifest, changes = finished()
+            if manifest is not None:
                 return Built(manifest=manifest, was_finished=True)
+            if changes:
+                _keep_units_only(job, changes)
             save_plan(plan, work=job.work)
             if store is not None:
                 check_free(store)
@@ -121,8 +144,20 @@ def build(config: PrepConfig, *, observer: Observer | None = None, fork: bool = 
             if store is None:
                 _flush_all(job, manifest)
                 write_durably(job.out / MANIFEST_NAME, manifest.to_json())
-            _clear(job)
+            _clear(config)
     return Built(manifest=manifest, was_finished=False)
+
+
+def _check_out_is_no_input(config: PrepConfig) -> None:
+    """A build that reads what it writes cannot be told from one whose input changes."""
+    for source, of_source in config.sources.items():
+        for path in of_source.paths:
+            folder = Path(path).expanduser()
+            if not is_remote(path) and folder.is_dir() and config.folder.resolve().is_relative_to(folder.resolve()):
+                key = "work" if is_remote(config.out) else "out"
+                raise WorkError(
+                    f"{config.folder}: lies in {path}, which sources.{source} reads; choose another `{key}=`"
+                )
 
 
 @contextlib.contextmanager
@@ -135,8 +170,10 @@ def _nothing_kept_of_wrong_ids(job: Job) -> Iterator[None]:
         raise
 
 
-def _finished(plan: dict[str, Any], job: Job, store: Store | None) -> Manifest | None:
-    """The manifest of a finished build of the same plan.
+def _finished(
+    plan: dict[str, Any], config: PrepConfig, store: Store | None, *, accept_changes: bool
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest of a finished build of the same plan, or None and the changes since an unfinished one began.
 
     Raises:
         WorkError: another build, or other files, lie there.
@@ -144,16 +181,35 @@ def _finished(plan: dict[str, Any], job: Job, store: Store | None) -> Manifest |
     if store is not None:
         manifest = find_manifest(store)
     else:
-        manifest = read_manifest(job.out) if (job.out / MANIFEST_NAME).exists() else None
-    check_plan(plan, out=job.config.out, folder=job.out, work=job.work, manifest=manifest)
-    return manifest
+        manifest = read_manifest(config.folder) if (config.folder / MANIFEST_NAME).exists() else None
+    changes = check_plan(
+        plan,
+        out=config.out,
+        folder=config.folder,
+        work=config.work_folder,
+        manifest=manifest,
+        accept_changes=accept_changes,
+    )
+    return manifest, changes
+
+
+def _keep_units_only(job: Job, changes: list[str]) -> None:
+    """Of the work for another input, what this one needs: the units that it has too."""
+    logger.warning("%s: goes on with changed input:\n  %s", job.config.out, "\n  ".join(changes))
+    for split in SPLITS:
+        shutil.rmtree(job.out / split, ignore_errors=True)
+    units = {Path(unit_name(unit)).name for unit in job.units}
+    for folder in done_folder(job.work, "").glob("*"):
+        for done in folder.iterdir():
+            if folder.name != UNITS_FOLDER or done.name not in units:
+                shutil.rmtree(done)
 
 
 def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
     """What `build` would read and tokenize, duplicates included, without writing anything."""
     observer = observer or Observer()
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
-    units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
+    units = plan_units(config.sources, unit_bytes=config.unit_bytes)
     with tempfile.TemporaryDirectory() as folder:
         # Workers load the tokenizer from the data set's folder; this one is thrown away, and no other node sees it.
         job = Job(
@@ -381,18 +437,18 @@ def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
     temporary = job.work / TEMPORARY_FOLDER / REJECTED_NAME
     temporary.parent.mkdir(exist_ok=True)
     with temporary.open("wb") as together:
-        for index in range(len(units)):
-            with (done_folder(job.work, unit_name(index)) / REJECTED_NAME).open("rb") as one:
+        for unit in job.units:
+            with (done_folder(job.work, unit_name(unit)) / REJECTED_NAME).open("rb") as one:
                 shutil.copyfileobj(one, together)
     temporary.replace(job.out / REJECTED_NAME)
 
 
-def _clear(job: Job) -> None:
+def _clear(config: PrepConfig) -> None:
     """All but the plan, by which the next start knows that there is nothing to do, and the data set if it is here."""
-    if is_remote(job.config.out):
+    if is_remote(config.out):
         for name in (*SPLITS, TOKENIZER_FOLDER):
-            shutil.rmtree(job.out / name, ignore_errors=True)
+            shutil.rmtree(config.folder / name, ignore_errors=True)
         for name in (STATISTICS_NAME, REJECTED_NAME):
-            (job.out / name).unlink(missing_ok=True)
+            (config.folder / name).unlink(missing_ok=True)
     for folder in (TEMPORARY_FOLDER, DONE_FOLDER):  # the last one shows that there is something to clear
-        shutil.rmtree(job.work / folder, ignore_errors=True)
+        shutil.rmtree(config.work_folder / folder, ignore_errors=True)

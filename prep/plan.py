@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.sources import Unit
+from prep.files import InputFile
 from prep.work import WorkError, write_durably
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
 from streaming_rwkv.storage import is_remote
 
 PLAN_NAME = "plan.json"
 _MOST_CHANGES = 8
+_OF_UNITS = ("files/", "config.sources.")
 
 
-def make_plan(config: PrepConfig, tokenizer: TokenizerRecord, units: Sequence[Unit]) -> dict[str, Any]:
+def make_plan(config: PrepConfig, tokenizer: TokenizerRecord, files: dict[str, list[InputFile]]) -> dict[str, Any]:
     """All that decides the output, as plain JSON values."""
-    files = {
-        f"{part.file.source}/{part.file.name}": [part.file.size, part.file.changed_ns]
-        for unit in units
-        for part in unit.parts
-    }
-    plan = {"format": FORMAT, "config": config.deciding(), "tokenizer": tokenizer.model_dump(), "files": files}
+    states = {f"{file.source}/{file.name}": [file.size, file.changed_ns] for of in files.values() for file in of}
+    plan = {"format": FORMAT, "config": config.deciding(), "tokenizer": tokenizer.model_dump(), "files": states}
     loaded: dict[str, Any] = json.loads(json.dumps(plan))
     return loaded
 
 
-def check_plan(plan: dict[str, Any], *, out: str, folder: Path, work: Path, manifest: Manifest | None) -> None:
+def check_plan(
+    plan: dict[str, Any], *, out: str, folder: Path, work: Path, manifest: Manifest | None, accept_changes: bool = False
+) -> list[str]:
     """Compare with what is there already.
 
     Args:
         out: where the data set shall be, for errors.
         folder: where it is put together.
         manifest: of a finished build in `out`.
+        accept_changes: go on with other files, and other settings of sources, than an unfinished build began with.
+
+    Returns:
+        The changes that are accepted. The work on units is named by what decides it and stays; all else goes.
 
     Raises:
         WorkError: `out` holds another build, or the folder holds other files.
@@ -53,17 +56,20 @@ def check_plan(plan: dict[str, Any], *, out: str, folder: Path, work: Path, mani
             raise WorkError(
                 f"{folder}: holds other files ({', '.join(sorted(strangers)[:3])}); choose an empty `{key}=`"
             )
-        return
+        return []
     changes = list(_changes(earlier, plan))
-    if changes:
+    can_go_on = manifest is None and all(change.startswith(_OF_UNITS) for change in changes)
+    if changes and not (can_go_on and accept_changes):
         state = "holds a finished data set" if manifest else "holds an unfinished build"
         remains = f"{out} and {folder}" if is_remote(out) else "the folder"
         shown = "\n".join(f"  {change}" for change in changes[:_MOST_CHANGES])
         more = f"\n  and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
+        go_on = "go on with the input as it is now (--accept-changes; what was done with the rest is kept), "
         raise WorkError(
             f"{out}: {state}, and since it began this changed:\n{shown}{more}\n"
-            f"undo the change, choose another `out=`, or remove {remains} to build anew"
+            f"undo the change, {go_on if can_go_on else ''}choose another `out=`, or remove {remains} to build anew"
         )
+    return changes
 
 
 def save_plan(plan: dict[str, Any], *, work: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from prep.config import SourceConfig, load_hook
 from prep.document import Rejection
-from prep.files import InputFile, open_file
+from prep.files import InputFile, opened
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
@@ -159,7 +159,7 @@ def _read_json(
 ) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
     file, row = part.file, part.first_row
     select = _selector(config, without_text)
-    with open_file(file.path) as raw:
+    with opened(file) as raw:
         blocks = _blocks(raw, part)
         if file.suffix.startswith(".json") and not file.suffix.startswith(".jsonl"):
             blocks, array = _whole_array(blocks, file)
@@ -304,7 +304,7 @@ def read_parquet_layout(file: InputFile, *, text: str) -> list[tuple[int, int]]:
     Raises:
         InputError: not a parquet file.
     """
-    with open_file(file.path) as raw:
+    with opened(file) as raw:
         metadata = _open_parquet(raw, file).metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         return [(_text_bytes(group, text), group.num_rows) for group in groups]
@@ -328,7 +328,7 @@ def _read_parquet(
 ) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
     file, row = part.file, part.first_row
     select = _selector(config, without_text)
-    with open_file(file.path) as raw:
+    with opened(file) as raw:
         parquet = _open_parquet(raw, file)
         _check_text_column(parquet.schema_arrow, file, config)
         groups = list(part.row_groups or ())

@@ -6,16 +6,19 @@ documents come in chunks of bounded size, so memory does not grow with the unit.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from prep.config import SourceConfig
 from prep.document import Documents, document_keys
-from prep.files import InputFile, find_files, open_file
+from prep.files import InputFile, find_files, opened
 from prep.readers import Batch, Part, read_parquet_layout, read_part
 from streaming_rwkv.storage import is_remote
 
@@ -30,25 +33,51 @@ _OPENED_AT_ONCE = 16
 class Unit:
     """What one worker does in one go."""
 
-    index: int
+    name: str  # of the work on it: another one for other rows, other files, or another configuration of the source
     source: str
     parts: tuple[Part, ...]
     input_bytes: int  # its share of the progress
 
 
-def plan_units(sources: dict[str, SourceConfig], *, unit_bytes: int) -> list[Unit]:
+def find_sources(sources: dict[str, SourceConfig]) -> dict[str, list[InputFile]]:
+    """The files of each source, sources and files by name.
+
+    Raises:
+        UserError: a path that is not there, or with nothing readable below it.
+    """
+    return {source: find_files(source, config.paths) for source, config in sorted(sources.items())}
+
+
+def plan_units(
+    sources: dict[str, SourceConfig], *, unit_bytes: int, files: dict[str, list[InputFile]] | None = None
+) -> tuple[Unit, ...]:
     """All units in canonical order: sources by name, files by name, rows.
+
+    Args:
+        files: of each source, if they have been found already.
 
     Raises:
         UserError: an empty source, or a file that cannot be opened.
     """
     units: list[Unit] = []
-    for source, config in sorted(sources.items()):
-        for group in _group(_all_parts(find_files(source, config.paths), config, unit_bytes), unit_bytes):
-            members = tuple(part for part, _ in group)
-            size = sum(size for _, size in group)
-            units.append(Unit(index=len(units), source=source, parts=members, input_bytes=size))
-    return units
+    for source, of_source in (files or find_sources(sources)).items():
+        config = sources[source]
+        deciding = [source, config.deciding()]
+        for group in _group(_all_parts(of_source, config, unit_bytes), unit_bytes):
+            parts = tuple(part for part, _ in group)
+            name = _digest([*deciding, *map(_identity, parts)])
+            units.append(Unit(name=name, source=source, parts=parts, input_bytes=sum(size for _, size in group)))
+    return tuple(units)
+
+
+def _identity(part: Part) -> list[Any]:
+    """What the documents of a part follow from; not where it lies."""
+    file = part.file
+    return [file.name, file.size, file.changed_ns, part.first_row, part.row_groups, part.byte_range]
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
@@ -86,7 +115,7 @@ def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> 
 def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     """Cut after the first line that ends at or beyond each multiple of `unit_bytes`."""
     begin = row = first_row = at = 0
-    with open_file(file.path) as stream:
+    with opened(file) as stream:
         while block := stream.read(_SCAN_BYTES):
             counted = 0
             while (newline := block.find(b"\n", max(begin + unit_bytes - at - 1, counted, 0))) >= 0:

@@ -26,6 +26,7 @@ from prep.spool import HASHES_NAME, PIECES_NAME, Block, HashedFile, SortedPieces
 from prep.work import DoneRecord, finish, load_done, temporary_folder
 from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
 
+UNITS_FOLDER = "units"
 REJECTED_NAME = "rejected.jsonl"
 HOLDS_SPECIAL = "text encodes to bos or eos"
 
@@ -81,13 +82,13 @@ class UnitRecord(DoneRecord):
     lengths: dict[int, int]  # documents by floor(4 log2(length))
 
 
-def unit_name(index: int) -> str:
-    return f"units/{index:06}"
+def unit_name(unit: Unit) -> str:
+    return f"{UNITS_FOLDER}/{unit.name}"
 
 
 def do_unit(job: Job, unit: Unit, report: Report) -> UnitRecord:
     """The unit's record; the unit is done if it is not done yet."""
-    name = unit_name(unit.index)
+    name = unit_name(unit)
     record = load_done(job.work, name, UnitRecord)
     if record is None:
         with temporary_folder(job.work) as folder:

@@ -147,7 +147,7 @@ def _read(job: Job, window: Window) -> tuple[_Pieces, tuple[int, int]]:
     duplicates = Duplicates(job, ranges=window.duplicate_ranges)
     at = 0
     for unit, block in window.blocks:
-        with (done_folder(job.work, unit_name(unit)) / PIECES_NAME).open("rb") as file:
+        with (done_folder(job.work, unit_name(job.units[unit])) / PIECES_NAME).open("rb") as file:
             found.append(read_block(file, block, tokens_into=tokens[at : at + block.tokens]))
         at += block.tokens
         repeats.append(np.isin(found[-1]["documents"], duplicates.of_unit(unit)))

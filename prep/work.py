@@ -123,9 +123,12 @@ def locked(work: Path) -> Iterator[None]:
     """Hold the work folder: two builds in one folder would take each other's work away.
 
     Raises:
-        WorkError: another build holds it.
+        WorkError: another build holds it, or it cannot be made.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise WorkError(f"{work.parent}: cannot be a folder ({error.strerror}); choose another `out=`") from None
     with (work / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

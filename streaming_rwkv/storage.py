@@ -60,6 +60,8 @@ class StoredObject:
     size: int
     sha256: str | None  # as its writer noted it; None if that was not this module
     etag: str
+    written_ns: int = field(default=0, compare=False)
+    """When, since 1970; in whole seconds."""
 
 
 def is_remote(location: str | Path) -> bool:
@@ -126,8 +128,7 @@ class Store:
         while True:
             page = self._page("list_objects_v2", self._key(prefix), more)
             for entry in page.get("Contents", []):
-                written_ns = int(entry["LastModified"].timestamp()) * 10**9  # whole seconds, as GET has them too
-                yield entry["Key"][len(self._key("")) :], entry["Size"], written_ns
+                yield entry["Key"][len(self._key("")) :], entry["Size"], _written_ns(entry)
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -184,12 +185,17 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str, *, listed: tuple[int, int] | None = None) -> IO[bytes]:
         """An object as a seekable file, of which only what is read is fetched: see `RemoteFile`.
 
         It stays the object that it is now: when another has taken its place, reading raises StorageError.
+
+        Args:
+            listed: its bytes and when it was written, as `walk` gave them; any other object is an error now.
         """
         found = self._stored(name)
+        if listed not in (None, (found.size, found.written_ns)):
+            raise StorageError(f"{self.url(name)}: was replaced since it was listed; run the command again")
 
         def fetch(begin: int, end: int) -> bytearray:
             content = bytearray()
@@ -457,7 +463,16 @@ class _Counted(io.BytesIO):
 
 
 def _stored(answer: Any) -> StoredObject:
-    return StoredObject(size=answer["ContentLength"], sha256=answer["Metadata"].get("sha256"), etag=_etag(answer))
+    return StoredObject(
+        size=answer["ContentLength"],
+        sha256=answer["Metadata"].get("sha256"),
+        etag=_etag(answer),
+        written_ns=_written_ns(answer),
+    )
+
+
+def _written_ns(answer: Any) -> int:
+    return int(answer["LastModified"].timestamp()) * 10**9  # listings tell fractions of a second, other answers do not
 
 
 def _etag(answer: Any) -> str:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from prep.files import _glob_pattern, find_files, open_file
+from prep.files import InputFile, _glob_pattern, find_files, opened
 from streaming_rwkv.config import UserError
 
 
@@ -55,8 +55,8 @@ def test_moving_a_corpus_changes_no_name(tree, tmp_path):
 def test_size_and_suffix(tree):
     (file,) = find_files("s", [str(tree / "a/deep/3.json.gz")])
     assert (file.size, file.suffix, file.source) == (len("a/deep/3.json.gz"), ".json.gz", "s")
-    with open_file(file.path) as opened:
-        assert opened.read() == b"x" * file.size
+    with opened(file) as stream:
+        assert stream.read() == b"x" * file.size
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,9 @@ def test_a_link_to_nothing_is_an_error(tree):
 
 
 def test_a_file_that_may_not_be_opened_is_an_error(tree):
-    with pytest.raises(UserError, match=r"a/deep: cannot be opened \(Is a directory\)"):
-        open_file(str(tree / "a" / "deep"))
+    file = InputFile(source="s", name="deep", path=str(tree / "a" / "deep"), size=0, changed_ns=0)
+    with pytest.raises(UserError, match=r"a/deep: cannot be opened \(Is a directory\)"), opened(file):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,48 @@ def test_globs_in_a_bucket_are_those_of_a_folder(tree, pattern):
     visible = [file for file in files if "/." not in f"/{file}"]
     expected = [path for path in glob.glob(pattern, root_dir=tree, recursive=True) if (tree / path).is_file()]
     assert sorted(file for file in visible if re.fullmatch(_glob_pattern(pattern), file)) == sorted(expected)
+
+
+def test_a_file_that_changes_between_listing_and_the_end_is_an_error(tree):
+    (file,) = find_files("s", [str(tree / "b")])
+    changed = r"b/1\.jsonl\.zst: has changed since it was listed: 13 bytes then, 14 now; wait until nothing writes it"
+    with pytest.raises(UserError, match=changed), opened(file) as stream:  # noqa: PT012  # at the end of the block
+        assert stream.read() == b"x" * 13
+        with open(file.path, "ab") as more:
+            more.write(b"x")
+    with pytest.raises(UserError, match=changed), opened(file):
+        raise AssertionError("never read")
+
+
+def test_two_stars_find_each_file_once(tree):
+    assert names(tree, "a/**") == names(tree, "a")
+
+
+def test_a_file_to_which_links_lead_is_there_once(tree):
+    (tree / "a" / "again.jsonl").symlink_to("1.jsonl")
+    (tree / "a" / "to_b").symlink_to("../b")
+    (tree / "b" / "to_a").symlink_to("../a")
+    expected = ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet", "to_b/1.jsonl.zst"]
+    assert names(tree, "a") == expected
+    (tree / "again").symlink_to("a")
+    assert names(tree, "a", "again") == [f"a/{name}" for name in expected]
+
+
+def test_a_folder_with_brackets_gives_names_as_any_other(tree):
+    (tree / "a").rename(tree / "a [1]")
+    assert names(tree, "a [1]") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet"]
+    (tree / "a [1]" / "1.jsonl").unlink()
+    assert names(tree, "a [1]") == ["deep/3.json.gz", "deep/er/2.parquet"]
+
+
+def test_a_name_that_is_not_utf8_is_an_error(tree):
+    (tree / os.fsdecode("文.jsonl".encode("gbk"))).write_bytes(b"")
+    with pytest.raises(UserError, match=r"\\xce\\xc4\.jsonl': a name that is not UTF-8"):
+        names(tree, "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_an_error(tree):
+    (tree / "a" / "deep").chmod(0)
+    with pytest.raises(UserError, match=r"a/deep: cannot be read \(Permission denied\)"):
+        names(tree, "a")

@@ -17,7 +17,7 @@ from prep.config import PrepConfig
 from prep.pipeline import build
 from prep.units import UnitRecord
 from prep.verification import verify
-from prep.work import done_folder, load_done, locked
+from prep.work import WorkError, done_folder, load_done, locked
 from streaming_rwkv.shards import MANIFEST_NAME
 from tests.prep.processes import kill, members, started, wait_for
 
@@ -195,6 +195,41 @@ def test_changed_input_under_unfinished_work_is_refused(small, tmp_path, monkeyp
     write_lines(tmp_path / "corpus" / "3.jsonl", ["another text"])
     with pytest.raises(ValueError, match=r"holds an unfinished build.*\n  files/corpus/3\.jsonl: \d+ bytes"):
         build(small())
+
+
+def test_accepted_changes_of_the_input_cost_the_units_that_changed(small, tmp_path, monkeypatch, write_lines, caplog):
+    interrupted_after(6, small(), monkeypatch)
+    units = tmp_path / "out" / ".prep" / "done" / "units"
+    write_lines(tmp_path / "corpus" / "2.jsonl", [f"another text {row}" for row in range(50)])
+    (tmp_path / "corpus" / "3.jsonl").unlink()
+    build(small(out=str(tmp_path / "whole")))
+    (tmp_path / "out" / "train" / "corpus").mkdir(parents=True)  # of a build that was almost there
+    (tmp_path / "out" / "train" / "corpus" / "shard.99999.mds.zstd").write_bytes(b"old")
+    kept = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
+
+    monkeypatch.setattr("prep.pipeline._clear", lambda work: None)
+    build(small(), accept_changes=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    now = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
+    # Of the six, two were of the files that changed.
+    assert [now[name] for name in kept if name in now] == [time for name, time in kept.items() if name in now]
+    assert len(kept.keys() & now.keys()) == 4
+    assert "files/corpus/2.jsonl" in caplog.text
+    assert "files/corpus/3.jsonl: gone" in caplog.text
+
+
+def test_another_key_for_the_text_can_be_accepted_and_another_pack_size_cannot(small, tmp_path, monkeypatch):
+    interrupted_after(2, small(), monkeypatch)
+    renamed = {"corpus": {"paths": str(tmp_path / "corpus"), "text": "content"}}
+    with pytest.raises(WorkError, match=r"sources\.corpus\.text: was 'text', is 'content'\nundo .*--accept-changes"):
+        build(small(sources=renamed))
+    with pytest.raises(WorkError, match=r"pack_tokens: was 8192, is 4096\nundo the change, choose another `out=`"):
+        build(small(pack_tokens=4096), accept_changes=True)
+    for file in (tmp_path / "corpus").iterdir():
+        file.write_text(file.read_text().replace('"text"', '"content"'))
+    build(small(sources=renamed), accept_changes=True)
+    build(small(sources=renamed, out=str(tmp_path / "whole")))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_two_builds_at_once_in_one_folder_are_refused(small, tmp_path):

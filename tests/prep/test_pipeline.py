@@ -326,6 +326,27 @@ def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_pa
         build(config())
 
 
+def test_a_data_set_among_its_own_input_is_refused(config, write_lines, tmp_path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
+    with pytest.raises(WorkError, match=r"out: lies in \S+/corpus, which sources\.corpus reads; choose another `out=`"):
+        build(config(out=str(tmp_path / "corpus" / "out")))
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(config, write_lines, tmp_path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(WorkError, match=rf"{place}: cannot be a folder \(.*\); choose another `out=`"):
+            build(config(out=str(place)))
+
+
+def test_home_can_be_written_as_a_tilde(config, write_lines, tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build(config(out="~/here"))
+    assert (tmp_path / "here" / "manifest.json").exists()
+
+
 # --- ids ---
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from prep.config import SourceConfig
 from prep.files import find_files
 from prep.readers import InputError, Part, read_part
 from prep.sources import plan_units, read_unit
+from streaming_rwkv.config import UserError
 
 
 def read(path: Path, **config: object) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
@@ -155,12 +157,16 @@ def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_bytes(lines(*map(str, range(100))))
+    file.write_bytes(lines(*["x" * 1000] * 3000))
     source = SourceConfig(paths=[str(file)])
-    units = plan_units({"s": source}, unit_bytes=1 << 20)
-    file.write_bytes(lines(*map(str, range(40))))
+    (unit,) = plan_units({"s": source}, unit_bytes=1 << 24)
+    reading = read_part(unit.parts[0], source)
+    next(reading)
+    os.truncate(file, 2_000_000)
     with pytest.raises(InputError, match=r"a\.jsonl: has lost \d+ bytes since it was listed"):
-        [documents for unit in units for documents in read_unit(unit, source)]
+        list(reading)
+    with pytest.raises(UserError, match=r"a\.jsonl: has changed since it was listed"):
+        list(read_part(unit.parts[0], source))
 
 
 def test_a_large_array_and_rejections_do_not_pile_up(tmp_path):
@@ -282,12 +288,31 @@ def test_small_files_go_together_and_sources_by_name(tmp_path):
         (tmp_path / f"{number}.jsonl").write_bytes(lines("x" * 100))
     sources = {name: SourceConfig(paths=[str(tmp_path)]) for name in ("b", "a")}
     units = plan_units(sources, unit_bytes=400)
-    assert [(unit.index, unit.source, [part.file.name for part in unit.parts]) for unit in units] == [
-        (0, "a", ["0.jsonl", "1.jsonl", "2.jsonl"]),
-        (1, "a", ["3.jsonl", "4.jsonl", "5.jsonl"]),
-        (2, "b", ["0.jsonl", "1.jsonl", "2.jsonl"]),
-        (3, "b", ["3.jsonl", "4.jsonl", "5.jsonl"]),
+    assert [(unit.source, [part.file.name for part in unit.parts]) for unit in units] == [
+        ("a", ["0.jsonl", "1.jsonl", "2.jsonl"]),
+        ("a", ["3.jsonl", "4.jsonl", "5.jsonl"]),
+        ("b", ["0.jsonl", "1.jsonl", "2.jsonl"]),
+        ("b", ["3.jsonl", "4.jsonl", "5.jsonl"]),
     ]
+    assert len({unit.name for unit in units}) == 4
+
+
+def test_a_unit_has_another_name_when_it_would_give_other_documents(tmp_path):
+    def name(**values):
+        (unit,) = plan_units({"s": SourceConfig(paths=[str(tmp_path / "corpus")], **values)}, unit_bytes=400)
+        return unit.name
+
+    file = tmp_path / "corpus" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(lines("one"))
+    os.utime(file, (1, 1))
+    first = name()
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "corpus")
+    assert name() == first
+    assert name(text="content") != first
+    os.utime(file, (2, 2))
+    assert name() != first
 
 
 def test_a_gzip_file_cannot_be_cut(tmp_path):
