@@ -77,8 +77,13 @@ def selected(
         if stream.split == split and source in (None, stream.source) and bucket in (None, stream.bucket)
     ]
     if not streams:
-        there = ", ".join(stream.path for stream in manifest.streams)
-        raise DataError(f"{where}: no stream {split}/{source or '*'}/{bucket or '*'}; it has {there}")
+        of_split = [stream for stream in manifest.streams if stream.split == split]
+        sources = ", ".join(dict.fromkeys(stream.source for stream in of_split)) or "none"
+        buckets = ", ".join(dict.fromkeys(stream.bucket for stream in of_split)) or "none"
+        raise DataError(
+            f"{where}: no stream {split}/{source or '*'}/{bucket or '*'}; {split} has the sources {sources} and the "
+            f"buckets {buckets}"
+        )
     return streams
 
 

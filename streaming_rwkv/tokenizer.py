@@ -152,7 +152,7 @@ def load_tokenizer(
     Raises:
         TokenizerError: nothing readable there, no eos, or files that are not what their record says.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if str(name_or_path) == WORLD_NAME:
         import pyrwkv_tokenizer
 
@@ -234,6 +234,12 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
     try:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except unreachable as error:
+        if "/" not in name:  # as nearly every name on the hub has
+            raise TokenizerError(
+                f"tokenizer {name!r}: no such folder in {Path.cwd()}, nor to be had from the Hugging Face hub "
+                f"({type(error).__name__}); make it with `python -m prep train-tokenizer RECIPE --vocab-size N --to "
+                f"{name}`, or give {WORLD_NAME!r}, another folder, or a name on the hub"
+            ) from error
         raise TokenizerError(
             f"tokenizer {name!r}: neither a local folder nor to be had from the Hugging Face hub "
             f"({type(error).__name__}: {_first_line(error)}); check the name, run `huggingface-cli login` if it is "

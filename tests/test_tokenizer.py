@@ -301,19 +301,22 @@ def test_hub_names_come_from_the_cache_and_its_absence_is_explained(tmp_path):
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.tokenizer_json import TokenizerError
 print(load_tokenizer("some/model").record().name)
-try:
-    load_tokenizer("some/other")
-except TokenizerError as error:
-    print(error)
+for name in ("some/other", "tok"):
+    try:
+        load_tokenizer(name)
+    except TokenizerError as error:
+        print(error)
 """
     environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
-    name, error = done.stdout.splitlines()
+    name, error, local_error = done.stdout.splitlines()
     assert name == "some/model"
     assert error.startswith("tokenizer 'some/other': neither a local folder nor to be had from the Hugging Face hub")
     assert "huggingface-cli login" in error
+    assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, nor to be had from")
+    assert "train-tokenizer RECIPE --vocab-size N --to tok" in local_error
 
 
 # --- tiktoken files ---

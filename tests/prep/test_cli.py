@@ -81,7 +81,7 @@ def test_errors_are_one_line_and_exit_1(recipe, tmp_path, capsys, arguments, mes
 def test_inspect_says_what_there_is(recipe, tmp_path, capsys):
     main(["build", recipe])
     assert main(["inspect", str(tmp_path / "out"), "--source", "nope"]) == 1
-    assert "no stream train/nope/*; it has train/corpus/1-256" in capsys.readouterr().err
+    assert "no stream train/nope/*; train has the sources corpus and the buckets 1-256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in YAMLS.glob("*.yaml")))
