@@ -34,8 +34,9 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.mirror import Mirror, restore
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.optimizer import build_optimizer
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 BATCH_PACKS = 2

@@ -24,7 +24,8 @@ from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.ops import wkv7
 from streaming_rwkv.ops.reference import wkv7_reference
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer
 
 
 def chunked(*inputs: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

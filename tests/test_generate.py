@@ -17,7 +17,8 @@ from streaming_rwkv.model.checkpoint import model_state, write_huggingface, writ
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. 我能吞下玻璃而不伤身体。 def f(x): return x * 2"
 

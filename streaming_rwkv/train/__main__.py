@@ -8,6 +8,7 @@ import sys
 
 from streaming_rwkv.config import UserError, load_config
 from streaming_rwkv.processes import end_with
+from streaming_rwkv.train.config import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,12 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
-        # After the arguments are known: importing torch and composer takes seconds.
-        from streaming_rwkv.train.config import RunConfig
+        config = load_config(RunConfig, options.config, overrides=options.overrides)
+        # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
         from streaming_rwkv.train.run import train
 
-        config = load_config(RunConfig, options.config, overrides=options.overrides)
         return dry_run(config, processes=options.processes) if options.dry_run else train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

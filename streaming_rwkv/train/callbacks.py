@@ -27,8 +27,9 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoint import save_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
+from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.mirror import Mirror
-from streaming_rwkv.train.optimizer import OptimizerConfig, lr_multiplier
+from streaming_rwkv.train.optimizer import lr_multiplier
 
 logger = logging.getLogger(__name__)
 

@@ -6,49 +6,13 @@ Source: RWKV-LM/RWKV-v7/train_temp, `configure_optimizers` and `train_callback`.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from streaming_rwkv.config import Config, ConfigError
-
-
-class OptimizerConfig(Config):
-    """AdamW, gradient clipping and the learning rate's course.
-
-    Fields:
-        lr, lr_final: after warm-up, and at the end.
-        betas, eps, weight_decay: AdamW's. The reference has weight decay 0.001 (MiniPile) to 0.1 (Pile).
-        gradient_clip: largest norm of all gradients together.
-        warmup_tokens: tokens over which the rate rises from 1 % to `lr`, in a straight line.
-        schedule: `cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay)
-            stays at `lr` and falls in a straight line over the last `decay_tokens`.
-        decay_tokens: for `wsd` alone.
-    """
-
-    lr: PositiveFloat = 6e-4
-    lr_final: NonNegativeFloat = 6e-5
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: PositiveFloat = 1e-18
-    weight_decay: NonNegativeFloat = 0.001
-    gradient_clip: PositiveFloat = 1.0
-    warmup_tokens: NonNegativeInt = 0
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    decay_tokens: PositiveInt | None = Field(default=None)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> OptimizerConfig:
-        if self.lr_final > self.lr:
-            raise ValueError(f"lr_final: found {self.lr_final}, above lr {self.lr}; the rate falls, it does not rise")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: found {list(self.betas)}, expected two numbers from 0 to below 1")
-        if self.schedule == "wsd" and self.decay_tokens is None:
-            raise ValueError("decay_tokens: schedule wsd needs it; a tenth to a fifth of all tokens is usual")
-        if self.schedule != "wsd" and self.decay_tokens is not None:
-            raise ValueError(f"decay_tokens: schedule {self.schedule} does not use it; leave it out, or choose wsd")
-        return self
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.train.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

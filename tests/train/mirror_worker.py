@@ -27,8 +27,9 @@ from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.checkpoint import find_problem, load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.mirror import Mirror, node_checkpoint, restore
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.optimizer import build_optimizer
 
 
 def new_model(*, seed: int) -> tuple[RWKV7, torch.optim.Optimizer]:

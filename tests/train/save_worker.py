@@ -21,7 +21,8 @@ import torch
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.train.checkpoint import save_checkpoint
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer
 
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}  # and `open` below the folder
 

@@ -32,7 +32,8 @@ from streaming_rwkv.train.callbacks import (
     evaluation_interval,
 )
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer
 
 
 class Collected(LoggerDestination):

@@ -30,7 +30,8 @@ from streaming_rwkv.train.checkpoint import (
     read_mark,
     save_checkpoint,
 )
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer
 
 RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
 

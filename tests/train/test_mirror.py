@@ -28,7 +28,7 @@ from streaming_rwkv.storage import StorageError, Store, open_store
 from streaming_rwkv.train.callbacks import Checkpointer, ClipGradient, Consumption
 from streaming_rwkv.train.checkpoint import FORMAT, install, newest_checkpoint
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
-from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.config import OptimizerConfig, RunConfig
 from streaming_rwkv.train.mirror import (
     Mirror,
     MirrorError,
@@ -38,7 +38,7 @@ from streaming_rwkv.train.mirror import (
     newest_remote,
     restore,
 )
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer
+from streaming_rwkv.train.optimizer import build_optimizer
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import S3Server
 

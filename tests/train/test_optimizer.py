@@ -10,7 +10,8 @@ import torch
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer, lr_multiplier, parameter_groups
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier, parameter_groups
 
 
 def small_model() -> RWKV7:

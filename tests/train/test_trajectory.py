@@ -17,7 +17,8 @@ from torch import Tensor
 
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.train.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
+from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 
 STEPS, ROWS, TOKENS, VOCABULARY, WIDTH, LAYERS, HEADS, N = 60, 4, 16, 256, 128, 2, 2, 64
 LR, LR_FINAL, WARM_UP_STEPS, WEIGHT_DECAY, CLIP = 1e-3, 1e-4, 10, 0.1, 1.0
