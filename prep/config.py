@@ -97,7 +97,8 @@ class PrepConfig(Config):
     """Processes; by default one for each core."""
     engine: Literal["processes", "ray"] = "processes"
     audit_bytes: int = Field(default=1 << 15, ge=0)
-    """Text of each unit on which the fast tokenizer is compared with the one that defines the ids."""
+    """Text of each unit on which the fast tokenizer is compared with the one that defines the ids; beyond 4,096 units
+    of a sample of about so many."""
 
     @field_validator("sources")
     @classmethod

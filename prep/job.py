@@ -13,6 +13,8 @@ from prep.sources import Unit
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, columns, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
+_MOST_AUDITED_UNITS = 4096  # or about so many: two minutes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -53,6 +55,14 @@ class Job:
             compression_level=self.config.compression_level,
             shard_bytes=self.config.shard_bytes,
         )
+
+    def audit_bytes(self, unit: Unit) -> int:
+        """How much of its text is compared with the reference tokenizer's ids: 0 for most units of a large corpus.
+
+        The process that compares them is one, however many the workers are.
+        """
+        each = -(-len(self.units) // _MOST_AUDITED_UNITS)
+        return self.config.audit_bytes if int(unit.name, 16) % each == 0 else 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "units": self.units, "vocab_size": self.vocab_size}

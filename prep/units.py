@@ -157,7 +157,7 @@ def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
     """The unit's documents, tokenized, cut, and sorted by stream."""
     first = 0
     seen: Counter[str] = Counter()
-    audit_bytes = job.config.audit_bytes
+    audit_bytes = job.audit_bytes(unit)
     for documents in read_unit(unit, job.config.sources[unit.source]):
         batch = job.tokenizer.encode_batch(documents.texts)
         if audit_bytes and documents.texts:

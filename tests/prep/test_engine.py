@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,11 @@ def test_a_tokenizer_that_workers_cannot_load_is_explained(config, corpus, tmp_p
     (tmp_path / "bad" / "tokenizer.json").write_text(definition)
     with pytest.raises(UserError, match=r"tokenizer\.json: Hugging Face tokenizers [\d.]+ cannot read it"):
         build(config(tokenizer=str(tmp_path / "bad"), eos_token="</s>", workers=2, audit_bytes=0))
+
+
+def test_the_audit_of_a_large_corpus_is_a_sample_of_bounded_size(config, corpus):
+    few = job_of(config, corpus)
+    assert all(few.audit_bytes(unit) == few.config.audit_bytes > 0 for unit in few.units)
+    names = [f"{random.Random(number).getrandbits(128):032x}" for number in range(40_000)]
+    many = replace(few, units=tuple(replace(few.units[0], name=name) for name in names))
+    assert 3500 < sum(many.audit_bytes(unit) > 0 for unit in many.units) < 4500
