@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -15,7 +17,7 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
-from streaming_rwkv.train.preview import activation_bytes, checkpoint_steps, state_bytes
+from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, show, state_bytes
 from streaming_rwkv.train.run import prepare
 
 CONFIG = """
@@ -135,6 +137,31 @@ def test_a_gpu_that_is_not_here_is_refused(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([str(config), "device=gpu"]) == 1
     assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
+
+
+def test_one_small_checkpoint_is_one_of_some_megabytes_and_the_memory_says_what_of(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(config), "--dry-run", "checkpoint.interval_steps=1000", "device=null"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    size = 12 * parameter_count(RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)) / 1e6
+    assert re.search(rf"1 to come, after step \d+; about {size:.1f} MB │", shown)
+    assert "MB on a GPU, though none is here: device=cpu shows the CPU's; weights" in shown
+    assert main([str(config), "--dry-run"]) == 0
+    assert "MB on the CPU; weights" in capsys.readouterr().out
+
+
+def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    batch = {
+        "tokens": torch.tensor([[0, 5, 6]]), "targets": torch.tensor([[5, 6, 0]]), "num_targets": 3,
+        "cu_seqlens": torch.tensor([0, 3]), "pack_starts": torch.tensor([0, 3]), "streams": torch.tensor([0]),
+    }  # fmt: skip
+    plan = SimpleNamespace(streams=[SimpleNamespace(source="web", bucket="1-16")])
+    tokenizer = SimpleNamespace(bos_id=0, eos_id=0, decode=lambda ids: "" if ids == [0] else f"w{ids[0]}")
+    show(batch_table(batch, plan, tokenizer, step=0))
+    out = capsys.readouterr().out
+    assert "0 ⟨bos⟩ → 5 'w5'" in out
+    assert "6 'w6' → 0 ⟨eos⟩" in out
 
 
 def test_whatever_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
