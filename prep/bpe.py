@@ -10,6 +10,7 @@ from pathlib import Path
 from prep.config import SourceConfig
 from prep.sources import plan_units, read_unit
 from streaming_rwkv.config import UserError
+from streaming_rwkv.processes import make_folder
 from streaming_rwkv.tokenizer import RECORD_NAME, Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,13 +26,15 @@ def train_tokenizer(
     merges depend on the text alone, not on the number of threads.
 
     Raises:
-        UserError: a vocabulary too small for the bytes; an empty or unreadable source.
+        UserError: a vocabulary too small for the bytes; an empty or unreadable source; no writing to the folder.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
+    folder = Path(to)
+    make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -44,8 +47,6 @@ def train_tokenizer(
     share = most_bytes // len(sources)
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
-    folder = Path(to)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD_NAME).unlink(missing_ok=True)  # of the one that was there, which goes
     trained.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}

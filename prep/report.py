@@ -15,6 +15,7 @@ from prep.inspection import ShownPiece, shown_pieces
 from prep.place import Place, opened
 from prep.plots import PALETTE, bars, grouped_bars, histogram, legend
 from streaming_rwkv.config import UserError
+from streaming_rwkv.processes import make_folder
 from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
 from streaming_rwkv.storage import is_remote
 
@@ -28,6 +29,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
 
     Raises:
         DataError: no finished data set there, or one without its statistics.
+        UserError: the folder cannot be written to.
     """
     if to is None and is_remote(out):
         raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
@@ -35,9 +37,9 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     with opened(out) as place:
         manifest = place.manifest()
         statistics = _statistics(place)
+        make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
         figures = report_figures(manifest, statistics)
         samples = sample_pieces(place, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{REPORT_NAME}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name

@@ -7,6 +7,7 @@ key and the nearest valid key, since a misspelt key that is silently ignored cos
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -85,14 +86,24 @@ def validate(
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
-        from_command_line = {override.partition("=")[0] for override in overrides}
+        overridden = [override.partition("=")[0] for override in overrides]
         lines = []
         for problem in error.errors():
             location = tuple(problem["loc"])
             key = ".".join(str(part) for part in location)
-            place = "command line" if key in from_command_line else where
-            lines.append(f"{place}: {_explain(config_type, location, key, problem)}")
+            text = _explain(config_type, location, key, problem)
+            place = "command line" if any(_is_about(text, key, override) for override in overridden) else where
+            lines.append(f"{place}: {text}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _is_about(text: str, key: str, override: str) -> bool:
+    """Whether a problem at `key` is of what `override` gives: there, above, or below in a key that `text` names."""
+    if f"{key}.".startswith(f"{override}."):
+        return True
+    below = override.removeprefix(f"{key}.") if key else override
+    is_below = not key or override.startswith(f"{key}.")
+    return is_below and re.search(rf"\b{re.escape(below.partition('.')[0])}\b", text.removeprefix(key)) is not None
 
 
 def _explain(config_type: type[Config], location: tuple[int | str, ...], key: str, problem: Any) -> str:

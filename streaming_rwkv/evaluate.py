@@ -23,11 +23,12 @@ from rich.table import Column, Table
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches
-from streaming_rwkv.data.shard_set import ShardSet, open_shard_set
+from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
 from streaming_rwkv.generate import find_device, find_tokenizer
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.plot import validation_rows
+from streaming_rwkv.processes import make_folder
 from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.train.callbacks import groups_of, validation_metrics
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
@@ -138,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, float]:
     device = find_device(options.device)
+    if options.cache is not None:
+        make_folder(Path(options.cache), what="data cache", remedy="name another with `--cache FOLDER`")
     with TemporaryDirectory(prefix="evaluate-") as temporary, local_checkpoint(options.checkpoint) as checkpoint:
         shard_set = open_shard_set(
             options.data,
@@ -146,6 +149,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
             timeout_seconds=TIMEOUT_SECONDS,
             leader=True,
         )
+        check_shards(shard_set, shard_set.manifest.select(options.split))
         own, of_data = find_tokenizer(checkpoint), shard_set.manifest.tokenizer
         if own is not None and own.sha256 != of_data.sha256:
             raise EvaluationError(

@@ -383,9 +383,17 @@ def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]
     kinds = {"loss": "nats per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
     rows = [[title, *kinds.values()]]
     for name in ["all", *shown]:
-        values = [metrics.get(f"validation/{kind}/{name}") for kind in kinds]
-        rows.append([name.replace("/", " "), *("–" if value is None else f"{value:.4f}" for value in values)])
+        values = [(kind, metrics.get(f"validation/{kind}/{name}")) for kind in kinds]
+        rows.append(
+            [name.replace("/", " "), *("–" if value is None else _shown(kind, value) for kind, value in values)]
+        )
     return rows
+
+
+def _shown(kind: str, value: float) -> str:
+    if kind != "perplexity":
+        return f"{value:.4f}"
+    return f"{value:#.4g}".rstrip(".") if value < 10_000 else f"{value:.0f}"  # four digits that mean something
 
 
 def page(history: History, figure: Figure) -> str:

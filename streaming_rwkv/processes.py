@@ -1,4 +1,4 @@
-"""No process outlives its parent or its own work, and no two runs write to one folder."""
+"""No process outlives its parent or its own work; a run's folder can be written, and by no other run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import fcntl
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,14 +79,39 @@ class FolderLock:
     __del__ = release
 
 
+def make_folder(folder: Path, *, what: str, remedy: str) -> None:
+    """Make `folder` if it is not there, and find out whether files can be written in it; none is seen.
+
+    Args:
+        what: what it is for, as in `save folder`.
+        remedy: what names the setting, as in "give this run its own `save_folder`".
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    with _refusing(folder, what=what, remedy=remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: this {what} cannot be made, or not written to ({error.strerror}); mend that, or {remedy}"
+        ) from None
+
+
 def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
     """Hold `folder` for this process; keep the returned lock for as long as it shall be held.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    make_folder(folder, what=what, remedy=remedy)
+    with _refusing(folder, what=what, remedy=remedy):
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from streaming_rwkv.config import Config, ConfigError, load_config
 
@@ -18,6 +18,13 @@ class Stream(Config):
 class Data(Config):
     streams: list[Stream] = Field(min_length=1)
     workers: int = 2
+    most_workers: int = 9
+
+    @model_validator(mode="after")
+    def _few(self) -> Data:
+        if self.workers > self.most_workers:
+            raise ValueError(f"workers: found {self.workers}, above most_workers {self.most_workers}")
+        return self
 
 
 class Run(Config):
@@ -81,6 +88,23 @@ def test_an_unknown_key_is_named_with_the_nearest(path: Path, key: str, error: s
 def test_an_unknown_key_in_the_file_is_named_with_the_file(path: Path) -> None:
     path.write_text(YAML.replace("proportion", "proprtion"))
     assert errors(path) == ["run.yaml: data.streams.1.proprtion: unknown key; did you mean 'proportion'?"]
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("data.workers=10", "command line"),
+        ("data.most_workers=1", "command line"),
+        ("data={streams: [{path: a}], workers: 10}", "command line"),
+        ("data.streams.0.path=workers", "run.yaml"),
+        ("seed=10", "run.yaml"),
+    ],
+)
+def test_what_does_not_go_together_is_said_of_where_one_of_it_was_given(path: Path, override: str, place: str) -> None:
+    in_file = 10 if place == "run.yaml" else 2
+    path.write_text(YAML + f"  workers: {in_file}\n")
+    (line,) = errors(path, override)
+    assert line.startswith(f"{place}: data: workers: found ")
 
 
 def test_every_problem_has_its_line(path: Path) -> None:

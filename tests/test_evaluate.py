@@ -15,6 +15,7 @@ from streaming_rwkv.evaluate import main
 from streaming_rwkv.model.checkpoint import load_model, model_state, write_pth
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import load_tokenizer
 from tests.conftest import pack_of
 
@@ -88,6 +89,12 @@ def test_data_on_object_storage_and_a_part_of_it(
     assert main([str(checkpoint), str(data), "--split", "train", "--json"]) == 0
     assert found[0] != json.loads(capsys.readouterr().out)
 
+    store = open_store(s3_place)
+    store.delete(["train/web/1-16/shard.00000.mds.zstd"])
+    store.close()
+    assert main([str(checkpoint), s3_place, "--split", "train"]) == 1
+    assert "train/web/1-16/shard.00000.mds.zstd (missing); restore them, or build again" in capsys.readouterr().err
+
 
 def test_what_does_not_go_together_is_refused(
     data: Path,
@@ -111,3 +118,5 @@ def test_what_does_not_go_together_is_refused(
     assert "has no validation packs; choose another --split" in capsys.readouterr().err
     assert main([str(checkpoint), str(tmp_path / "nothing")]) == 1
     assert "nothing" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), str(data)]) == 1
+    assert "nothing: no such file or folder; give a run's save folder" in capsys.readouterr().err

@@ -215,6 +215,12 @@ def test_without_a_tokenizer_the_command_says_how_to_give_one(
     assert "no tokenizer lies with it; give one with --tokenizer" in err
 
 
+def test_a_run_that_is_not_there_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(tmp_path / "nothere", capsys=capsys)
+    assert code == 1
+    assert err.startswith(f"error: {tmp_path / 'nothere'}: no such file or folder; give a run's save folder, ")
+
+
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     code, _, err = run(tmp_path / "model.pth", "--tokenizer", "rwkv-world", capsys=capsys)

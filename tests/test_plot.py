@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streaming_rwkv.plot import History, main, mixture, read_run, smooth, summary, thin, write_plot
+from streaming_rwkv.plot import History, main, mixture, read_run, smooth, summary, thin, validation_rows, write_plot
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -140,6 +141,15 @@ def test_a_run_without_evaluations_is_drawn(tmp_path: Path) -> None:
 def test_the_summary_says_how_far_a_run_came(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [*steps(10), evaluation(10, 4.125)])
     assert summary(History(runs=[read_run(run)]))[1] == ["run", "10", "1,000", "0.8000", "4.1250", "4.1250", "–"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1477.8628, "1478"), (31.4159, "31.42"), (25.0, "25.00"), (65_536.4, "65536"), (math.inf, "inf")],
+)
+def test_a_perplexity_has_four_digits(value: float, shown: str) -> None:
+    metrics = {"validation/loss/all": 7.29836, "validation/perplexity/all": value}
+    assert validation_rows(metrics, title="run")[1] == ["all", "7.2984", shown, "–"]
 
 
 @pytest.mark.parametrize(

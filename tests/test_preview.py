@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -15,7 +17,7 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
-from streaming_rwkv.train.preview import activation_bytes, checkpoint_steps, state_bytes
+from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, show, state_bytes
 from streaming_rwkv.train.run import prepare
 
 CONFIG = """
@@ -94,11 +96,72 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
         (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),
         (["data.cache_limit=1kb"], "data.cache_limit: found 1,024 bytes, but at least"),
         (["checkpoint.allow_changed=[batch_size]"], "checkpoint.allow_changed"),
+        (["save_folder=/proc/run"], "/proc/run: this save folder cannot be made, or not written to (No such file or"),
+        (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made, or not written to (Not a"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):
     assert main([str(config), "--dry-run", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, tmp_path, capsys):
+    web = tmp_path / "data" / "train" / "web"
+    first, *others = sorted(web.rglob("*.zstd"))
+    size = first.stat().st_size
+    os.truncate(first, 12)
+    for shard in others:
+        shard.unlink()
+    assert main([str(config), "--dry-run"]) == 1
+    assert (
+        f"{tmp_path / 'data'}: shards are not as the manifest says: train/web/1-16/shard.00000.mds.zstd (12 bytes "
+        f"instead of {size:,}), train/web/1-16/shard.00001.mds.zstd (missing), train/web/1-16/shard.00002.mds.zstd "
+        f"(missing) and {len(others) - 2} more; restore them, or build again; `python -m prep verify"
+    ) in capsys.readouterr().err
+
+
+def test_shards_that_no_stage_draws_from_may_be_elsewhere(config, tmp_path):
+    for shard in (tmp_path / "data" / "train" / "code" / "1-16").glob("*.zstd"):
+        shard.unlink()
+    assert main([str(config), "--dry-run", "data.stages=[{tokens: 4000, sources: {web: 1, code: 0}}]"]) == 0
+    assert main([str(config), "--dry-run"]) == 1
+
+
+def test_a_microbatch_larger_than_a_process_has_packs_is_said_not_to_be_taken(config, capsys, caplog):
+    assert main([str(config), "--dry-run", "--processes", "2", "microbatch_packs=3"]) == 0
+    assert "microbatch_packs: found 3, but each of 2 processes has 2 packs of a step; so many are taken" in caplog.text
+    assert "2, each with 2 packs of a step, 2 in a microbatch" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_here_is_refused(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(config), "device=gpu"]) == 1
+    assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
+
+
+def test_one_small_checkpoint_is_one_of_some_megabytes_and_the_memory_says_what_of(config, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(config), "--dry-run", "checkpoint.interval_steps=1000", "device=null"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    size = 12 * parameter_count(RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)) / 1e6
+    assert re.search(rf"1 to come, after step \d+; about {size:.1f} MB │", shown)
+    assert "MB on a GPU, though none is here: device=cpu shows the CPU's; weights" in shown
+    assert main([str(config), "--dry-run"]) == 0
+    assert "MB on the CPU; weights" in capsys.readouterr().out
+
+
+def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    batch = {
+        "tokens": torch.tensor([[0, 5, 6]]), "targets": torch.tensor([[5, 6, 0]]), "num_targets": 3,
+        "cu_seqlens": torch.tensor([0, 3]), "pack_starts": torch.tensor([0, 3]), "streams": torch.tensor([0]),
+    }  # fmt: skip
+    plan = SimpleNamespace(streams=[SimpleNamespace(source="web", bucket="1-16")])
+    tokenizer = SimpleNamespace(bos_id=0, eos_id=0, decode=lambda ids: "" if ids == [0] else f"w{ids[0]}")
+    show(batch_table(batch, plan, tokenizer, step=0))
+    out = capsys.readouterr().out
+    assert "0 ⟨bos⟩ → 5 'w5'" in out
+    assert "6 'w6' → 0 ⟨eos⟩" in out
 
 
 def test_whatever_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.processes import lock_folder
+from streaming_rwkv.processes import lock_folder, make_folder
 
 HOLD = """
 import sys, time
@@ -63,6 +63,33 @@ def test_a_held_folder_is_refused_with_its_holder(tmp_path: Path) -> None:
     lock.release()
     lock.release()
     lock_folder(folder, what="save folder", remedy="take another").release()
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [("file", "File exists"), ("file/run", "Not a directory"), ("/proc/run", "No such file or directory")],
+)
+def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / below
+    for claim in (make_folder, lock_folder):
+        with pytest.raises(UserError) as caught:
+            claim(folder, what="save folder", remedy="take another")
+        assert str(caught.value) == (
+            f"{folder}: this save folder cannot be made, or not written to ({reason}); mend that, or take another"
+        )
+
+
+def test_finding_out_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b", what="save folder", remedy="take another")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"not written to \(Permission denied\)"):
+        make_folder(tmp_path, what="save folder", remedy="take another")
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:

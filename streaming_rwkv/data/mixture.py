@@ -49,9 +49,21 @@ class MixtureConfig(Config):
         if self.sources is not None and self.temperature is not None:
             raise ValueError("`sources` and `temperature` both say the shares of sources; keep one")
         for name in ("sources", "buckets", "streams"):
-            shares = getattr(self, name)
-            if shares is not None and (min(shares.values(), default=0) < 0 or sum(shares.values()) <= 0):
-                raise ValueError(f"`{name}`: shares must not be negative and must add up to more than 0")
+            shares: dict[str, float] | None = getattr(self, name)
+            if shares is None:
+                continue
+            negative = [f"{key}: {share:g}" for key, share in shares.items() if share < 0]
+            if negative:
+                raise ValueError(
+                    f"`{name}`: found {', '.join(negative)}; shares must not be negative, 0 leaves one out"
+                )
+            if sum(shares.values()) == 0:
+                given = ", ".join(f"{key}: {share:g}" for key, share in shares.items()) or "none"
+                raise ValueError(f"`{name}`: found {given}; at least one share must be above 0")
+        if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
+            raise ValueError(
+                f"`min_length`: found {self.min_length}, above `max_length` {self.max_length}; no document lies between"
+            )
         return self
 
 

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
 LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, or a tokenizer's file
+SHOWN_SHARDS = 3
 VERIFIED = "verified"
 
 
@@ -116,6 +117,46 @@ def open_shard_set(
         with ThreadPoolExecutor(8) as executor:
             list(executor.map(check, records))
     return ShardSet(location=location, store=store, manifest=manifest, cache=folder, lock=lock)
+
+
+def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
+    """Compare names and sizes of shards at the location with the manifest's; contents are when they are read.
+
+    Raises:
+        DataError: some are missing or of another size.
+    """
+    found: dict[str, int] = {}
+    if shard_set.store is not None:
+        for split in sorted({record.split for record in records}):
+            found |= shard_set.store.list(f"{split}/")
+    elif "://" in shard_set.location:
+        return  # Streaming's own clients list nothing
+    else:
+        for record in records:
+            found |= _sizes(shard_set.location, record.path)
+    problems = []
+    for record in records:
+        for shard in record.shards:
+            name = f"{record.path}/{shard.basename}"
+            if found.get(name) != shard.bytes:
+                size = f"{found[name]:,} bytes instead of {shard.bytes:,}" if name in found else "missing"
+                problems.append(f"{name} ({size})")
+    if problems:
+        more = f" and {len(problems) - SHOWN_SHARDS} more" if len(problems) > SHOWN_SHARDS else ""
+        raise DataError(
+            f"{shard_set.location}: shards are not as the manifest says: {', '.join(problems[:SHOWN_SHARDS])}{more}; "
+            f"restore them, or build again; `python -m prep verify {shard_set.location}` checks all of it"
+        )
+
+
+def _sizes(location: str, folder: str) -> dict[str, int]:
+    try:
+        with os.scandir(f"{location}/{folder}") as entries:
+            return {f"{folder}/{entry.name}": entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise DataError(f"{location}/{folder}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:

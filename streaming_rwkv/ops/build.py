@@ -82,6 +82,7 @@ def cached(name: str, key: Sequence[str | bytes], build: Callable[[Path], None])
     os.close(handle)
     try:
         started = time.monotonic()
+        logger.info("compiling %s, once for this machine; half a minute or so", name)
         build(Path(temporary))
         os.replace(temporary, path)
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from streaming_rwkv.config import UserError, load_config
@@ -26,9 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
-        from streaming_rwkv.train.run import train
+        from streaming_rwkv.train.run import begin, fit
 
-        return dry_run(config, processes=options.processes) if options.dry_run else train(config)
+        if options.dry_run:
+            return dry_run(config, processes=options.processes)
+        run = begin(config)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks have met it: one of each node says so
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    try:
+        return fit(run) if run is not None else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

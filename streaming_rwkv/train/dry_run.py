@@ -1,7 +1,7 @@
 """`train.py CONFIG --dry-run`: everything that a run does before its first step, shown; then it stops.
 
 It validates the configuration, opens and checks the data, works out the plan and reads one batch through the real
-loader. Nothing is left behind but the cache of shards, which the run will use.
+loader. Nothing is left behind but the save folder and the cache of shards, which the run will use.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import data_spec, training_batches
 from streaming_rwkv.data.shard_set import copy_tokenizer
+from streaming_rwkv.processes import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +30,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     Raises:
         UserError: whatever would stop the run before its first step.
     """
+    make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
     root = Path(config.save_folder) / "checkpoints"
     store = open_store(config.save_remote) if config.save_remote is not None else None
     with contextlib.closing(store) if store else contextlib.nullcontext():

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import CheckpointError
@@ -73,9 +73,15 @@ LARGEST_MARK_BYTES = 1 << 26
 LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
 
+Value = TypeVar("Value")
+
 
 class MirrorError(UserError):
     """The run's folder on object storage cannot be written, or what lies there cannot be used."""
+
+
+class OtherRankError(UserError):
+    """What another rank could not do, in its words."""
 
 
 class Mirror:
@@ -443,17 +449,21 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
             store.get_file(name, folder / path)
 
 
-def run_together(work: Callable[[], object] | None) -> None:
+def run_together(work: Callable[[], Value] | None) -> Value | None:
     """Do each rank's `work`, if it has any, and wait for all of it, however long it takes; by all ranks together.
 
     A collective that waited for another rank's download would come to its timeout. What one rank raises, all do.
+
+    Returns:
+        What this rank's work gave.
     """
+    given: list[Value] = []
     problem: list[BaseException] = []
 
     def target() -> None:
         try:
             if work is not None:
-                work()
+                given.append(work())
         except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
             problem.append(error)
 
@@ -465,7 +475,8 @@ def run_together(work: Callable[[], object] | None) -> None:
         raise problem[0]
     failures = [text for text in all_gather(str(problem[0]) if problem else None) if text is not None]
     if failures:
-        raise problem[0] if problem else MirrorError(failures[0])
+        raise problem[0] if problem else OtherRankError(failures[0])
+    return given[0] if given else None
 
 
 @contextmanager
@@ -475,10 +486,15 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
     Args:
         location: anything local; or s3://… of a run, for its newest checkpoint, or of one of its checkpoints.
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: nothing is there, or no whole checkpoint.
         StorageError: the store cannot be read, or damages what it gives.
     """
     if not is_remote(location):
+        if not Path(location).exists():
+            raise CheckpointError(
+                f"{location}: no such file or folder; give a run's save folder, one of its checkpoints, a .pth, or a "
+                "Hugging Face folder"
+            )
         yield Path(location)
         return
     with _run_of(location) as (store, name), TemporaryDirectory(prefix="checkpoint-") as temporary:

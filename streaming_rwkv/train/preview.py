@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from streaming_rwkv.tokenizer import Tokenizer
 if TYPE_CHECKING:  # the run shows the mixture table as well
     from streaming_rwkv.train.run import Prepared
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 # What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);
 # the kernel's saved states come on top.
 SAVED_BYTES = {"fp32": 168, "amp_bf16": 118}
@@ -92,6 +93,10 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
     return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
 
 
+def shown_bytes(count: float) -> str:
+    return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / MB:.1f} MB"
+
+
 def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
     """After which steps a checkpoint is written: every `interval`, and at the end."""
     return sorted(
@@ -115,6 +120,12 @@ def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Tab
     shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
     each = 12 * parameter_count(model)
     keep = min(config.checkpoint.keep or len(steps), len(steps))
+    written = f"after steps {shown}; about {shown_bytes(each)} each, {keep} kept: {shown_bytes(keep * each)}"
+    if len(steps) == 1:
+        written = f"after step {shown}; about {shown_bytes(each)}"
+    on = "the CPU" if device == "cpu" else "a GPU"
+    if config.device is None and not torch.cuda.is_available():
+        on += ", though none is here: device=cpu shows the CPU's"
     table = Table(title="The run", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -126,11 +137,10 @@ def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Tab
         "parameters": f"{parameter_count(model):,} ({model.num_layers} layers of {model.hidden_size}, "
         f"vocabulary {model.vocab_size:,})",
         "FLOPs": f"{flops:.3g} per token, {flops * prepared.total_tokens:.3g} in all",
-        "memory, each": f"{(state + activations) / GB:.2f} GB: weights, gradients, moments in float32 "
-        f"{state / GB:.2f}; activations of {micro_tokens:,} tokens in {precision} about {activations / GB:.2f} "
+        "memory, each": f"{shown_bytes(state + activations)} on {on}; weights, gradients, moments in float32 "
+        f"{shown_bytes(state)}, activations of {micro_tokens:,} tokens in {precision} about {shown_bytes(activations)} "
         "(an estimate: preview.activation_bytes)",
-        "checkpoints": f"{len(steps)} to come, after steps {shown}; about {each / GB:.2f} GB each, "
-        f"{keep} kept: {keep * each / GB:.2f} GB",
+        "checkpoints": f"{len(steps)} to come, {written}" if steps else "none to come",
     }.items():
         table.add_row(name, value)
     return table
@@ -153,11 +163,14 @@ def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) ->
     table.add_column("begins", overflow="fold")
     table.add_column("ends", overflow="fold")
 
-    def word(token: int) -> str:
-        return "ignored" if token == IGNORED else f"{token} {tokenizer.decode([token])!r}"
+    def word(token: int, marks: dict[int, str]) -> str:
+        return "ignored" if token == IGNORED else f"{token} {marks.get(token) or repr(tokenizer.decode([token]))}"
+
+    # The two may have one id; but a document's begin is never a target, nor its end an input.
+    begin, end = {tokenizer.bos_id: "⟨bos⟩"}, {tokenizer.eos_id: "⟨eos⟩"}
 
     def pairs(low: int, high: int) -> str:
-        return "\n".join(f"{word(tokens[i])} → {word(targets[i])}" for i in range(low, high))
+        return "\n".join(f"{word(tokens[i], begin)} → {word(targets[i], end)}" for i in range(low, high))
 
     for low, high in itertools.pairwise(bounds[: SHOWN_DOCUMENTS + 1]):
         pack = int(np.searchsorted(packs, low, side="right")) - 1

@@ -25,12 +25,12 @@ from torch.distributed.fsdp import FSDPModule
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
-from streaming_rwkv.data.shard_set import ShardSet, copy_tokenizer, open_shard_set
+from streaming_rwkv.data.shard_set import ShardSet, check_shards, copy_tokenizer, open_shard_set
 from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.processes import die_with_parent, lock_folder
+from streaming_rwkv.processes import FolderLock, die_with_parent, lock_folder
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
@@ -128,6 +128,15 @@ def prepare(config: RunConfig, *, world_size: int, leader: bool, shape: Mapping[
         seed=config.seed,
         block_shards=data.shuffle_block_shards,
     )
+    if leader:
+        drawn = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
+        check_shards(shard_set, [*drawn, *manifest.select("validation")])
+        per_process, given = plan.batch_packs // world_size, config.microbatch_packs
+        if isinstance(given, int) and given > per_process:
+            logger.warning(
+                "microbatch_packs: found %d, but each of %d processes has %d packs of a step; so many are taken",
+                *(given, world_size, per_process),
+            )
     return Prepared(
         config=config,
         shard_set=shard_set,
@@ -226,34 +235,44 @@ def _batch_packs(config: RunConfig, pack_tokens: int, world_size: int) -> int:
     return max(1, round(data.batch_tokens / (pack_tokens * world_size))) * world_size
 
 
-def train(config: RunConfig) -> int:
-    """Run to the end, or until asked to stop; returns the exit status.
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A run that nothing speaks against, on any rank."""
+
+    prepared: Prepared
+    start: Start | None
+    checkpoint: Checkpoint | None
+    mirror: Mirror | None
+    device: Device
+    lock: FolderLock | None  # of the save folder, held by the leader
+
+
+def begin(config: RunConfig) -> Begun | None:
+    """All that comes before the network is built, by all ranks together; None if the run is finished already.
 
     Raises:
-        UserError: a cause outside this program that stops the run, named.
+        UserError: on all ranks, whichever of them met it: none is left waiting for the others.
     """
     if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
         die_with_parent()
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
-    device = get_device(config.device)
+    device = _find_device(config)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
     dist.initialize_dist(device, timeout=max(300.0, 4 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
-    run_lock = None
-    if is_leader():
-        run_lock = lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
+
+    def lock_run() -> FolderLock:
+        return lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
+
+    lock = run_together(lock_run if is_leader() else None)
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
     start = _find_start(config.model.init_from, save_folder, store) if config.model.init_from is not None else None
-    leader, shape = dist.get_local_rank() == 0, start.shape if start else None
-    prepared = prepare(config, world_size=dist.get_world_size(), leader=True, shape=shape) if leader else None
-    dist.barrier()
-    prepared = prepared or prepare(config, world_size=dist.get_world_size(), leader=False, shape=shape)
-    root = save_folder / "checkpoints"
+    prepared = _prepare_together(config, shape=start.shape if start else None)
     lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
     mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
     allow = frozenset(config.checkpoint.allow_changed)
@@ -271,9 +290,10 @@ def train(config: RunConfig) -> int:
             if mirror:
                 mirror.finish()
             show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
-            return 0
+            return None
+    shard_set = prepared.shard_set
+    run_together((lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER)) if is_leader() else None)
     if is_leader():
-        copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER)
         write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
@@ -283,23 +303,41 @@ def train(config: RunConfig) -> int:
         )
     if mirror:
         mirror.send_logs()
-    status = _fit(prepared, start, checkpoint, mirror, root=root, device=device)
-    if run_lock is not None:
-        run_lock.release()
-    return status
+    return Begun(prepared=prepared, start=start, checkpoint=checkpoint, mirror=mirror, device=device, lock=lock)
 
 
-def _fit(
-    prepared: Prepared,
-    start: Start | None,
-    checkpoint: Checkpoint | None,
-    mirror: Mirror | None,
-    *,
-    root: Path,
-    device: Any,
-) -> int:
+def _find_device(config: RunConfig) -> Device:
+    if config.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: found gpu, but torch sees no CUDA device; leave it out to train on the CPU, or mend the driver, "
+            "or install a torch that is built for it"
+        )
+    return get_device(config.device)
+
+
+def _prepare_together(config: RunConfig, *, shape: Mapping[str, Any] | None) -> Prepared:
+    """`prepare` by each node's leader, then by the others from what it left."""
+
+    def work() -> Prepared:
+        return prepare(config, world_size=dist.get_world_size(), leader=leads_node(), shape=shape)
+
+    led = run_together(work if leads_node() else None)
+    read = run_together(None if leads_node() else work)
+    prepared = led or read
+    assert prepared is not None
+    return prepared
+
+
+def fit(run: Begun) -> int:
+    """Train to the end, or until asked to stop; returns the exit status.
+
+    Raises:
+        UserError: a cause outside this program that stops the run, named.
+    """
+    prepared, start, checkpoint, mirror, device = run.prepared, run.start, run.checkpoint, run.mirror, run.device
     config, plan = prepared.config, prepared.plan
     save_folder = Path(config.save_folder)
+    root = save_folder / "checkpoints"
     train_records, validation_records = plan.streams, prepared.shard_set.manifest.select("validation")
 
     on_gpu = device.name == "gpu"

@@ -174,7 +174,12 @@ def test_shares_that_cannot_be_met_are_refused(stage, message):
         ({}, "give either `tokens` or `passes`"),
         ({"passes": 1, "sources": {"web": 1}}, "`passes` needs natural shares"),
         ({"tokens": 1, "streams": {"web/1-256": 1}, "temperature": 2}, "cannot be combined"),
-        ({"tokens": 1, "sources": {"web": -1}}, "must not be negative"),
+        (
+            {"tokens": 1, "sources": {"web": 1, "code": -1}},
+            r"stage: `sources`: found code: -1; shares must not be negative, 0 leaves one out",
+        ),
+        ({"tokens": 1, "buckets": {"1-256": 0, "257-512": 0}}, "`buckets`: found 1-256: 0, 257-512: 0; at least one"),
+        ({"tokens": 1, "min_length": 600, "max_length": 300}, "`min_length`: found 600, above `max_length` 300"),
     ],
 )
 def test_stages_that_contradict_themselves_are_refused(stage, message):

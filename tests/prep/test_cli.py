@@ -70,6 +70,11 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
         (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "at least 257 are needed"),
+        (
+            ["train-tokenizer", "{recipe}", "--vocab-size", "260", "--to", "{recipe}/bpe"],
+            "recipe.yaml/bpe: this folder of the tokenizer cannot be made, or not written to (Not a directory); mend "
+            "that, or name another with `--to FOLDER`",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_1(recipe, tmp_path, capsys, arguments, message):

@@ -10,6 +10,7 @@ import pytest
 from prep.pipeline import build
 from prep.plots import bars, grouped_bars, short
 from prep.report import write_report
+from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError
 
 NO_END_TAG = {"meta"}
@@ -78,6 +79,13 @@ def test_without_a_data_set_or_its_statistics(finished, tmp_path):
     (tmp_path / "out" / "statistics.json").unlink()
     with pytest.raises(DataError, match=r"statistics\.json: missing; copy it"):
         write_report(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_option(finished, tmp_path):
+    with pytest.raises(
+        UserError, match=r"corpus/a\.jsonl: this folder of the report .*File exists.* with `--to FOLDER`"
+    ):
+        write_report(tmp_path / "out", to=tmp_path / "corpus" / "a.jsonl")
 
 
 def test_stacks_are_as_high_as_their_values():

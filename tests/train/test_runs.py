@@ -392,18 +392,6 @@ def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
     assert newest_step(folder) == 24 + (30 - 24) * 4 // 3  # the packs that were left, three to a step
 
 
-def damaged_shard(data: Path, to: Path, *, how: str) -> Path:
-    shutil.copytree(data, to)
-    (shard,) = (to / "train" / "web" / "17-32").glob("*.zstd")
-    if how == "missing":
-        shard.unlink()
-    else:
-        content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(content)
-    return to
-
-
 # tests/data tries each with 0, 1 and 2 workers; a whole run of each takes half a minute.
 @pytest.mark.parametrize(
     ("how", "workers", "text"),
@@ -412,8 +400,18 @@ def damaged_shard(data: Path, to: Path, *, how: str) -> Path:
 def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     how: str, workers: int, text: str, place: Workplace, tmp_path: Path
 ) -> None:
-    data = damaged_shard(place.data, tmp_path / "data", how=how)
-    with place.run(tmp_path / "run", f"data.workers={workers}", data=data) as run:
+    """From the moment on when the run has looked for its shards; what is missing before, it finds then."""
+    data = Path(shutil.copytree(place.data, tmp_path / "data"))
+    (shard,) = (data / "train" / "web" / "17-32").glob("*.zstd")
+    with place.run(tmp_path / "run", f"data.workers={workers}", data=data, freeze_at="/config.yaml.tmp:1") as run:
+        frozen = run.wait_until_frozen()
+        if how == "missing":
+            shard.unlink()
+        else:
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+        frozen.resume()
         while "starting at step 0" not in run.log.read_text():
             assert run.launcher.poll() is None, run.log.read_text()
             time.sleep(0.1)
@@ -422,11 +420,27 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
 
 
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (["data.batch_packs=3"], "data.batch_packs: 3 packs do not divide among 2 processes; the nearest that do are"),
+        (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made, or not written to (Not a"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_said_once(
+    settings: list[str], error: str, place: Workplace, tmp_path: Path
+) -> None:
+    status, output = place.train(tmp_path / "run", *settings, processes=2)
+    assert status == 1
+    assert output.count("error: ") == output.count(f"error: {error}") == 1, output
+    assert "Traceback" not in output
+
+
 def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: Path) -> None:
-    with place.run(tmp_path / "run", "data.stgaes=1") as run:
+    with place.run(tmp_path / "run", "data.stgaes=1", processes=2) as run:
         status, output = run.finish(seconds=60)
     assert status == 1
-    assert "command line: data.stgaes: unknown key; did you mean 'stages'?" in output
+    assert output.count("command line: data.stgaes: unknown key; did you mean 'stages'?") == 1
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
