@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import SourceConfig
-from prep.sources import plan_units, read_unit
+from prep.sources import nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.tokenizer import RECORD_NAME, Tokenizer, load_tokenizer
 
@@ -59,10 +60,19 @@ def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
     """Texts of a source up to `most_bytes`, spread over its units."""
     units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
     of_each = -(-most_bytes // len(units))
+    has_any = False
+    rejected: Counter[str] = Counter()
     for unit in units:
         left = of_each
-        for text in itertools.chain.from_iterable(documents.texts for documents in read_unit(unit, config)):
+        for documents in read_unit(unit, config):
+            rejected.update(rejection.reason for rejection in documents.rejections)
+            for text in documents.texts:
+                if left <= 0:
+                    break
+                has_any = True
+                yield text
+                left -= len(text.encode())
             if left <= 0:
                 break
-            yield text
-            left -= len(text.encode())
+    if not has_any:
+        raise nothing_in(name, config, rejected=rejected)

@@ -33,7 +33,7 @@ from prep.observer import Observer
 from prep.place import find_manifest
 from prep.plan import check_plan, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
-from prep.sources import plan_units
+from prep.sources import nothing_in, plan_units
 from prep.units import REJECTED_NAME, AuditSample, Progress, UnitRecord, count_unit, do_unit, unit_name
 from prep.upload import ShardUploads, Transfers, check_free, final_shards, publish
 from prep.windows import Window, WindowRecord, do_window, plan_windows
@@ -150,7 +150,11 @@ def _finished(plan: dict[str, Any], job: Job, store: Store | None) -> Manifest |
 
 
 def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
-    """What `build` would read and tokenize, duplicates included, without writing anything."""
+    """What `build` would read and tokenize, duplicates included, without writing anything.
+
+    Raises:
+        UserError: as `build` does, of what it reads.
+    """
     observer = observer or Observer()
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     units = tuple(plan_units(config.sources, unit_bytes=config.unit_bytes))
@@ -165,7 +169,9 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
             sizes = [(unit.source, unit.input_bytes) for unit in units]
-            return _step("counting", run, count_unit, units, sizes, observer)
+            records: list[UnitRecord] = _step("counting", run, count_unit, units, sizes, observer)
+    _check_not_empty(job, records)
+    return records
 
 
 def _do_all(
@@ -258,10 +264,7 @@ def _check_not_empty(job: Job, units: Sequence[UnitRecord]) -> None:
         of_source = [unit for unit in units if unit.source == source]
         if not sum(unit.documents for unit in of_source):
             rejected = sum((Counter(unit.rejected) for unit in of_source), Counter[str]())
-            why = "; rejected: " + ", ".join(f"{n} ({reason})" for reason, n in rejected.items()) if rejected else ""
-            raise UserError(
-                f"sources.{source}: no document in {', '.join(config.paths)}{why}; mend or remove the source"
-            )
+            raise nothing_in(source, config, rejected=rejected)
 
 
 # --- what is left when a build is done ---

@@ -7,7 +7,7 @@ documents come in chunks of bounded size, so memory does not grow with the unit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from prep.config import SourceConfig
 from prep.document import Documents, document_keys
-from prep.files import InputFile, find_files, open_file
-from prep.readers import Batch, Part, read_parquet_layout, read_part
+from prep.files import InputFile, find_files
+from prep.readers import Batch, Part, open_input, read_parquet_layout, read_part, without_text
+from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import is_remote
 
 CHUNK_CHARACTERS = 4 << 20
@@ -86,7 +87,7 @@ def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> 
 def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     """Cut after the first line that ends at or beyond each multiple of `unit_bytes`."""
     begin = row = first_row = at = 0
-    with open_file(file.path) as stream:
+    with open_input(file) as stream:
         while block := stream.read(_SCAN_BYTES):
             counted = 0
             while (newline := block.find(b"\n", max(begin + unit_bytes - at - 1, counted, 0))) >= 0:
@@ -118,7 +119,7 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
     """The unit's documents in chunks, in order.
 
     Raises:
-        InputError: a file that is broken, or that has no text at all.
+        InputError: a file that is broken.
     """
     pending: list[Batch] = []
     characters = documents = 0
@@ -131,6 +132,13 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
             pending, characters, documents = [], 0, 0
     if pending:
         yield _documents(pending)
+
+
+def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
+    """What to say of a source of which no document is left: `rejected` are counts by reason."""
+    why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
+    remedy = f"name the right key with `sources.{source}.text`" if without_text(config) in rejected else "mend"
+    return UserError(f"sources.{source}: no document in {', '.join(config.paths)}{why}; {remedy} or remove the source")
 
 
 def _documents(batches: list[Batch]) -> Documents:

@@ -66,6 +66,10 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
     [
         (["build", "{recipe}", "sede=3"], "error: command line: sede: unknown key; did you mean 'seed'?"),
         (["build", "{recipe}", "seed"], "error: command line: 'seed' is not an override; write key=value"),
+        (
+            ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
+            "no document in {folder}/corpus; rejected: 3 (no 'body'); name the right key with `sources.corpus.text`",
+        ),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
@@ -75,7 +79,7 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
 def test_errors_are_one_line_and_exit_1(recipe, tmp_path, capsys, arguments, message):
     filled = [argument.format(recipe=recipe, folder=tmp_path) for argument in arguments]
     assert main(filled) == 1
-    assert message in capsys.readouterr().err
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
 
 
 def test_inspect_says_what_there_is(recipe, tmp_path, capsys):
