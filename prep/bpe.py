@@ -11,7 +11,7 @@ from pathlib import Path
 from prep.config import SourceConfig
 from prep.sources import nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.tokenizer import RECORD_NAME, Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
@@ -26,13 +26,16 @@ def train_tokenizer(
     merges depend on the text alone, not on the number of threads.
 
     Raises:
-        UserError: a vocabulary too small for the bytes; an empty or unreadable source.
+        UserError: a vocabulary too small for the bytes; a folder with something in it; an empty or unreadable source.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
+    folder = Path(to)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already and no empty folder; choose another `--to`, or remove it")
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -45,9 +48,7 @@ def train_tokenizer(
     share = most_bytes // len(sources)
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
-    folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD_NAME).unlink(missing_ok=True)  # of the one that was there, which goes
     trained.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
