@@ -26,7 +26,7 @@ import numpy as np
 from prep.config import PrepConfig
 from prep.distributions import STATISTICS_NAME, statistics_bytes
 from prep.document import Rejection
-from prep.duplicates import do_range, plan_ranges
+from prep.duplicates import do_range, join_ranges, plan_ranges
 from prep.engine import Run, Task, start
 from prep.job import Job
 from prep.observer import Observer
@@ -182,7 +182,9 @@ def _do_all(
     _check_not_empty(job, units)
     ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
     _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
-    windows = plan_windows(job, units, duplicate_ranges=len(ranges))
+    if ranges:
+        join_ranges(job, units, ranges=len(ranges))
+    windows = plan_windows(job, units)
     sizes = [(window.source, window.tokens) for window in windows]
     on_result = ShardUploads(transfers, windows, work=job.work).packed if transfers is not None else None
     records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer, on_result)
