@@ -102,8 +102,8 @@ class _Explained(io.RawIOBase):
             return self._file.readinto(buffer)  # type: ignore[attr-defined]  # IO[bytes] lacks it
         except OSError as error:
             raise InputError(
-                f"{self._path}: cannot be read ({error.strerror}); finished work is kept, run the same command again "
-                "when it can be"
+                f"{self._path}: cannot be read ({error.strerror or error}); finished work is kept, run the same "
+                "command again when it can be"
             ) from error
 
     def close(self) -> None:
