@@ -7,12 +7,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with the error's text if something outside this program is wrong."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Here, not above: `--help` and the start of a worker should not wait for what one command needs.
     from streaming_rwkv.config import UserError
@@ -25,6 +27,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes no more positional arguments after an option; here `--dry-run out=x` is as good as the reverse."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    is_override = [hasattr(options, "overrides") and not argument.startswith("-") for argument in rest]
+    if not all(is_override):
+        unknown = (argument for argument, known in zip(rest, is_override, strict=True) if not known)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least {least}")
+        return int(text)
+
+    return number
+
+
+def _local_folder(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a local folder")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--split", default="train", choices=["train", "validation"])
     inspect.add_argument("--source", help="one source")
     inspect.add_argument("--bucket", help="one bucket, e.g. 1-256")
-    inspect.add_argument("--skip", type=int, default=0, help="pieces to pass over")
-    inspect.add_argument("--count", type=int, default=10, help="pieces to show")
+    inspect.add_argument("--skip", type=_at_least(0), default=0, help="pieces to pass over")
+    inspect.add_argument("--count", type=_at_least(0), default=10, help="pieces to show")
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser("verify", help="check every shard against the manifest")
@@ -64,22 +94,26 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write a page of plots and samples, and its figures as JSON")
     report.add_argument("out", help="the data set: a folder, or s3://bucket/path")
-    report.add_argument("--to", help="the folder to write into; the data set's own if not given and it is one")
+    report.add_argument(
+        "--to", type=_local_folder, help="the folder to write into; the data set's own if not given and it is one"
+    )
     report.set_defaults(command=_report)
 
     convert = commands.add_parser("convert", help="JSON files to parquet files with a text column, folder to folder")
     convert.add_argument("folder", help="searched at any depth for .jsonl, .json, also .gz and .zst")
-    convert.add_argument("to", help="the folder to write into")
+    convert.add_argument("to", type=_local_folder, help="the folder to write into")
     convert.add_argument("--text", default="text", help="the key that holds the text")
-    convert.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    convert.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1)
     convert.set_defaults(command=_convert)
 
     train = commands.add_parser("train-tokenizer", help="train a byte-level BPE on the sources of a configuration")
     train.add_argument("config", help="yamls/prep/NAME.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.add_argument("--vocab-size", type=int, required=True)
-    train.add_argument("--to", required=True, help="the folder to write it to")
-    train.add_argument("--most-bytes", type=int, default=1 << 28, help="text to learn from, spread over the sources")
+    train.add_argument("--to", type=_local_folder, required=True, help="the folder to write it to: a new or empty one")
+    train.add_argument(
+        "--most-bytes", type=_at_least(1), default=1 << 28, help="text to learn from, spread over the sources"
+    )
     train.set_defaults(command=_train_tokenizer)
     return parser
 
@@ -97,7 +131,7 @@ def _build(options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own
     started = time.monotonic()
     if options.dry_run:
-        with observing(console) as observer:
+        with observing(console, are_listed=False) as observer:
             records = count(config, observer=observer)
         console.print(count_table(records, config.edges))
         return 0
@@ -143,14 +177,19 @@ def _upload(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from prep.inspection import show
 
-    show(
-        options.out,
-        split=options.split,
-        source=options.source,
-        bucket=options.bucket,
-        skip=options.skip,
-        count=options.count,
-    )
+    try:
+        show(
+            options.out,
+            split=options.split,
+            source=options.source,
+            bucket=options.bucket,
+            skip=options.skip,
+            count=options.count,
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
+        return _BROKEN_PIPE
     return 0
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import SourceConfig
-from prep.sources import plan_units, read_unit
+from prep.sources import nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.processes import make_folder
-from streaming_rwkv.tokenizer import RECORD_NAME, Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
@@ -26,7 +27,8 @@ def train_tokenizer(
     merges depend on the text alone, not on the number of threads.
 
     Raises:
-        UserError: a vocabulary too small for the bytes; an empty or unreadable source; no writing to the folder.
+        UserError: a vocabulary too small for the bytes; a folder that cannot be written to, or with something in it; an
+            empty or unreadable source.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -35,6 +37,8 @@ def train_tokenizer(
         raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
     folder = Path(to)
     make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
+    if any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty; choose another `--to`, or remove it")
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -47,7 +51,6 @@ def train_tokenizer(
     share = most_bytes // len(sources)
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
-    (folder / RECORD_NAME).unlink(missing_ok=True)  # of the one that was there, which goes
     trained.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
@@ -60,10 +63,19 @@ def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
     """Texts of a source up to `most_bytes`, spread over its units."""
     units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
     of_each = -(-most_bytes // len(units))
+    has_any = False
+    rejected: Counter[str] = Counter()
     for unit in units:
         left = of_each
-        for text in itertools.chain.from_iterable(documents.texts for documents in read_unit(unit, config)):
+        for documents in read_unit(unit, config):
+            rejected.update(rejection.reason for rejection in documents.rejections)
+            for text in documents.texts:
+                if left <= 0:
+                    break
+                has_any = True
+                yield text
+                left -= len(text.encode())
             if left <= 0:
                 break
-            yield text
-            left -= len(text.encode())
+    if not has_any:
+        raise nothing_in(name, config, rejected=rejected)

@@ -162,13 +162,15 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
     """Import `module:function`, the current folder included.
 
     Raises:
-        UserError: no such module or function.
+        UserError: no such module or function, or no Python.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         hook: Callable[[dict[str, Any]], Any] = getattr(importlib.import_module(module_name), function_name)
+    except SyntaxError as error:
+        raise UserError(f"hook {name!r}: {error.filename}, line {error.lineno}: {error.msg}; mend it") from error
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"

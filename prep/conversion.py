@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 
 from prep.config import SourceConfig
 from prep.files import InputFile, find_files
-from prep.readers import Part, read_part
+from prep.readers import Part, read_part, without_text
 from streaming_rwkv.config import UserError
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
+_ORIGIN_KEY = "streaming-rwkv.origin"  # of a parquet file's metadata: what it was made of
+_REJECTED_KEY = "streaming-rwkv.rejected"
+_Task = tuple[InputFile, Path, SourceConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +41,11 @@ class Converted:
 def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[Converted]:
     """Convert every JSON file below `folder`; names are kept, `.json.gz` and the like become `.parquet`.
 
-    A file whose parquet is there and newer is left alone, so an interrupted conversion goes on.
+    A file whose parquet is there, made of the same file by the same key, is left alone, so an interrupted conversion
+    goes on. By one process at a time for each folder.
 
     Raises:
-        UserError: nothing to convert, two files with one name to be, a broken file.
+        UserError: nothing to convert, two files with one name to be, a broken file; at the end, if there was no text.
     """
     files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
     if not files:
@@ -53,6 +57,19 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
             raise UserError(f"{folder}: {names} would all become {place}; convert them one folder at a time")
     config = SourceConfig(paths=[folder], text=text)
     tasks = [(file, place, config) for file, place in places.items()]
+    documents = 0
+    rejected: Counter[str] = Counter()
+    for converted in _in_processes(tasks, workers):
+        documents += converted.documents
+        rejected.update(converted.rejected)
+        yield converted
+    if not documents and (without := rejected[without_text(config)]):
+        raise UserError(
+            f"{folder}: of {rejected.total()} documents {without} have no {text!r}; name the key with --text"
+        )
+
+
+def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
     if workers == 1:
         yield from map(_convert_file, tasks)
         return
@@ -60,24 +77,40 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
         yield from pool.map(_convert_file, tasks)
 
 
-def _convert_file(task: tuple[InputFile, Path, SourceConfig]) -> Converted:
+def _convert_file(task: _Task) -> Converted:
     file, place, config = task
-    if place.exists() and place.stat().st_mtime_ns > file.changed_ns:
-        rows = pq.read_metadata(place).num_rows
-        return Converted(name=file.name, documents=rows, rejected={}, was_there=True)
+    origin: dict[str, str | int] = {"text": config.text, "bytes": file.size, "changed_ns": file.changed_ns}
+    if (converted := _converted(place, file, origin)) is not None:
+        return converted
     rejected: Counter[str] = Counter()
     documents = 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = place.with_name(f".{place.name}.writing")  # always the same: what a kill left is taken over
     try:
-        with pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+        # Open files: of a name with a colon pyarrow would make a URI.
+        with temporary.open("wb") as opened, pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer:
             for texts in _row_groups(_texts(file, config, rejected)):
                 documents += len(texts)
                 writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
+            writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
         temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
     return Converted(name=file.name, documents=documents, rejected=dict(rejected))
+
+
+def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Converted | None:
+    """What lies in `place` if it was made of `origin`."""
+    try:
+        with place.open("rb") as opened:
+            metadata = pq.read_metadata(opened)
+    except (OSError, pa.ArrowInvalid):
+        return None
+    notes = metadata.metadata or {}
+    if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
+        return None
+    rejected = json.loads(notes[_REJECTED_KEY.encode()])
+    return Converted(name=file.name, documents=metadata.num_rows, rejected=rejected, was_there=True)
 
 
 def _texts(file: InputFile, config: SourceConfig, rejected: Counter[str]) -> Iterator[list[str]]:

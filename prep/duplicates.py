@@ -1,12 +1,12 @@
 """Exact deduplication in bounded memory: hashes in ranges, each small enough to sort.
 
 Of documents with equal text the first in canonical order is kept (sources by name, files by name, rows). All of a
-range's hashes are looked at together, so the result depends on neither workers nor the order of their work.
+range's hashes are looked at together, so the result depends on neither workers nor the order of their work. In the end
+all ranges become one bit for each document: whoever packs then opens one file, however many ranges there were.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.job import Job
+from prep.ragged import offsets_of
 from prep.spool import HASHES_NAME, read_hashes
 from prep.units import Report, UnitRecord, unit_name
 from prep.work import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
 
 _DOCUMENTS_PER_RANGE = 1 << 21  # about 100 MB while they are sorted
+_PLACES_AT_ONCE = 1 << 20
 _RESULT_NAME = "duplicates.npy"
+_JOINED = "all_duplicates"
+_FIRST_BYTES_NAME = "first_bytes.npy"  # (units + 1,) where each unit's bits begin
+_BITS_NAME = "bits.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +87,35 @@ def first_come(hashes: NDArray[np.uint64], places: NDArray[np.uint64]) -> NDArra
     return np.sort(places[order[1:][repeats]])
 
 
+def join_ranges(job: Job, units: Sequence[UnitRecord], *, ranges: int) -> None:
+    """Put the duplicates of all ranges together, if that is not done yet: one bit for each document of each unit."""
+    if load_done(job.work, _JOINED, DoneRecord) is not None:
+        return
+    first_bytes = offsets_of(np.array([-(-unit.documents // 8) for unit in units], np.int64))
+    bits = np.zeros(first_bytes[-1], np.uint8)
+    for index in range(ranges):
+        places = np.load(done_folder(job.work, _name(index)) / _RESULT_NAME, mmap_mode="r")
+        for first in range(0, len(places), _PLACES_AT_ONCE):
+            some = places[first : first + _PLACES_AT_ONCE]
+            documents = some.astype(np.uint32)  # the lower half
+            at = first_bytes[(some >> np.uint64(32)).astype(np.int64)] + (documents >> 3)
+            np.bitwise_or.at(bits, at, np.left_shift(1, documents & 7).astype(np.uint8))
+    with temporary_folder(job.work) as folder:
+        np.save(folder / _FIRST_BYTES_NAME, first_bytes)
+        np.save(folder / _BITS_NAME, bits)
+        record = DoneRecord(files={name: hash_file(folder / name) for name in (_FIRST_BYTES_NAME, _BITS_NAME)})
+        finish(folder, record, work=job.work, name=_JOINED)
+
+
 class Duplicates:
-    """The duplicates of all ranges, looked up by unit."""
+    """The duplicates of all ranges, as `join_ranges` left them."""
 
-    def __init__(self, job: Job, *, ranges: int) -> None:
-        files = [done_folder(job.work, _name(index)) / _RESULT_NAME for index in range(ranges)]
-        self._ranges = [np.load(file, mmap_mode="r") for file in files]
+    def __init__(self, job: Job) -> None:
+        folder = done_folder(job.work, _JOINED)
+        self._first_bytes = np.load(folder / _FIRST_BYTES_NAME, mmap_mode="r")
+        self._bits = np.load(folder / _BITS_NAME, mmap_mode="r")
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  # one entry, and the object lives as long as a task
-    def of_unit(self, unit: int) -> NDArray[np.uint32]:
-        """The unit's documents that are left out, rising."""
-        found = [np.empty(0, np.uint64)]
-        for places in self._ranges:
-            begin, end = np.searchsorted(places, [np.uint64(unit << 32), np.uint64((unit + 1) << 32)])
-            found.append(places[begin:end])
-        return np.sort(np.concatenate(found).astype(np.uint32))
+    def are_among(self, documents: NDArray[np.uint32], *, unit: int) -> NDArray[np.bool_]:
+        """(N,) which of a unit's documents are left out."""
+        of_unit = self._bits[self._first_bytes[unit] : self._first_bytes[unit + 1]]
+        return ((of_unit[documents >> 3] >> (documents & 7)) & 1).astype(np.bool_)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import itertools
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import StorageError, Store, is_remote, open_store
@@ -202,17 +203,50 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
             yield stream
         return
     try:
-        local = Path(file.path).open("rb")  # noqa: SIM115  # an error of opening only is meant
+        raw = Path(file.path).open("rb", buffering=0)  # noqa: SIM115  # an error of opening only is meant
     except OSError as error:
         raise UserError(f"{file.path}: cannot be opened ({error.strerror})") from None
-    with local:
-        _check_unchanged(file, local)
-        yield local
-        _check_unchanged(file, local)
+    with io.BufferedReader(_LocalFile(raw, file.path)) as stream:
+        _check_unchanged(file, raw)
+        yield stream
+        _check_unchanged(file, raw)
 
 
-def _check_unchanged(file: InputFile, stream: IO[bytes]) -> None:
-    status = os.fstat(stream.fileno())
+class _LocalFile(io.RawIOBase):
+    """Of which a read that fails is the disk's fault: to a decompressor it would look like a broken file."""
+
+    def __init__(self, raw: io.FileIO, path: str) -> None:
+        super().__init__()
+        self._raw, self._path = raw, path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._raw.readinto(buffer)
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be read ({error.strerror or error}); finished work is kept, run the same "
+                "command again when it can be"
+            ) from error
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _check_unchanged(file: InputFile, raw: io.FileIO) -> None:
+    status = os.fstat(raw.fileno())
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
         raise UserError(
             f"{file.path}: has changed since it was listed: {file.size:,} bytes then, {status.st_size:,} now; wait "

@@ -28,14 +28,14 @@ import numpy as np
 from prep.config import PrepConfig
 from prep.distributions import STATISTICS_NAME, statistics_bytes
 from prep.document import Rejection
-from prep.duplicates import do_range, plan_ranges
+from prep.duplicates import do_range, join_ranges, plan_ranges
 from prep.engine import Run, Task, start
 from prep.job import Job
 from prep.observer import Observer
 from prep.place import find_manifest
 from prep.plan import check_plan, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
-from prep.sources import find_sources, plan_units
+from prep.sources import find_sources, nothing_in, plan_units
 from prep.units import (
     REJECTED_NAME,
     UNITS_FOLDER,
@@ -200,13 +200,17 @@ def _keep_units_only(job: Job, changes: list[str]) -> None:
         shutil.rmtree(job.out / split, ignore_errors=True)
     units = {Path(unit_name(unit)).name for unit in job.units}
     for folder in done_folder(job.work, "").glob("*"):
-        for done in folder.iterdir():
-            if folder.name != UNITS_FOLDER or done.name not in units:
-                shutil.rmtree(done)
+        for gone in [folder] if folder.name != UNITS_FOLDER else folder.iterdir():
+            if gone.name not in units:
+                shutil.rmtree(gone)
 
 
 def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
-    """What `build` would read and tokenize, duplicates included, without writing anything."""
+    """What `build` would read and tokenize, duplicates included, without writing anything.
+
+    Raises:
+        UserError: as `build` does, of what it reads.
+    """
     observer = observer or Observer()
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     units = plan_units(config.sources, unit_bytes=config.unit_bytes)
@@ -221,7 +225,9 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
             sizes = [(unit.source, unit.input_bytes) for unit in units]
-            return _step("counting", run, count_unit, units, sizes, observer)
+            records: list[UnitRecord] = _step("counting", run, count_unit, units, sizes, observer)
+    _check_not_empty(job, records)
+    return records
 
 
 def _do_all(
@@ -232,7 +238,9 @@ def _do_all(
     _check_not_empty(job, units)
     ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
     _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
-    windows = plan_windows(job, units, duplicate_ranges=len(ranges))
+    if ranges:
+        join_ranges(job, units, ranges=len(ranges))
+    windows = plan_windows(job, units)
     sizes = [(window.source, window.tokens) for window in windows]
     on_result = ShardUploads(transfers, windows, work=job.work).packed if transfers is not None else None
     records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer, on_result)
@@ -314,10 +322,7 @@ def _check_not_empty(job: Job, units: Sequence[UnitRecord]) -> None:
         of_source = [unit for unit in units if unit.source == source]
         if not sum(unit.documents for unit in of_source):
             rejected = sum((Counter(unit.rejected) for unit in of_source), Counter[str]())
-            why = "; rejected: " + ", ".join(f"{n} ({reason})" for reason, n in rejected.items()) if rejected else ""
-            raise UserError(
-                f"sources.{source}: no document in {', '.join(config.paths)}{why}; mend or remove the source"
-            )
+            raise nothing_in(source, config, rejected=rejected)
 
 
 # --- what is left when a build is done ---

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,8 +26,9 @@ _ALL = ""  # no source is called so
 class ConsoleObserver(Observer):
     """A bar for each source on a terminal, a line now and then elsewhere, and the first rejections of each reason."""
 
-    def __init__(self, console: Console, bars: Progress) -> None:
+    def __init__(self, console: Console, bars: Progress, *, are_listed: bool) -> None:
         self._console = console
+        self._further = "are listed in rejected.jsonl only" if are_listed else "are counted only"
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
         self._name = "starting"
@@ -72,7 +75,7 @@ class ConsoleObserver(Observer):
         self._rejections[rejection.reason] += 1
         seen = self._rejections[rejection.reason]
         if seen <= _REJECTIONS_SHOWN:
-            more = "; further ones are listed in rejected.jsonl only" if seen == _REJECTIONS_SHOWN else ""
+            more = f"; further ones {self._further}" if seen == _REJECTIONS_SHOWN else ""
             self._print(f"left out: {rejection.source}: {rejection}{more}")
 
     def _speed(self, name: str) -> str:
@@ -95,7 +98,12 @@ class ConsoleObserver(Observer):
 
 
 @contextlib.contextmanager
-def observing(console: Console) -> Iterator[ConsoleObserver]:
+def observing(console: Console, *, are_listed: bool = True) -> Iterator[ConsoleObserver]:
+    """An observer that shows on `console`.
+
+    Args:
+        are_listed: whether rejected documents are also written to rejected.jsonl.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -105,7 +113,7 @@ def observing(console: Console) -> Iterator[ConsoleObserver]:
     )
     bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     try:
-        yield ConsoleObserver(console, bars)
+        yield ConsoleObserver(console, bars, are_listed=are_listed)
     finally:
         if console.is_terminal:
             bars.stop()
@@ -140,25 +148,29 @@ def books_table(manifest: Manifest) -> Table:
     for column in ("read", "train", "validation", "duplicates", "rejected"):
         table.add_column(column, justify="right")
     for source, books in manifest.books.items():
-        rejected = ", ".join(f"{count:,} {reason}" for reason, count in books.rejected.items()) or "0"
         counts = (books.documents_read, *books.documents.values(), books.duplicates)
-        table.add_row(source, *(f"{count:,}" for count in counts), rejected)
+        table.add_row(source, *(f"{count:,}" for count in counts), _rejected(books.rejected))
     return table
 
 
+def _rejected(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "0"
+
+
 def count_table(records: Sequence[units.UnitRecord], edges: Sequence[int]) -> Table:
-    """Source × bucket of a dry run, duplicates included; both splits together."""
+    """Source × bucket of a dry run, and all of each source; duplicates included, both splits together."""
     table = Table("source", "bucket", title="dry run: duplicates are still counted, nothing was written")
-    for column in ("documents", "pieces", "tokens"):
+    for column in ("documents", "pieces", "tokens", "rejected"):
         table.add_column(column, justify="right")
-    bounds = bucket_bounds(edges)
-    totals: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for record in records:
-        for index, stream in enumerate(record.streams):
-            of_bucket = totals[record.source, index % len(bounds)]
-            for place, count in enumerate((stream.documents, stream.pieces, stream.targets)):
-                of_bucket[place] += count
-    for (source, bucket), counts in sorted(totals.items()):
-        if any(counts):
-            table.add_row(source, bucket_name(*bounds[bucket]), *(f"{count:,}" for count in counts))
+    names = [bucket_name(*bounds) for bounds in bucket_bounds(edges)]
+    for source, members in itertools.groupby(records, key=lambda record: record.source):
+        of_source = list(members)
+        counts = sum(np.array(record.streams).reshape(-1, len(names), 3).sum(axis=0) for record in of_source)
+        for name, of_bucket in zip(names, counts.tolist(), strict=True):
+            if any(of_bucket):
+                table.add_row(source, name, *(f"{count:,}" for count in of_bucket))
+        rejected = sum((Counter(record.rejected) for record in of_source), Counter[str]())
+        totals = (f"{count:,}" for count in counts.sum(axis=0).tolist())
+        table.add_row(source, "all", *totals, _rejected(dict(sorted(rejected.items()))))
+        table.add_section()
     return table

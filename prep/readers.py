@@ -1,12 +1,13 @@
 """Readers: one part of an input file to batches of texts. What is broken is counted with a reason.
 
-A broken *document* becomes a `Rejection`; a broken *file* (truncated gzip, no such column) is an `InputError`, since
-silently going on with half a file is how corpora shrink unnoticed.
+A broken *document* becomes a `Rejection`; a broken *file* (truncated gzip, no such column, no line that is an object)
+is an `InputError`, since silently going on with half a file is how corpora shrink unnoticed.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -25,7 +26,9 @@ from prep.files import InputFile, opened
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
+_FIRST_FRAME_BYTES = 1 << 12  # of a zstd frame; while it goes on, twice as much each time
 _ARRAY_RECORDS = 1 << 10  # of a JSON array at a time; the array itself is read as a whole
+_BEGIN_BYTES = 60  # of a file that is something else, shown to say what it is
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 INVALID_UTF8 = "invalid UTF-8"
@@ -70,7 +73,7 @@ class _Broken:
     reason: str
 
 
-# Of a JSON object or a parquet row, what becomes the text; applied to every row if there are hooks.
+# Of a JSON object or a parquet row, what becomes the text.
 _Select = Callable[[dict[str, Any]], Any]
 
 
@@ -78,21 +81,16 @@ def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
     """The part's documents, in order.
 
     Raises:
-        InputError: a file that is broken, that has no text at all, or on which a hook fails.
+        InputError: a file that is broken, or on which a hook fails.
     """
     read = _read_parquet if part.file.suffix == ".parquet" else _read_json
-    without_text = _Broken(f"no {config.text!r}")
-    seen = missing = 0
-    for rows, values in read(part, config, without_text):
-        batch = _batch(part.file, rows, values, text=config.text)
-        seen += len(values)
-        missing += sum(rejection.reason == without_text.reason for rejection in batch.rejections)
-        yield batch
-    if seen and seen == missing:
-        raise InputError(
-            f"{part.file.path}: none of its {seen} documents has {config.text!r}; name the right key with "
-            f"`sources.{part.file.source}.text`"
-        )
+    for rows, values in read(part, config):
+        yield _batch(part.file, rows, values, text=config.text)
+
+
+def without_text(config: SourceConfig) -> str:
+    """Why a document is rejected that has no such key."""
+    return f"no {config.text!r}"
 
 
 def _batch(file: InputFile, rows: NDArray[np.int64], values: list[Any], *, text: str) -> Batch:
@@ -115,18 +113,21 @@ def _reason(value: Any, text: str) -> str:
     return f"{text!r} is null" if value is None else f"{text!r} is not a string"
 
 
-def _selector(config: SourceConfig, without_text: _Broken) -> _Select | None:
-    """What the hooks make of a row; None if there are no hooks."""
-    if config.filter is None and config.transform is None:
-        return None
+def _has_hooks(config: SourceConfig) -> bool:
+    return config.filter is not None or config.transform is not None
+
+
+def _selector(config: SourceConfig) -> _Select:
+    """What the hooks make of a row; without hooks, its text."""
     keep = load_hook(config.filter) if config.filter else None
     transform = load_hook(config.transform) if config.transform else None
+    missing = _Broken(without_text(config))
 
     def select(record: dict[str, Any]) -> Any:
         if keep is not None and not keep(record):
             return _Broken(FILTERED)
         if transform is None:
-            return record.get(config.text, without_text)
+            return record.get(config.text, missing)
         text = transform(record)
         return _Broken(TRANSFORMED_AWAY) if text is None else text
 
@@ -154,59 +155,101 @@ def _apply(select: _Select, records: Sequence[Any], *, file: InputFile, rows: ND
 # --- JSON lines, and JSON arrays in .json files ---
 
 
-def _read_json(
-    part: Part, config: SourceConfig, without_text: _Broken
-) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+def _read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
     file, row = part.file, part.first_row
-    select = _selector(config, without_text)
+    select = _selector(config)
     with opened(file) as raw:
         blocks = _blocks(raw, part)
         if file.suffix.startswith(".json") and not file.suffix.startswith(".jsonl"):
             blocks, array = _whole_array(blocks, file)
             if array is not None:
-                select = select or (lambda record: record.get(config.text, without_text))
                 for first in range(0, len(array), _ARRAY_RECORDS):
                     items = array[first : first + _ARRAY_RECORDS]
                     rows = np.arange(first, first + len(items))
-                    records = [item if isinstance(item, dict) else _Broken(NOT_AN_OBJECT) for item in items]
-                    yield rows, _apply(select, records, file=file, rows=rows)
+                    yield rows, _apply(select, list(map(_object, items)), file=file, rows=rows)
                 return
+        begin = b""  # of the first line that is not blank
+        has_objects = False
         for lines in _lines(blocks):
             if row == 0 and lines[0].startswith(_BYTE_ORDER_MARK):
                 lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
-            rows, values = _parse(lines, row, select, config.text, without_text, file)
+            rows = np.arange(row, row + len(lines))
             row += len(lines)
+            texts = None if _has_hooks(config) else _texts(lines, config.text)
+            if texts is not None:
+                has_objects = True
+                yield rows, texts
+                continue
+            rows, lines = _without_blank(rows, lines)
+            records = [_record(line) for line in lines]
+            begin = begin or next(iter(lines), b"")[:_BEGIN_BYTES]
+            has_objects = has_objects or any(isinstance(record, dict) for record in records)
             if len(rows):
-                yield rows, values
+                yield rows, _apply(select, records, file=file, rows=rows)
+    if begin and not has_objects:
+        _check_is_json_lines(begin, part)
 
 
-def _parse(
-    lines: list[bytes], first_row: int, select: _Select | None, text: str, without_text: _Broken, file: InputFile
-) -> tuple[NDArray[np.int64], list[Any]]:
-    rows = np.arange(first_row, first_row + len(lines))
-    if select is None:
-        try:
-            return rows, [orjson.loads(line)[text] for line in lines]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass  # something is broken among them: look at each
+def _texts(lines: list[bytes], text: str) -> list[Any] | None:
+    """The value of each line's key `text`; None if something is broken among them."""
+    try:
+        return [orjson.loads(line)[text] for line in lines]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def _without_blank(rows: NDArray[np.int64], lines: list[bytes]) -> tuple[NDArray[np.int64], list[bytes]]:
     is_blank = np.fromiter((not line or line.isspace() for line in lines), np.bool_, count=len(lines))
-    rows = rows[~is_blank]
-    records = [_record(line) for line, blank in zip(lines, is_blank.tolist(), strict=True) if not blank]
-    if select is not None:
-        return rows, _apply(select, records, file=file, rows=rows)
-    return rows, [item.get(text, without_text) if isinstance(item, dict) else item for item in records]
+    return rows[~is_blank], [line for line, blank in zip(lines, is_blank.tolist(), strict=True) if not blank]
 
 
 def _record(line: bytes) -> dict[str, Any] | _Broken:
     try:
-        record = orjson.loads(line)
+        return _object(orjson.loads(line))
     except orjson.JSONDecodeError:
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return _Broken(INVALID_UTF8)
+        return _object(_loosely_parsed(line))
+
+
+def _object(value: Any) -> dict[str, Any] | _Broken:
+    return value if isinstance(value, dict | _Broken) else _Broken(NOT_AN_OBJECT)
+
+
+def _loosely_parsed(content: bytes) -> Any:
+    """What Python's own parser makes of it: it knows the NaN and Infinity that its `dumps` writes."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return _Broken(INVALID_UTF8)
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
         return _Broken(INVALID_JSON)
-    return record if isinstance(record, dict) else _Broken(NOT_AN_OBJECT)
+    return value
+
+
+def _check_is_json_lines(begin: bytes, part: Part) -> None:
+    """Of lines none of which is an object, those of a part: is this another kind of file?
+
+    Lines of UTF-16 tell by themselves; with anything else, it must be all of the file.
+
+    Raises:
+        InputError: it is.
+    """
+    is_utf16 = begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin[:2].count(0) == 1
+    if part.first_row or not (is_utf16 or part.byte_range in (None, (0, part.file.size))):
+        return
+    if is_utf16:
+        what = "it is UTF-16: save it as UTF-8"
+    elif begin.startswith(b"version https://git-lfs"):
+        what = "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+    elif begin.startswith(b"{") and begin.rstrip().endswith((b"{", b",")):
+        what = "it begins with an object that goes on over lines: write one object a line"
+    else:
+        what = (
+            f"it begins with {begin.decode(errors='replace')!r}: write one object a line, or take it out of the source"
+        )
+    raise InputError(f"{part.file.path}: no line of it is a JSON object; {what}")
 
 
 def _whole_array(blocks: Iterator[bytes], file: InputFile) -> tuple[Iterator[bytes], list[Any] | None]:
@@ -218,9 +261,11 @@ def _whole_array(blocks: Iterator[bytes], file: InputFile) -> tuple[Iterator[byt
     try:
         array = orjson.loads(content.removeprefix(_BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
-        raise InputError(
-            f"{file.path}: begins with '[' but is no JSON array ({error}); mend it, or write one object a line"
-        ) from None
+        array = _loosely_parsed(content.removeprefix(_BYTE_ORDER_MARK))
+        if isinstance(array, _Broken):
+            raise InputError(
+                f"{file.path}: begins with '[' but is no JSON array ({error}); mend it, or write one object a line"
+            ) from None
     assert isinstance(array, list)
     return iter(()), array
 
@@ -280,18 +325,29 @@ def _read_blocks(raw: IO[bytes], size: int, file: InputFile) -> Iterator[bytes]:
 def _zstd_blocks(raw: IO[bytes], file: InputFile) -> Iterator[bytes]:
     # Not `stream_reader`: it ends without a word where the file is cut off.
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None
+    frame, step = decompressor.decompressobj(), 0
+    is_within = False
+    found: list[bytes] = []
+    size = 0
     try:
         while block := raw.read(_READ_BYTES):
-            while block:
-                frame = frame or decompressor.decompressobj()
-                if data := frame.decompress(block):
-                    yield data
-                block = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
+            content, at = memoryview(block), 0
+            while at < len(content):
+                # What is given beyond a frame's end comes back as a copy: for a file of many small frames not much.
+                step = min(2 * step, _READ_BYTES) if is_within else _FIRST_FRAME_BYTES
+                frame = frame if is_within else decompressor.decompressobj()
+                piece = content[at : at + step]
+                found.append(frame.decompress(piece))
+                at += len(piece) - len(frame.unused_data)
+                is_within = not frame.eof
+                size += len(found[-1])
+                if size >= _READ_BYTES:
+                    yield b"".join(found)
+                    found, size = [], 0
     except zstandard.ZstdError as error:
         raise InputError(f"{file.path}: broken zstd ({error}); download it again") from None
-    if frame is not None:
+    yield b"".join(found)
+    if is_within:
         raise InputError(f"{file.path}: broken zstd (it ends within a frame); download it again")
 
 
@@ -323,11 +379,9 @@ def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
         raise InputError(f"{file.path}: cannot be read as parquet ({error}); download it again") from None
 
 
-def _read_parquet(
-    part: Part, config: SourceConfig, without_text: _Broken
-) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+def _read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
     file, row = part.file, part.first_row
-    select = _selector(config, without_text)
+    select, has_hooks = _selector(config), _has_hooks(config)
     with opened(file) as raw:
         parquet = _open_parquet(raw, file)
         _check_text_column(parquet.schema_arrow, file, config)
@@ -338,17 +392,17 @@ def _read_parquet(
         batches = parquet.iter_batches(
             batch_size=max(1, min(1 << 13, _READ_BYTES * rows // max(size, 1))),
             row_groups=groups,
-            columns=None if select else [config.text],
+            columns=None if has_hooks else [config.text],
             use_threads=False,
         )
         try:
             for batch in batches:
                 numbers = np.arange(row, row + batch.num_rows)
                 row += batch.num_rows
-                if select is None:
-                    yield numbers, _strings(batch.column(0))
+                if has_hooks:
+                    yield numbers, _apply(select, _records(batch), file=file, rows=numbers)
                 else:
-                    yield numbers, _apply(select, batch.to_pylist(), file=file, rows=numbers)
+                    yield numbers, _strings(batch.column(0))
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{file.path}: broken parquet after row {row} ({error}); download it again") from None
 
@@ -376,6 +430,16 @@ def _is_string(kind: pa.DataType) -> bool:
         or pa.types.is_large_binary(kind)
         or pa.types.is_binary_view(kind)
     )
+
+
+def _records(batch: pa.RecordBatch) -> list[Any]:
+    """A dict, or _Broken if one of its strings is no UTF-8, for each row."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [_Broken(INVALID_UTF8)]
+        return [record for row in range(batch.num_rows) for record in _records(batch.slice(row, 1))]
 
 
 def _strings(column: pa.Array) -> list[Any]:

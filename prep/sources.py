@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 from prep.config import SourceConfig
 from prep.document import Documents, document_keys
 from prep.files import InputFile, find_files, opened
-from prep.readers import Batch, Part, read_parquet_layout, read_part
+from prep.readers import Batch, Part, read_parquet_layout, read_part, without_text
+from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import is_remote
 
 CHUNK_CHARACTERS = 4 << 20
@@ -147,7 +148,7 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
     """The unit's documents in chunks, in order.
 
     Raises:
-        InputError: a file that is broken, or that has no text at all.
+        InputError: a file that is broken.
     """
     pending: list[Batch] = []
     characters = documents = 0
@@ -160,6 +161,13 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
             pending, characters, documents = [], 0, 0
     if pending:
         yield _documents(pending)
+
+
+def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
+    """What to say of a source of which no document is left: `rejected` are counts by reason."""
+    why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
+    remedy = f"name the right key with `sources.{source}.text`" if without_text(config) in rejected else "mend"
+    return UserError(f"sources.{source}: no document in {', '.join(config.paths)}{why}; {remedy} or remove the source")
 
 
 def _documents(batches: list[Batch]) -> Documents:

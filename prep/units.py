@@ -20,7 +20,7 @@ from prep import buckets
 from prep.document import Documents, Rejection, content_hashes, in_validation
 from prep.job import Job
 from prep.ragged import gather, offsets_of
-from prep.readers import InputError
+from prep.readers import FILTERED, TRANSFORMED_AWAY, InputError
 from prep.sources import Unit, read_unit
 from prep.spool import HASHES_NAME, PIECES_NAME, Block, HashedFile, SortedPieces, write_blocks, write_hashes
 from prep.work import DoneRecord, finish, load_done, temporary_folder
@@ -158,6 +158,7 @@ def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
     first = 0
     seen: Counter[str] = Counter()
     audit_bytes = job.audit_bytes(unit)
+    asked_for = {FILTERED, TRANSFORMED_AWAY, _too_long(job)}  # by the configuration: nothing is broken there
     for documents in read_unit(unit, job.config.sources[unit.source]):
         batch = job.tokenizer.encode_batch(documents.texts)
         if audit_bytes and documents.texts:
@@ -165,7 +166,7 @@ def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
             audit_bytes = 0
         documents, batch = _without_unusable(job, documents, batch)
         for rejection in documents.rejections:
-            if job.config.on_error == "stop":
+            if job.config.on_error == "stop" and rejection.reason not in asked_for:
                 raise InputError(
                     f"{rejection}; mend it, or set on_error=skip to leave such documents out and count them"
                 )
@@ -233,7 +234,7 @@ def _without_unusable(job: Job, documents: Documents, batch: TokenBatch) -> tupl
     reasons = dict.fromkeys(np.searchsorted(batch.offsets, false_ends, side="right") - 1, HOLDS_SPECIAL)
     if job.config.long_documents == "drop":
         (too_long,) = np.nonzero(np.diff(batch.offsets) + 1 > largest)
-        reasons |= dict.fromkeys(too_long, f"longer than {largest}")
+        reasons |= dict.fromkeys(too_long, _too_long(job))
     if not reasons:
         return documents, batch
     lengths = np.diff(batch.offsets)
@@ -242,6 +243,10 @@ def _without_unusable(job: Job, documents: Documents, batch: TokenBatch) -> tupl
     return documents.without({int(index): why for index, why in reasons.items()}), TokenBatch(
         ids=ids, offsets=offsets_of(lengths[kept])
     )
+
+
+def _too_long(job: Job) -> str:
+    return f"longer than {job.config.edges[-1]}"
 
 
 def _audit_sample(tokenizer: Tokenizer, documents: Documents, batch: TokenBatch, *, budget: int) -> AuditSample:

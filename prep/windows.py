@@ -41,7 +41,6 @@ class Window(Config):
     upper: int
     number: int  # within the stream
     blocks: tuple[tuple[int, Block], ...]  # (unit, block)
-    duplicate_ranges: int
 
     @property
     def stream(self) -> str:
@@ -70,7 +69,7 @@ class WindowRecord(DoneRecord):
     fill: list[int]  # packs by how full they are, in FILL_BINS steps
 
 
-def plan_windows(job: Job, units: Sequence[UnitRecord], *, duplicate_ranges: int) -> list[Window]:
+def plan_windows(job: Job, units: Sequence[UnitRecord]) -> list[Window]:
     """All windows, stream by stream, in the order of the manifest."""
     blocks: defaultdict[tuple[int, str], list[tuple[int, Block]]] = defaultdict(list)
     for number, unit in enumerate(units):
@@ -84,7 +83,6 @@ def plan_windows(job: Job, units: Sequence[UnitRecord], *, duplicate_ranges: int
             upper=upper,
             number=number,
             blocks=tuple(group),
-            duplicate_ranges=duplicate_ranges,
         )
         for index, (split, lower, upper) in enumerate(job.streams)
         for source in sorted(job.config.sources)
@@ -144,13 +142,14 @@ def _read(job: Job, window: Window) -> tuple[_Pieces, tuple[int, int]]:
     tokens = np.empty(window.tokens, job.token_dtype)
     found: list[dict[str, NDArray[Any]]] = []
     repeats: list[NDArray[np.bool_]] = []
-    duplicates = Duplicates(job, ranges=window.duplicate_ranges)
+    duplicates = Duplicates(job) if job.config.deduplicate == "exact" else None
     at = 0
     for unit, block in window.blocks:
         with (done_folder(job.work, unit_name(job.units[unit])) / PIECES_NAME).open("rb") as file:
             found.append(read_block(file, block, tokens_into=tokens[at : at + block.tokens]))
         at += block.tokens
-        repeats.append(np.isin(found[-1]["documents"], duplicates.of_unit(unit)))
+        documents = found[-1]["documents"]
+        repeats.append(duplicates.are_among(documents, unit=unit) if duplicates else np.zeros(len(documents), np.bool_))
     columns = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     first_tokens = offsets_of(columns["lengths"])[:-1]
     is_repeat = np.concatenate(repeats)

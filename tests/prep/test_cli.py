@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prep.__main__ import main
+from prep.__main__ import _parse, main
 from prep.config import PrepConfig
+from prep.pipeline import build
 from streaming_rwkv.config import load_config
 from streaming_rwkv.tokenizer import load_tokenizer
 
@@ -62,10 +63,28 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "why"),
+    [("folder", "is not empty; choose another `--to`"), ("file", "this folder of the tokenizer cannot")],
+)
+def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypatch, name, why):
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "folder" / "tokenizer_config.json", tmp_path / "file"):
+        file.write_text('{"eos_token": "</s>"}')
+    monkeypatch.setattr("prep.bpe.read_unit", None)  # it is said before anything is read
+    assert main(["train-tokenizer", recipe, "--vocab-size", "260", "--to", str(tmp_path / name)]) == 1
+    assert f"{tmp_path / name}: {why}" in capsys.readouterr().err
+    assert (tmp_path / "folder" / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["build", "{recipe}", "sede=3"], "error: command line: sede: unknown key; did you mean 'seed'?"),
         (["build", "{recipe}", "seed"], "error: command line: 'seed' is not an override; write key=value"),
+        (
+            ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
+            "no document in {folder}/corpus; rejected: 3 (no 'body'); name the right key with `sources.corpus.text`",
+        ),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
@@ -80,7 +99,57 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
 def test_errors_are_one_line_and_exit_1(recipe, tmp_path, capsys, arguments, message):
     filled = [argument.format(recipe=recipe, folder=tmp_path) for argument in arguments]
     assert main(filled) == 1
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+
+
+def test_overrides_may_come_after_options(recipe, tmp_path):
+    assert main(["build", recipe, "--dry-run", f"out={tmp_path}/other"]) == 0
+    to = tmp_path / "bpe"
+    arguments = ["seed=3", "--vocab-size", "260", "edges=[128]", "--to", str(to), "validation=0.1", "seed=4"]
+    assert main(["train-tokenizer", recipe, *arguments]) == 0
+    parsed = _parse(["train-tokenizer", recipe, *arguments])
+    assert parsed.overrides == ["seed=3", "edges=[128]", "validation=0.1", "seed=4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("build x.yaml --dryrun out=x", "unrecognized arguments: --dryrun"),
+        ("build x.yaml --dry-run out=x --nope", "unrecognized arguments: --nope"),
+        ("verify out --nope x=y", "unrecognized arguments: --nope x=y"),
+        ("inspect out --skip -1", "argument --skip: found '-1', expected a whole number, at least 0"),
+        ("inspect out --count x", "argument --count: found 'x', expected a whole number, at least 0"),
+        ("convert in out --workers 0", "argument --workers: found '0', expected a whole number, at least 1"),
+        ("convert in s3://b/out", "argument to: found 's3://b/out', expected a local folder"),
+        ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local folder"),
+        ("train-tokenizer x.yaml --vocab-size 300 --to s3://b/t", "argument --to: found 's3://b/t', expected a local"),
+        ("train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 0", "argument --most-bytes: found '0', expected"),
+    ],
+)
+def test_what_argparse_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_hook_that_is_no_python_is_named(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hooks_with_a_slip.py").write_text("x = 1\ndef keep(record) return True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for more in ([], ["--dry-run"]):
+        assert main(["build", recipe, "sources.corpus.filter=hooks_with_a_slip:keep", *more]) == 1
+        assert f"hook 'hooks_with_a_slip:keep': {tmp_path}/hooks_with_a_slip.py, line 2: " in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(config, write_lines, tmp_path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", [f"{number:04}" * 50 for number in range(3000)])
+    build(config())
+    command = [sys.executable, "-m", "prep", "inspect", str(tmp_path / "out"), "--count", "3000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
+        assert shown.stdout.readline().startswith("── train/corpus".encode())
+        shown.stdout.close()
+        assert shown.stderr.read() == b""
+    assert shown.returncode == 141
 
 
 def test_inspect_says_what_there_is(recipe, tmp_path, capsys):

@@ -246,6 +246,32 @@ def test_on_error_stop_stops_at_the_first(config, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, tmp_path, monkeypatch):
+    hooks = (
+        "def keep(record): return record['text'] != 'b'\ndef text(record): return record['text'].strip('c') or None\n"
+    )
+    (tmp_path / "hooks_of_the_pipeline.py").write_text(hooks)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["a", "b", "c", "0123456"])
+    chosen = {"filter": "hooks_of_the_pipeline:keep", "transform": "hooks_of_the_pipeline:text"}
+    sources = {"corpus": {"paths": str(tmp_path / "corpus"), **chosen}}
+    books = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.books["corpus"]
+    assert books.documents["train"] == 1
+    assert books.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
+
+
+def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(b'{"body": "x"}\n{"body": "y"}\n{"text": 5}\n')
+    message = (
+        r"sources\.corpus: no document in .*corpus; rejected: 1 \('text' is not a string\), 2 \(no 'text'\); "
+        r"name the right key with `sources\.corpus\.text` or remove the source"
+    )
+    for run in (build, count):
+        with pytest.raises(UserError, match=message):
+            run(config())
+
+
 def test_an_empty_source_stops(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b"\n\n")

@@ -52,6 +52,14 @@ def test_the_first_rejections_of_a_reason_are_shown():
     assert lines[-1].endswith("further ones are listed in rejected.jsonl only")
 
 
+def test_of_further_rejections_a_dry_run_has_no_list():
+    console = Console(file=io.StringIO(), width=200)
+    with observing(console, are_listed=False) as observer:
+        for row in range(9):
+            observer.rejection(Rejection(source="c4", file="x.jsonl", row=row, reason="invalid JSON"))
+    assert console.file.getvalue().splitlines()[-1].endswith("row 4: invalid JSON; further ones are counted only")
+
+
 @pytest.fixture
 def corpus(tmp_path, write_lines):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123", "0123", "012345678"])
@@ -80,7 +88,17 @@ def test_tables_at_the_end(config, corpus):
     ]
 
 
-def test_table_of_a_dry_run(config, corpus):
-    rows = shown(count_table(count(config(edges=[5, 10])), [5, 10])).splitlines()
-    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows if "corpus" in row]
-    assert cells == [["corpus", "1-5", "2", "2", "10"], ["corpus", "6-10", "1", "1", "10"]]
+def test_table_of_a_dry_run(config, corpus, tmp_path, write_lines):
+    (tmp_path / "corpus" / "b.jsonl").write_text('{"text": 5}\n{"body": ""}\n{"body": ""}\n')
+    write_lines(tmp_path / "more" / "a.jsonl", ["0"])
+    sources = {name: {"paths": str(tmp_path / name)} for name in ("more", "corpus")}
+    records = count(config(edges=[5, 10], validation=0.5, sources=sources, unit_bytes=1))
+    rows = shown(count_table(records, [5, 10])).splitlines()
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in rows if "│" in row]
+    assert cells == [
+        ["corpus", "1-5", "2", "2", "10", ""],
+        ["corpus", "6-10", "1", "1", "10", ""],
+        ["corpus", "all", "3", "3", "20", "1 'text' is not a string, 2 no 'text'"],
+        ["more", "1-5", "1", "1", "2", ""],
+        ["more", "all", "1", "1", "2", "0"],
+    ]

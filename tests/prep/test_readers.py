@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -20,11 +22,13 @@ from prep.sources import plan_units, read_unit
 from streaming_rwkv.config import UserError
 
 
-def read(path: Path, **config: object) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+def read(
+    path: Path, *, unit_bytes: int = 1 << 20, **config: object
+) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
     """((row, text) of the documents, (row, reason) of the rejections)."""
     source = SourceConfig(paths=[str(path)], **config)
     texts, rejections = [], []
-    for unit in plan_units({"s": source}, unit_bytes=1 << 20):
+    for unit in plan_units({"s": source}, unit_bytes=unit_bytes):
         for documents in read_unit(unit, source):
             texts += zip(documents.rows.tolist(), documents.texts, strict=True)
             rejections += [(rejection.row, rejection.reason) for rejection in documents.rejections]
@@ -145,7 +149,6 @@ def test_another_key_may_hold_the_text(tmp_path):
         ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),
         ("a.parquet", b"PAR1 not really PAR1", "cannot be read as parquet .*; download it again"),
         ("a.parquet", b"", "cannot be read as parquet"),
-        ("a.jsonl", b'{"body": "x"}\n{"body": "y"}\n', "none of its 2 documents has 'text'; name the right key with"),
     ],
 )
 def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
@@ -153,6 +156,109 @@ def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
     expected = message if "zstd .ends" not in message else r"broken zstd \(it ends within a frame\)"
     with pytest.raises(InputError, match=rf"{name}: {expected}"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 1 << 20])
+def test_documents_without_the_key_are_rejected_however_many_lie_together(tmp_path, unit_bytes):
+    (tmp_path / "a.jsonl").write_bytes(lines("one") + b'{"body": "x"}\n' * 3)
+    (tmp_path / "b.json").write_bytes(b'{"error": "404"}')
+    missing = [(1, "no 'text'"), (2, "no 'text'"), (3, "no 'text'"), (0, "no 'text'")]
+    assert read(tmp_path, unit_bytes=unit_bytes) == ([(0, "one")], missing)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", LFS_POINTER, "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+        ("a.jsonl", b"\n" + '{"text": "one"}\n'.encode("utf-16"), "it is UTF-16: save it as UTF-8"),
+        ("a.json.gz", gzip.compress('{"text": "one"}\n'.encode("utf-16-le")), "it is UTF-16"),
+        ("a.jsonl", '{"text": "one"}\n'.encode("utf-16-be"), "it is UTF-16"),
+        (
+            "a.json",
+            json.dumps({"text": "one"}, indent=1).encode(),
+            "an object that goes on over lines: write one object",
+        ),
+        ("a.json", b'{"text": "one",\n "url": "u"}', "an object that goes on over lines"),
+        (
+            "a.jsonl",
+            b"<!DOCTYPE html>\n<title>404</title>",
+            "it begins with '<!DOCTYPE html>': write one object a line",
+        ),
+        ("a.jsonl", lines("x" * 99)[:80], 'it begins with \'{"text": "xxx'),
+    ],
+)
+def test_a_file_of_which_no_line_is_an_object_stops_saying_what_it_is(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / name)
+    assert f"{name}: no line of it is a JSON object; " in str(caught.value)
+    assert what in str(caught.value)
+
+
+def test_utf16_is_told_from_a_part_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n'.encode("utf-16") * 99)
+    with pytest.raises(InputError, match=r"a\.jsonl: no line of it is a JSON object; it is UTF-16"):
+        read(tmp_path, unit_bytes=100)
+
+
+def test_one_object_is_enough_for_a_file_of_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{\n"text"\n' + lines("one"))
+    (tmp_path / "b.jsonl").write_bytes(b"\n \n")
+    assert read(tmp_path) == ([(2, "one")], [(0, "invalid JSON"), (1, "not a JSON object")])
+
+
+def test_python_writes_nan_and_infinity(tmp_path):
+    records = [{"text": f"x{number}", "score": number} for number in (float("nan"), float("inf"), -float("inf"))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "b.json").write_text(json.dumps(records[:1]))
+    broken = [b'{"text": "\\ud800", "score": NaN}', b'{"text": NaN}', b'{"score": NaN', b'{"a":' * 5000]
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join([*broken, b'{"text": "\\ud83c\\udf89", "score": NaN}']))
+    assert read(tmp_path) == (
+        [(0, "xnan"), (1, "xinf"), (2, "x-inf"), (0, "xnan"), (4, "🎉")],
+        [(0, "invalid JSON"), (1, "'text' is not a string"), (2, "invalid JSON"), (3, "invalid JSON")],
+    )
+
+
+class FailingFile(io.FileIO):
+    """A disk that gives the first 64 kB and the last ones, and nothing between."""
+
+    def readinto(self, buffer):
+        if 1 << 16 <= self.tell() < os.fstat(self.fileno()).st_size - (1 << 16):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(memoryview(buffer)[: 1 << 15])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_disk_that_fails_is_no_broken_file(tmp_path, monkeypatch, name):
+    texts = [np.random.default_rng(row).bytes(2000).hex() for row in range(400)]
+    compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(name.rpartition(".")[2], bytes)
+    if name == "a.parquet":
+        write_parquet(tmp_path / name, pa.array(texts), row_group_size=10)
+    else:
+        (tmp_path / name).write_bytes(compress(lines(*texts)))
+    (file,) = find_files("s", [str(tmp_path / name)])
+    source = SourceConfig(paths=["x"])
+    part = Part(file=file, row_groups=tuple(range(40)) if name == "a.parquet" else None)
+    whole = [text for batch in read_part(part, source) for text in batch.texts]
+    assert whole == texts
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: FailingFile(path))
+    wanted = r"cannot be read \(Input/output error\); finished work is kept, run the same command again when it can be"
+    with pytest.raises(UserError, match=wanted) as caught:
+        list(read_part(part, source))
+    assert str(caught.value).startswith(f"{tmp_path / name}: cannot")
+
+
+def test_many_small_zstd_frames_and_a_large_one(tmp_path):
+    compress = zstandard.ZstdCompressor().compress
+    large = np.random.default_rng(1).bytes(2_000_000).hex()
+    small = [compress(lines(str(number))) for number in range(30_000)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join([*small, compress(lines(large)), *small]))
+    texts = [text for _, text in read(tmp_path / "a.jsonl.zst")[0]]
+    numbers = [str(number) for number in range(30_000)]
+    assert texts == [*numbers, large, *numbers]
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
@@ -371,6 +477,20 @@ def test_with_a_transform_no_text_column_is_needed(titled, hooks):
 def test_a_transform_that_gives_no_text_is_a_broken_document(titled, hooks):
     assert read(titled, transform=f"{hooks}:number")[1][0] == (0, "'text' is not a string")
     assert read(titled, transform=f"{hooks}:surrogate")[1][0] == (0, "invalid UTF-8")
+
+
+def test_invalid_utf8_in_any_column_that_a_hook_sees(tmp_path, hooks):
+    broken = pa.array([b"zero", b"\xff", b"two"], pa.binary())
+    titles = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
+    pq.write_table(pa.table({"id": [0, 1, 2], "title": titles, "text": ["x0", "x1", "x2"]}), tmp_path / "a.parquet")
+    expected = ([(0, "x0"), (2, "x2")], [(1, "invalid UTF-8")])
+    assert read(tmp_path / "a.parquet", filter=f"{hooks}:short") == expected
+
+
+def test_a_filter_that_rejects_all_leaves_no_broken_file(tmp_path, hooks):
+    (tmp_path / "a.jsonl").write_text('{"id": 5}\n{"id": 6}\n')
+    rejected = [(0, "rejected by the filter"), (1, "rejected by the filter")]
+    assert read(tmp_path / "a.jsonl", filter=f"{hooks}:short") == ([], rejected)
 
 
 def test_a_hook_that_raises_names_file_and_row(titled, hooks):
