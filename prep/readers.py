@@ -169,7 +169,7 @@ def _read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.in
                     yield rows, _apply(select, list(map(_object, items)), file=file, rows=rows)
                 return
         begin = b""  # of the first line that is not blank
-        has_objects = False
+        has_objects, seen = False, 0
         for lines in _lines(blocks):
             if row == 0 and lines[0].startswith(_BYTE_ORDER_MARK):
                 lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
@@ -183,11 +183,12 @@ def _read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.in
             rows, lines = _without_blank(rows, lines)
             records = [_record(line) for line in lines]
             begin = begin or next(iter(lines), b"")[:_BEGIN_BYTES]
+            seen += len(lines)
             has_objects = has_objects or any(isinstance(record, dict) for record in records)
             if len(rows):
                 yield rows, _apply(select, records, file=file, rows=rows)
     if begin and not has_objects:
-        _check_is_json_lines(begin, part)
+        _check_is_json_lines(begin, part, lines=seen)
 
 
 def _texts(lines: list[bytes], text: str) -> list[Any] | None:
@@ -228,7 +229,7 @@ def _loosely_parsed(content: bytes) -> Any:
     return value
 
 
-def _check_is_json_lines(begin: bytes, part: Part) -> None:
+def _check_is_json_lines(begin: bytes, part: Part, *, lines: int) -> None:
     """Of lines none of which is an object, those of a part: is this another kind of file?
 
     Lines of UTF-16 tell by themselves; with anything else, it must be all of the file.
@@ -245,6 +246,8 @@ def _check_is_json_lines(begin: bytes, part: Part) -> None:
         what = "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
     elif begin.startswith(b"{") and begin.rstrip().endswith((b"{", b",")):
         what = "it begins with an object that goes on over lines: write one object a line"
+    elif lines == 1:
+        return  # a broken document, in a file of its own
     else:
         what = (
             f"it begins with {begin.decode(errors='replace')!r}: write one object a line, or take it out of the source"

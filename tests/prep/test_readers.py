@@ -187,7 +187,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
             b"<!DOCTYPE html>\n<title>404</title>",
             "it begins with '<!DOCTYPE html>': write one object a line",
         ),
-        ("a.jsonl", lines("x" * 99)[:80], 'it begins with \'{"text": "xxx'),
+        ("a.jsonl", (lines("x" * 99)[:80] + b"\n") * 2, 'it begins with \'{"text": "xxx'),
     ],
 )
 def test_a_file_of_which_no_line_is_an_object_stops_saying_what_it_is(tmp_path, name, content, what):
@@ -202,6 +202,12 @@ def test_utf16_is_told_from_a_part_of_the_file(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n'.encode("utf-16") * 99)
     with pytest.raises(InputError, match=r"a\.jsonl: no line of it is a JSON object; it is UTF-16"):
         read(tmp_path, unit_bytes=100)
+
+
+def test_a_broken_document_in_a_file_of_its_own_is_rejected(tmp_path):
+    (tmp_path / "a.json").write_bytes(lines("x" * 99)[:80])
+    (tmp_path / "b.json").write_bytes(lines("two"))
+    assert read(tmp_path) == ([(0, "two")], [(0, "invalid JSON")])
 
 
 def test_one_object_is_enough_for_a_file_of_lines(tmp_path):
