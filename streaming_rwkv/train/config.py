@@ -26,6 +26,7 @@ class DataConfig(Config):
     """At most so much of this data set on disk ('200gb', in powers of 1024), compressed and expanded; at least four of
     the largest shards of training and of validation. By default everything is kept."""
     stages: list[StageConfig] = Field(min_length=1)
+    """Stretches of the run, one after another, each with one mixture: see docs/mixtures.md."""
     cycles: PositiveInt = 1
     """Go through all stages so many times, each time with its share of their tokens."""
     max_repeats: PositiveFloat = 4.0
@@ -35,6 +36,7 @@ class DataConfig(Config):
     batch_packs: PositiveInt | None = None
     """Packs of a step, over all processes."""
     shuffle_block_shards: PositiveInt = 4
+    """Packs of a stream mix within so many shards."""
     workers: int = Field(default=2, ge=0)
     """Loader processes for each rank; 0 loads in the training process."""
     fetch_ahead: PositiveInt = 64
@@ -63,27 +65,36 @@ class ModelConfig(Config):
     """Shape of the network; give `preset`, or `hidden_size` and `num_layers`. See `model.config.RWKV7Config`."""
 
     preset: Preset | None = None
+    """A released size; it decides everything of the shape but the vocabulary."""
     hidden_size: PositiveInt | None = None
+    """A multiple of the head size."""
     num_layers: PositiveInt | None = None
     head_size: PositiveInt | None = None
+    """64 if not given, as the released models and the fused kernels have it."""
     ffn_size: PositiveInt | None = None
+    """Width of the channel mixing; 4 times the hidden size if not given."""
     decay_rank: PositiveInt | None = None
+    """Of the LoRAs, as the next three; by the reference trainer's formula if not given."""
     a_rank: PositiveInt | None = None
     v_rank: PositiveInt | None = None
     gate_rank: PositiveInt | None = None
     vocab_size: PositiveInt | None = None
     """Rows of embedding and head; by default the tokenizer's."""
     activation_checkpointing: bool = False
+    """Keep the input of each block alone, and compute the rest again in the backward pass."""
     loss_chunk_tokens: PositiveInt = 2048
+    """So many tokens' logits exist at once when the loss is computed."""
     init_from: str | None = None
     """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training run or checkpoint, also on s3://."""
 
 
 class EvaluationConfig(Config):
     interval_steps: PositiveInt = 500
+    """Every so many steps, and at the end."""
     packs_per_stream: PositiveInt | None = None
     """Only the first so many packs of each validation stream; by default all."""
     microbatch_packs: PositiveInt | None = None
+    """Packs of one pass on each process; by default as in training where that is given, else 1."""
     prompts: list[str] = Field(default=[])
     """Texts to go on with at each evaluation, into samples.jsonl, TensorBoard and the console."""
     sample_tokens: PositiveInt = 64
@@ -94,6 +105,7 @@ class EvaluationConfig(Config):
 
 class CheckpointConfig(Config):
     interval_steps: PositiveInt = 500
+    """Every so many steps, and at the end."""
     keep: int = Field(default=3, ge=0)
     """So many on disk, the newest; 0 keeps all."""
     allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
@@ -139,6 +151,7 @@ class MlflowConfig(Config):
 
 class LogConfig(Config):
     interval_steps: PositiveInt = 10
+    """Lines on the console, throughput and shares consumed come every so many steps."""
     tensorboard: bool = True
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
@@ -147,9 +160,11 @@ class LogConfig(Config):
 
 class RunConfig(Config):
     save_folder: str
+    """Folder for checkpoints, metrics and logs; a run that is started again with it goes on."""
     save_remote: str | None = None
     """s3://bucket/prefix: checkpoints and logs go there too, and an empty machine goes on from there."""
     seed: int = Field(default=17, ge=0)
+    """Of the weights and of the order of packs."""
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -159,6 +174,7 @@ class RunConfig(Config):
     """Packs of one forward and backward pass on each process; by default all of the process's. With `auto` on a GPU as
     many as fit, found by trial before the first step; on the CPU all."""
     device: Literal["cpu", "gpu"] | None = None
+    """By default a GPU where there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose gradient is not finite."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -16,27 +16,25 @@ from streaming_rwkv.config import Config, ConfigError
 
 
 class OptimizerConfig(Config):
-    """AdamW, gradient clipping and the learning rate's course.
-
-    Fields:
-        lr, lr_final: after warm-up, and at the end.
-        betas, eps, weight_decay: AdamW's. The reference has weight decay 0.001 (MiniPile) to 0.1 (Pile).
-        gradient_clip: largest norm of all gradients together.
-        warmup_tokens: tokens over which the rate rises from 1 % to `lr`, in a straight line.
-        schedule: `cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay)
-            stays at `lr` and falls in a straight line over the last `decay_tokens`.
-        decay_tokens: for `wsd` alone.
-    """
+    """AdamW, gradient clipping and the learning rate's course."""
 
     lr: PositiveFloat = 6e-4
+    """After warm-up."""
     lr_final: NonNegativeFloat = 6e-5
+    """At the end."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: PositiveFloat = 1e-18
     weight_decay: NonNegativeFloat = 0.001
+    """AdamW's, as `betas` and `eps`. The reference has 0.001 (MiniPile) to 0.1 (Pile)."""
     gradient_clip: PositiveFloat = 1.0
+    """Largest norm of all gradients together."""
     warmup_tokens: NonNegativeInt = 0
+    """Tokens over which the rate rises from 1 % to `lr`, in a straight line."""
     schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay) stays at `lr`
+    and falls in a straight line over the last `decay_tokens`."""
     decay_tokens: PositiveInt | None = Field(default=None)
+    """For `wsd` alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerConfig:
