@@ -130,13 +130,14 @@ def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> l
         for candidate in candidates:
             field = candidate.model_fields.get(str(part))
             if field is not None:
-                below += _configs_within(field.annotation)
+                below += configs_within(field.annotation)
         # A list index, a mapping key or the tag of a union: the same configurations, one level down.
         candidates = below or candidates
     return sorted({name for candidate in candidates for name in candidate.model_fields})
 
 
-def _configs_within(annotation: Any) -> list[type[Config]]:
+def configs_within(annotation: Any) -> list[type[Config]]:
+    """The configurations that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
-    return [config for argument in get_args(annotation) for config in _configs_within(argument)]
+    return [config for argument in get_args(annotation) for config in configs_within(argument)]

@@ -39,8 +39,9 @@ class MixtureConfig(Config):
     temperature: float | None = Field(default=None, gt=0)
     """Shares of sources in proportion to tokens ** (1 / temperature): above 1 lifts the small ones."""
     min_length: int | None = None
+    """Only buckets of documents at least so long; a bound that cuts through a bucket is refused."""
     max_length: int | None = None
-    """Only buckets within these document lengths, both included."""
+    """Only buckets of documents at most so long; likewise."""
 
     @model_validator(mode="after")
     def _one_way(self) -> MixtureConfig:
@@ -71,7 +72,9 @@ class StageConfig(MixtureConfig):
     """A stretch of the run with one mixture, so many tokens or so many passes over the data long."""
 
     tokens: int | None = Field(default=None, gt=0)
+    """How long it is; either this or `passes`."""
     passes: float | None = Field(default=None, gt=0)
+    """How often all in its window is seen; shares are then natural."""
 
     @model_validator(mode="after")
     def _one_length(self) -> StageConfig:

@@ -25,27 +25,25 @@ from streaming_rwkv.storage import is_remote
 
 
 class OptimizerConfig(Config):
-    """AdamW, gradient clipping and the learning rate's course.
-
-    Fields:
-        lr, lr_final: after warm-up, and at the end.
-        betas, eps, weight_decay: AdamW's. The reference has weight decay 0.001 (MiniPile) to 0.1 (Pile).
-        gradient_clip: largest norm of all gradients together.
-        warmup_tokens: tokens over which the rate rises from 1 % to `lr`, in a straight line.
-        schedule: `cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay)
-            stays at `lr` and falls in a straight line over the last `decay_tokens`.
-        decay_tokens: for `wsd` alone.
-    """
+    """AdamW, gradient clipping and the learning rate's course."""
 
     lr: PositiveFloat = 6e-4
+    """After warm-up."""
     lr_final: NonNegativeFloat = 6e-5
+    """At the end."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: PositiveFloat = 1e-18
     weight_decay: NonNegativeFloat = 0.001
+    """AdamW's, as `betas` and `eps`. The reference has 0.001 (MiniPile) to 0.1 (Pile)."""
     gradient_clip: PositiveFloat = 1.0
+    """Largest norm of all gradients together."""
     warmup_tokens: NonNegativeInt = 0
+    """Tokens over which the rate rises from 1 % to `lr`, in a straight line."""
     schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay) stays at `lr`
+    and falls in a straight line over the last `decay_tokens`."""
     decay_tokens: PositiveInt | None = Field(default=None)
+    """For `wsd` alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerConfig:
@@ -71,6 +69,7 @@ class DataConfig(Config):
     """At most so much of this data set on disk ('200gb', in powers of 1024), compressed and expanded; at least four of
     the largest shards of training and of validation. By default everything is kept."""
     stages: list[StageConfig] = Field(min_length=1)
+    """Stretches of the run, one after another, each with one mixture: see docs/mixtures.md."""
     cycles: PositiveInt = 1
     """Go through all stages so many times, each time with its share of their tokens."""
     max_repeats: PositiveFloat = 4.0
@@ -80,6 +79,7 @@ class DataConfig(Config):
     batch_packs: PositiveInt | None = None
     """Packs of a step, over all processes."""
     shuffle_block_shards: PositiveInt = 4
+    """Packs of a stream mix within so many shards."""
     workers: int = Field(default=2, ge=0)
     """Loader processes for each rank; 0 loads in the training process."""
     fetch_ahead: PositiveInt = 64
@@ -112,27 +112,36 @@ class ModelConfig(Config):
     """Shape of the network; give `preset`, or `hidden_size` and `num_layers`. See `model.config.RWKV7Config`."""
 
     preset: Preset | None = None
+    """A released size; it decides everything of the shape but the vocabulary."""
     hidden_size: PositiveInt | None = None
+    """A multiple of the head size."""
     num_layers: PositiveInt | None = None
     head_size: PositiveInt | None = None
+    """64 if not given, as the released models and the fused kernels have it."""
     ffn_size: PositiveInt | None = None
+    """Width of the channel mixing; 4 times the hidden size if not given."""
     decay_rank: PositiveInt | None = None
+    """Of the LoRAs, as the next three; by the reference trainer's formula if not given."""
     a_rank: PositiveInt | None = None
     v_rank: PositiveInt | None = None
     gate_rank: PositiveInt | None = None
     vocab_size: PositiveInt | None = None
     """Rows of embedding and head; by default the tokenizer's."""
     activation_checkpointing: bool = False
+    """Keep the input of each block alone, and compute the rest again in the backward pass."""
     loss_chunk_tokens: PositiveInt = 2048
+    """So many tokens' logits exist at once when the loss is computed."""
     init_from: str | None = None
     """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training run or checkpoint, also on s3://."""
 
 
 class EvaluationConfig(Config):
     interval_steps: PositiveInt = 500
+    """Every so many steps, and at the end."""
     packs_per_stream: PositiveInt | None = None
     """Only the first so many packs of each validation stream; by default all."""
     microbatch_packs: PositiveInt | None = None
+    """Packs of one pass on each process; by default as in training where that is given, else 1."""
     prompts: list[str] = Field(default=[])
     """Texts to go on with at each evaluation, into samples.jsonl, TensorBoard and the console."""
     sample_tokens: PositiveInt = 64
@@ -143,6 +152,7 @@ class EvaluationConfig(Config):
 
 class CheckpointConfig(Config):
     interval_steps: PositiveInt = 500
+    """Every so many steps, and at the end."""
     keep: int = Field(default=3, ge=0)
     """So many on disk, the newest; 0 keeps all."""
     allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
@@ -188,6 +198,7 @@ class MlflowConfig(Config):
 
 class LogConfig(Config):
     interval_steps: PositiveInt = 10
+    """Lines on the console, throughput and shares consumed come every so many steps."""
     tensorboard: bool = True
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
@@ -196,9 +207,11 @@ class LogConfig(Config):
 
 class RunConfig(Config):
     save_folder: str
+    """Folder for checkpoints, metrics and logs; a run that is started again with it goes on."""
     save_remote: str | None = None
     """s3://bucket/prefix: checkpoints and logs go there too, and an empty machine goes on from there."""
     seed: int = Field(default=17, ge=0)
+    """Of the weights and of the order of packs."""
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -208,6 +221,7 @@ class RunConfig(Config):
     """Packs of one forward and backward pass on each process; by default all of the process's. With `auto` on a GPU as
     many as fit, found by trial before the first step; on the CPU all."""
     device: Literal["cpu", "gpu"] | None = None
+    """By default a GPU where there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a step whose gradient is not finite."""
     evaluation: EvaluationConfig = EvaluationConfig()
