@@ -24,6 +24,7 @@ from typing import TypeVar
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.processes import make_folder
 
 WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
@@ -123,12 +124,10 @@ def locked(work: Path) -> Iterator[None]:
     """Hold the work folder: two builds in one folder would take each other's work away.
 
     Raises:
-        WorkError: another build holds it, or it cannot be made.
+        UserError: another build holds it, or it cannot be made or written to.
     """
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        raise WorkError(f"{work.parent}: cannot be a folder ({error.strerror}); choose another `out=`") from None
+    make_folder(work.parent, what="folder of the data set", remedy="choose another `out=`")
+    work.mkdir(exist_ok=True)
     with (work / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -362,7 +362,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(config, write_lines, tmp_pat
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
-        with pytest.raises(WorkError, match=rf"{place}: cannot be a folder \(.*\); choose another `out=`"):
+        with pytest.raises(UserError, match=rf"{place}: this folder .* cannot be made.*choose another `out=`"):
             build(config(out=str(place)))
 
 
