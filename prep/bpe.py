@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prep.config import SourceConfig
 from prep.sources import nothing_in, plan_units, read_unit
@@ -51,11 +52,15 @@ def train_tokenizer(
     share = most_bytes // len(sources)
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
-    trained.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    tokenizer = load_tokenizer(folder)
-    tokenizer.save(folder)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / folder.name
+        whole.mkdir()
+        trained.save(str(whole / "tokenizer.json"))
+        (whole / "special_tokens_map.json").write_text(json.dumps(special))
+        tokenizer = load_tokenizer(whole)
+        tokenizer.save(whole)
+        whole.rename(folder)  # over the empty one: all of it is there, or nothing
     return tokenizer
 
 
