@@ -36,7 +36,7 @@ def train_tokenizer(
 
     if vocab_size < 257:
         raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
-    folder = Path(to)
+    folder = Path(to).absolute()
     make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
     if any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; choose another `--to`, or remove it")
