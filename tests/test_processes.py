@@ -166,6 +166,7 @@ def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
 
 
 def test_processes_end_whatever_gloo_still_does() -> None:
-    worker = Path(__file__).with_name("ending_worker.py")
-    done = subprocess.run([sys.executable, worker, "15"], capture_output=True, text=True, timeout=200, check=False)
+    command = [sys.executable, "-m", "tests.ending_worker", "15"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
