@@ -14,20 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from streaming_rwkv.config import UserError
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends, however that ends.
 
     A launcher that gets SIGKILL cannot stop its ranks; they would go on training, and write checkpoints beside those
     of the run that replaced them.
+
+    Args:
+        parent: its number, where it is known: by now it may have ended, and another have taken its place. Without it,
+            call this before anything that takes time.
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -84,6 +86,8 @@ def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
     Raises:
         UserError: another process holds it.
     """
+    from streaming_rwkv.config import UserError  # what it imports takes time that `die_with_parent` must not wait for
+
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -111,6 +111,24 @@ def test_a_process_dies_with_its_parent() -> None:
     assert not is_alive(child)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_process_whose_parent_has_ended_before_it_asked_dies_too() -> None:
+    program = "import os; from streaming_rwkv.processes import die_with_parent; die_with_parent(os.getpid())"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+
+
+def test_a_rank_asks_before_it_imports_what_takes_seconds() -> None:
+    """It cannot know whether its launcher had ended before."""
+    program = (
+        "import os, sys, streaming_rwkv.train.__main__ as program\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "program.die_with_parent = lambda: sys.exit(str({'torch', 'omegaconf', 'pydantic'} & set(sys.modules)))\n"
+        "program.main(['no.yaml'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250, check=False)
+    assert done.stderr == "set()\n"
+
+
 def test_without_the_call_it_would_live_on() -> None:
     child = orphan("")
     time.sleep(0.5)

@@ -30,7 +30,7 @@ from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.processes import die_with_parent, lock_folder
+from streaming_rwkv.processes import lock_folder
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
@@ -232,8 +232,6 @@ def train(config: RunConfig) -> int:
     Raises:
         UserError: a cause outside this program that stops the run, named.
     """
-    if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
-        die_with_parent()
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
     device = get_device(config.device)
