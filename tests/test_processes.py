@@ -176,7 +176,10 @@ def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
     import os, signal
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=time.sleep, args=[60]).start()
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    def signal_the_end():
+        threading.main_thread().join()  # `threading._shutdown` lets it go on
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=signal_the_end).start()
     return 3
     """
     done = subprocess.run([sys.executable, "-c", ENDING.format(body=body)], timeout=30, check=False)
