@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from prep.config import SourceConfig
 from prep.sources import nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.processes import make_folder
+from streaming_rwkv.folders import make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"

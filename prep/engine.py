@@ -137,7 +137,9 @@ def _died() -> WorkerError:
 def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Connection]) -> None:
     for connection in inherited:  # or a worker would hold the other end of its own line open
         connection.close()
-    die_with_parent()
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    die_with_parent(starter.pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the one that was started decides
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already
     try:
@@ -147,13 +149,14 @@ def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Con
             connection.send(_Failure(error, traceback.format_exc()))
         return
     workers = []
+    parent = os.getpid()
     for connection in connections:
         worker = os.fork()
         if worker == 0:
             for other in connections:
                 if other is not connection:
                     other.close()
-            die_with_parent()
+            die_with_parent(parent)
             _work(job, connection)
             os._exit(0)
         workers.append(worker)
@@ -200,7 +203,8 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
         raise UserError("engine: 'ray' is not installed; pip install 'streaming-rwkv[ray]'") from None
     started = not ray.is_initialized()
     if started:
-        local = {"num_cpus": job.config.worker_count, "include_dashboard": False}
+        # "local", or a cluster that somebody else has started here would be joined.
+        local = {"address": "local", "num_cpus": job.config.worker_count, "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
         except ConnectionError as error:

@@ -15,7 +15,7 @@ from prep.inspection import ShownPiece, shown_pieces
 from prep.place import Place, opened
 from prep.plots import PALETTE, bars, grouped_bars, histogram, legend
 from streaming_rwkv.config import UserError
-from streaming_rwkv.processes import make_folder
+from streaming_rwkv.folders import make_folder
 from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
 from streaming_rwkv.storage import is_remote
 

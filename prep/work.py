@@ -24,7 +24,7 @@ from typing import TypeVar
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
-from streaming_rwkv.processes import make_folder
+from streaming_rwkv.folders import make_folder
 
 WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"

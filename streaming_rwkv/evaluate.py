@@ -24,11 +24,11 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
+from streaming_rwkv.folders import make_folder
 from streaming_rwkv.generate import find_device, find_tokenizer
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.plot import validation_rows
-from streaming_rwkv.processes import make_folder
 from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.train.callbacks import groups_of, validation_metrics
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining

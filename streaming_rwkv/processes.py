@@ -1,34 +1,36 @@
-"""No process outlives its parent or its own work; a run's folder can be written, and by no other run."""
+"""No process outlives its parent or its own work.
+
+Nothing is imported here but the standard library: to die with a parent must be asked for before anything takes time.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NoReturn
-
-from streaming_rwkv.config import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends, however that ends.
 
     A launcher that gets SIGKILL cannot stop its ranks; they would go on training, and write checkpoints beside those
     of the run that replaced them.
+
+    Args:
+        parent: its number, where it is known: by now it may have ended, and another have taken its place. Without it,
+            call this before anything that takes time.
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
@@ -63,61 +65,3 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
                 stream.flush()
     finally:  # a signal's exception too
         os._exit(status)
-
-
-class FolderLock:
-    """A folder that this process holds until `release`, or until its own end, however that comes."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    __del__ = release
-
-
-def make_folder(folder: Path, *, what: str, remedy: str) -> None:
-    """Make `folder` if it is not there, and find out whether files can be written in it; none is seen.
-
-    Args:
-        what: what it is for, as in `save folder`.
-        remedy: what names the setting, as in "give this run its own `save_folder`".
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    with _refusing(folder, what=what, remedy=remedy):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-@contextlib.contextmanager
-def _refusing(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: this {what} cannot be made, or not written to ({error.strerror}); mend that, or {remedy}"
-        ) from None
-
-
-def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
-    """Hold `folder` for this process; keep the returned lock for as long as it shall be held.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made or written to.
-    """
-    make_folder(folder, what=what, remedy=remedy)
-    with _refusing(folder, what=what, remedy=remedy):
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 100).decode() or "unknown"
-        os.close(descriptor)
-        raise UserError(f"{folder}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return FolderLock(descriptor)

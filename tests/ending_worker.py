@@ -1,6 +1,6 @@
 """Pairs of processes that end at once after a collective; started by test_processes.py:
 
-python ending_worker.py PAIRS [plain|destroy]
+python -m tests.ending_worker PAIRS [plain|destroy]
 
 The main thread of each keeps the interpreter to itself, so that gloo's threads nearly always get there too late: with
 `plain`, the interpreter's own end, or `destroy`, which takes the process group apart first, some hang or abort.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from streaming_rwkv.processes import end_with
+from tests.ports import free_ports
 
 STATUS = 7
 SECONDS = 20
@@ -60,9 +60,7 @@ def status_of(process: int) -> str:
 def main(pairs: int, how: str) -> int:
     found = []
     for _ in range(pairs):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         processes = []
         for rank in range(2):
             process = os.fork()

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from tests.ports import free_ports
+
 Kind = Literal[
     "status",  # an error instead of an answer; the request does not reach the server
     "reset",  # the connection breaks in the middle of the answer's body
@@ -70,11 +72,14 @@ class FaultProxy:
     """A running proxy before `upstream`, a server's URL. Faults are tried in the order of their rules."""
 
     def __init__(self, upstream: str, *, seed: int = 0) -> None:
-        port = urlsplit(upstream).port
+        (self.port,) = free_ports(1)  # stays ours while connections are refused
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(port), str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.fault_proxy", *map(str, (urlsplit(upstream).port, self.port, seed))],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        self.port = self._receive()
+        assert self._receive() == self.port
         self.url = f"http://127.0.0.1:{self.port}"
 
     def add(self, *faults: Fault) -> None:
@@ -149,8 +154,8 @@ class Message:
 
 
 class Server:
-    def __init__(self, upstream_port: int, *, seed: int) -> None:
-        self.upstream_port = upstream_port
+    def __init__(self, upstream_port: int, port: int, *, seed: int) -> None:
+        self.upstream_port, self.port = upstream_port, port
         self.random = random.Random(seed)
         self.rules: list[tuple[Fault, float]] = []
         self.matched: Counter[int] = Counter()
@@ -159,12 +164,10 @@ class Server:
         self.requests: list[tuple[str, str, str]] = []
         self.connections: set[asyncio.StreamWriter] = set()
         self.listening: asyncio.Server | None = None
-        self.port = 0
 
     async def accept(self) -> None:
         if self.listening is None:
             self.listening = await asyncio.start_server(self.serve, "127.0.0.1", self.port, limit=1 << 20)
-            self.port = self.listening.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
         if self.listening is not None:
@@ -341,8 +344,8 @@ async def read_body(reader: asyncio.StreamReader, headers: list[tuple[str, str]]
     return await reader.readexactly(body_length(headers))
 
 
-async def run(upstream_port: int, seed: int) -> None:
-    server = Server(upstream_port, seed=seed)
+async def run(upstream_port: int, port: int, seed: int) -> None:
+    server = Server(upstream_port, port, seed=seed)
     await server.accept()
     commands = asyncio.StreamReader(limit=1 << 24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
@@ -352,4 +355,4 @@ async def run(upstream_port: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(int(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(run(*map(int, sys.argv[1:])))

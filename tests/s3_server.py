@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_ports
+
 ACCESS_KEY = "test-access-key"
 SECRET_KEY = "test-secret-key-that-no-log-may-show"
 _SECONDS_TO_START = 60
+_LIBC = ctypes.CDLL(None)  # not between fork and exec, where another thread's lock may never be released
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,8 @@ class S3Server:
     """A SeaweedFS whose data outlive its process: what a machine is that crashes and boots again."""
 
     folder: Path
+    sockets: Path
+    """A folder with a short path: a socket's has 107 bytes at most."""
     ports: dict[str, int] = field(default_factory=lambda: _free_ports(_PORTS))
     _process: subprocess.Popen[bytes] | None = None
 
@@ -57,6 +61,9 @@ class S3Server:
         """Start, and wait until it answers; at the same address as before.
 
         From the main thread: on Linux the server dies with the thread that started it.
+
+        Raises:
+            ChildProcessError: it ended at once.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         identities = self.folder / "identities.json"
@@ -76,10 +83,11 @@ class S3Server:
                     "-master.volumeSizeLimitMB=64",
                     "-master.electionTimeout=1s",
                     "-volume.max=0",
+                    "-volume.minFreeSpace=10MiB",
                     "-s3",
                     f"-s3.config={identities}",
-                    f"-s3.localSocket={self.folder}/s3.sock",
-                    f"-filer.localSocket={self.folder}/filer.sock",
+                    f"-s3.localSocket={self.sockets}/s3.sock",
+                    f"-filer.localSocket={self.sockets}/filer.sock",
                     "-s3.autoCreateBucket=false",
                     "-s3.port.iceberg=0",
                     "-s3.port.lance=0",
@@ -92,7 +100,8 @@ class S3Server:
             )
         end = time.monotonic() + _SECONDS_TO_START
         while not self._answers():
-            assert self._process.poll() is None, self.log()[-2000:]
+            if self._process.poll() is not None:
+                raise ChildProcessError(self.log()[-2000:])
             assert time.monotonic() < end, self.log()[-2000:]
             time.sleep(0.1)
 
@@ -146,30 +155,28 @@ _PORTS = tuple(f"{name}.port{grpc}" for name in ("master", "volume", "filer", "s
 
 
 def _free_ports(names: tuple[str, ...]) -> dict[str, int]:
-    """Different ones: all are held until the last is found."""
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for name in names:
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports[name] = int(probe.getsockname()[1])
-    return ports
+    return dict(zip(names, free_ports(len(names)), strict=True))
 
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        _LIBC.prctl(1, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[S3Server]:
     """A server that keeps everything in `folder`."""
-    server = S3Server(folder=folder)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+    with tempfile.TemporaryDirectory(prefix="s3-", dir="/tmp") as sockets:  # TMPDIR may be a long path
+        server = S3Server(folder=folder, sockets=Path(sockets))
+        try:
+            try:
+                server.start()
+            except ChildProcessError:  # most likely somebody has taken one of its ports meanwhile
+                server.ports = _free_ports(_PORTS)
+                server.start()
+            yield server
+        finally:
+            server.kill()
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""No process outlives its parent or its own work, and no two runs write to one folder."""
+"""No process outlives its parent or its own work."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,17 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streaming_rwkv.config import UserError
-from streaming_rwkv.processes import lock_folder, make_folder
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from streaming_rwkv.processes import lock_folder
-lock = lock_folder(Path(sys.argv[1]), what="save folder", remedy="take another")
-print("held", flush=True)
-time.sleep(60)
-"""
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
@@ -52,65 +40,6 @@ end_with(main)
 """
 
 
-def test_a_held_folder_is_refused_with_its_holder(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "run"
-    lock = lock_folder(folder, what="save folder", remedy="take another")
-    with pytest.raises(UserError) as caught:
-        lock_folder(folder, what="save folder", remedy="take another")
-    assert str(caught.value) == (
-        f"{folder}: this save folder is in use (by process {os.getpid()}); stop that run, or take another"
-    )
-    lock.release()
-    lock.release()
-    lock_folder(folder, what="save folder", remedy="take another").release()
-
-
-@pytest.mark.parametrize(
-    ("below", "reason"),
-    [("file", "File exists"), ("file/run", "Not a directory"), ("/proc/run", "No such file or directory")],
-)
-def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path, below: str, reason: str) -> None:
-    (tmp_path / "file").touch()
-    folder = tmp_path / below
-    for claim in (make_folder, lock_folder):
-        with pytest.raises(UserError) as caught:
-            claim(folder, what="save folder", remedy="take another")
-        assert str(caught.value) == (
-            f"{folder}: this save folder cannot be made, or not written to ({reason}); mend that, or take another"
-        )
-
-
-def test_finding_out_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a" / "b", what="save folder", remedy="take another")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r"not written to \(Permission denied\)"):
-        make_folder(tmp_path, what="save folder", remedy="take another")
-
-
-def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    with holder.stdout:
-        assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match=f"by process {holder.pid}"):
-        lock_folder(tmp_path, what="save folder", remedy="take another")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait(timeout=10)
-    lock_folder(tmp_path, what="save folder", remedy="take another").release()
-
-
-def test_a_shorter_process_number_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("9" * 50)
-    lock = lock_folder(tmp_path, what="save folder", remedy="take another")
-    assert (tmp_path / ".lock").read_text() == str(os.getpid())
-    lock.release()
-
-
 def orphan(call: str) -> psutil.Process:
     """A child whose parent has just got SIGKILL."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD.format(call=call)], stdout=subprocess.PIPE)
@@ -136,6 +65,24 @@ def test_a_process_dies_with_its_parent() -> None:
     while is_alive(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(child)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_process_whose_parent_has_ended_before_it_asked_dies_too() -> None:
+    program = "import os; from streaming_rwkv.processes import die_with_parent; die_with_parent(os.getpid())"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+
+
+def test_a_rank_asks_before_it_imports_what_takes_seconds() -> None:
+    """It cannot know whether its launcher had ended before."""
+    program = (
+        "import os, sys, streaming_rwkv.train.__main__ as program\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "program.die_with_parent = lambda: sys.exit(str({'torch', 'omegaconf', 'pydantic'} & set(sys.modules)))\n"
+        "program.main(['no.yaml'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250, check=False)
+    assert done.stderr == "set()\n"
 
 
 def test_without_the_call_it_would_live_on() -> None:
@@ -185,7 +132,10 @@ def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
     import os, signal
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=time.sleep, args=[60]).start()
-    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    def signal_the_end():
+        threading.main_thread().join()  # `threading._shutdown` lets it go on
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=signal_the_end).start()
     return 3
     """
     done = subprocess.run([sys.executable, "-c", ENDING.format(body=body)], timeout=30, check=False)
@@ -193,6 +143,7 @@ def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
 
 
 def test_processes_end_whatever_gloo_still_does() -> None:
-    worker = Path(__file__).with_name("ending_worker.py")
-    done = subprocess.run([sys.executable, worker, "15"], capture_output=True, text=True, timeout=200, check=False)
+    command = [sys.executable, "-m", "tests.ending_worker", "15"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

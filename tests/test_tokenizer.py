@@ -309,7 +309,7 @@ for name in ("some/other", "tok"):
 """
     environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=250
     )
     name, error, local_error = done.stdout.splitlines()
     assert name == "some/model"

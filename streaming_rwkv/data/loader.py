@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import logging
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -303,9 +304,10 @@ class PackLoader(DataLoader[Any]):
     """Workers read and join packs; the training process makes the batch of them, a fraction of a millisecond."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own iterator class is no part of its use
-        batches = super().__iter__()
-        workers = getattr(batches, "_workers", [])
-        _WORKERS.update(workers)
+        with _stop_signals_blocked():
+            batches = super().__iter__()
+            workers = getattr(batches, "_workers", [])
+            _WORKERS.update(workers)
         try:
             yield from map(finish, batches)
         except UserError as error:  # of a worker; torch wraps the text into a traceback of that process
@@ -364,9 +366,26 @@ def _kill_workers() -> None:
     _kill(_WORKERS)
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """They wait until this is over; in processes that are forked meanwhile, until these let them through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _init_worker(worker: int) -> None:
-    die_with_parent()
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    die_with_parent(rank.pid)
     # Launchers and terminals signal a rank's whole group, systemd and schedulers all processes of a job. The rank then
     # finishes its step and writes a checkpoint, which it could not do without its workers; they end with it.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _STOP_SIGNALS:  # blocked since the fork: what has come already is dropped
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

@@ -7,12 +7,15 @@ import logging
 import os
 import sys
 
-from streaming_rwkv.config import UserError, load_config
-from streaming_rwkv.processes import end_with
-from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.processes import die_with_parent, end_with
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
+        die_with_parent()
+    # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
+    from streaming_rwkv.config import UserError, load_config
+
     parser = argparse.ArgumentParser(prog="composer train.py", description="Train RWKV-7 from packed MDS shards.")
     parser.add_argument("config", help="a YAML file, e.g. yamls/stage2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -24,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
+        from streaming_rwkv.train.config import RunConfig
+
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run

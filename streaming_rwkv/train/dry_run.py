@@ -13,7 +13,7 @@ from pathlib import Path
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import data_spec, training_batches
 from streaming_rwkv.data.shard_set import copy_tokenizer
-from streaming_rwkv.processes import make_folder
+from streaming_rwkv.folders import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer

@@ -26,11 +26,11 @@ from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, copy_tokenizer, open_shard_set
+from streaming_rwkv.folders import FolderLock, lock_folder
 from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.processes import FolderLock, die_with_parent, lock_folder
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
@@ -253,8 +253,6 @@ def begin(config: RunConfig) -> Begun | None:
     Raises:
         UserError: on all ranks, whichever of them met it: none is left waiting for the others.
     """
-    if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
-        die_with_parent()
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
     device = _find_device(config)

@@ -7,10 +7,13 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -111,13 +114,38 @@ def test_a_loader_reads_the_plan(data, tmp_path, workers):
 def test_workers_go_on_when_a_whole_job_is_asked_to_stop_and_end_with_the_loader(data, tmp_path):
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
-    next(batches)
+    for _ in range(2):  # one from each: both have begun
+        next(batches)
     workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
     assert len(workers) == 2
     for worker in workers:
         worker.terminate()
-    assert len(list(batches)) == plan.steps - 1
+    assert len(list(batches)) == plan.steps - 2
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_signals_while_workers_start_stop_none_of_them_and_reach_the_one_that_starts_them(data, tmp_path, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def start(worker):
+        signalled()
+        original(worker)
+
+    taken, original = Counter(), BaseProcess.start
+    dataset, plan, _ = open_dataset(data, tmp_path / "cache")
+    monkeypatch.setattr(BaseProcess, "start", start)
+    monkeypatch.setattr("streaming_rwkv.data.loader.die_with_parent", signalled)  # the first that a worker calls
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: taken.update([number])) for number in numbers]
+    try:
+        assert len(read(dataset, workers=2)) == plan.steps
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert taken.keys() == set(numbers)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(numbers)
 
 
 def test_a_process_that_fails_in_mid_iteration_does_not_wait_for_its_workers(data, tmp_path):
@@ -131,7 +159,7 @@ next(batches)
 print("one batch", flush=True)
 raise SystemExit(3)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (3, "one batch\n"), done.stderr
 
 
@@ -246,11 +274,12 @@ def test_a_data_set_that_was_iterated_here_can_be_iterated_by_workers(data, tmp_
 def test_a_signal_to_the_ranks_group_does_not_reach_its_workers(data, tmp_path):
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
-    next(batches)
+    for _ in range(2):  # one from each: both have begun
+        next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     assert {os.getpgid(worker.pid) for worker in workers} == {worker.pid for worker in workers}
-    assert len(list(batches)) == plan.steps - 1
+    assert len(list(batches)) == plan.steps - 2
 
 
 def test_a_cache_in_use_is_refused(data, tmp_path):
@@ -310,17 +339,18 @@ def test_runs_that_start_at_the_same_time_do_not_take_each_others_names(data, tm
     for starter in starters:
         starter.start()
     for starter in starters:
-        starter.join(60)
+        starter.join(250)
     assert [starter.exitcode for starter in starters] == [0] * 4
 
 
 def test_no_lock_files_are_left_in_the_temporary_folder(data, tmp_path, monkeypatch):
-    import tempfile
-
-    before = set(os.listdir(tempfile.gettempdir()))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     dataset, _, _ = open_dataset(data, tmp_path / "cache")
     read(dataset, 2)
-    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if "lock" in name or "barrier" in name}
+    assert os.listdir(temporary) == []
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "train/web/1-16/index.json"])

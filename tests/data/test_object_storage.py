@@ -305,7 +305,8 @@ def test_reading_again_and_again_through_faults_leaves_nothing_that_grows(
     assert os.listdir(temporary) == []
     for path in Path("/dev/shm").iterdir():
         with suppress(FileNotFoundError, IsADirectoryError, PermissionError):  # another process's
-            assert str(cache).encode() not in path.read_bytes(), path
+            if path.stat().st_size < 1 << 20:  # ours are small; another's may be gigabytes
+                assert str(cache).encode() not in path.read_bytes(), path
 
 
 def test_what_a_kill_left_unfinished_in_the_cache_goes(place: Place, tmp_path: Path) -> None:

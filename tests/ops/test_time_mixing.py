@@ -124,8 +124,8 @@ def test_autocast_runs_it_in_bfloat16(x: Tensor) -> None:
 @pytest.mark.slow
 def test_fsdp2_over_two_processes_gives_one_process_gradients(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(Path(__file__).with_name("fsdp_worker.py")),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+        "--nproc-per-node=2", str(Path(__file__).with_name("fsdp_worker.py")),
     ]  # fmt: skip
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr

@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 ROOT = Path(__file__).parents[2]
+Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
@@ -52,8 +54,20 @@ def members(group: int) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float = 60) -> None:
+def workers(group: int) -> list[int]:
+    """Those of the members that another than the first has started."""
+    found = []
+    for process in members(group):
+        with contextlib.suppress(psutil.Error):
+            if process != group and psutil.Process(process).ppid() != group:
+                found.append(process)
+    return found
+
+
+def wait_for(condition: Callable[[], Found], *, seconds: float = 60) -> Found:
+    """What the condition gave when it was met."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+    return found

@@ -19,9 +19,10 @@ from prep.upload import upload
 from prep.verification import verify
 from prep.work import WorkError
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.shards import DataError
+from streaming_rwkv.shards import SPLITS, DataError
 from streaming_rwkv.storage import StorageError, Store, open_store
 from tests.fault_proxy import Fault, FaultProxy
+from tests.prep.processes import wait_for
 from tests.s3_server import S3Server
 
 
@@ -120,12 +121,22 @@ def test_shards_go_up_while_later_windows_are_packed(remote, store, monkeypatch)
     """The last window is packed when shards of the first are there already."""
     import prep.pipeline
 
-    original, seen = prep.pipeline.do_window, []
+    plan, original, planned, seen = prep.pipeline.plan_windows, prep.pipeline.do_window, [], []
+
+    def planning(*arguments, **options):
+        planned.extend(plan(*arguments, **options))
+        return planned
+
+    def shards_there():
+        return len([name for name in store.list() if ".mds." in name])
 
     def looking(job, window, report):
-        seen.append(len([name for name in store.list() if ".mds." in name]))
+        if len(seen) == len(planned) - 1:
+            wait_for(shards_there)
+        seen.append(shards_there())
         return original(job, window, report)
 
+    monkeypatch.setattr(prep.pipeline, "plan_windows", planning)
     monkeypatch.setattr(prep.pipeline, "do_window", looking)
     build(remote())
     assert seen[0] == 0
@@ -292,17 +303,19 @@ def test_verify_finds_what_was_damaged_or_lost_there(local, store, s3_server):
 
 def test_verify_keeps_few_shards_on_the_disk(local, store, monkeypatch, tmp_path):
     upload(local, store.location)
-    most, original = 0, Store.get_file
+    fetched, most, original = [], 0, Store.get_file
 
     def watching(self, name, path, **values):
         nonlocal most
+        fetched.append(name)
         most = max(most, len([file for file in path.parent.iterdir() if file.is_file()]))
         original(self, name, path, **values)
 
     monkeypatch.setattr(Store, "get_file", watching)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     verify(store.location)
-    assert 1 <= most <= 2 * 9
+    assert sorted(fetched) == sorted(name for name in store.list() if name.startswith(("tokenizer/", *SPLITS)))
+    assert most <= 2 * 9
     assert not list(tmp_path.glob("prep-*"))
 
 

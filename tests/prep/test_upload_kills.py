@@ -113,13 +113,17 @@ def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_ser
 
 
 def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expected, store, proxy, s3_server):
-    proxy.add(Fault(kind="late", method="PUT"))  # else a fast machine is through before the kill
+    proxy.add(
+        Fault(kind="status", status=503, method="PUT", path="manifest"),  # no end before the kills
+        Fault(kind="late", method="PUT"),
+    )
     with started(recipe) as process:
         for share in (0.2, 0.6):
             wait_for(lambda share=share: len(store.list()) > share * len(expected))
             s3_server.kill()
             assert process.poll() is None
             s3_server.start()
+        proxy.clear()
         assert process.wait() == 0, process.stderr.read()
     check_whole(store, expected)
 

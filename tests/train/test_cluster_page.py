@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from omegaconf import OmegaConf
 
 from streaming_rwkv.config import load_config, validate
 from streaming_rwkv.train.config import RunConfig
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
@@ -87,12 +87,6 @@ def test_the_batch_of_the_recipe_divides_as_it_says() -> None:
     assert [gpus for gpus in (8, 16, 24, 32, 48, 64, 96) if 192 % gpus] == []
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 # Shared memory of its own, which two machines have anyway: Streaming's names are unique on one machine alone.
 AS_A_NODE = [
     "unshare",
@@ -116,7 +110,7 @@ def test_two_nodes_of_one_process_train_one_run(
     if shutil.which("unshare") is None or subprocess.call([*AS_A_NODE, "true"], stderr=subprocess.DEVNULL):
         pytest.skip("this machine gives no process shared memory of its own")
     data = write_data_set(tmp_path / "data", {("web", 1, 16): 24})
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     settings = [
         "train.py", "yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path / 'run'}",
         "model.hidden_size=64", "model.num_layers=1", "data.batch_packs=4", "data.workers=0", "log.tensorboard=false",

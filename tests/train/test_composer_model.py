@@ -124,7 +124,10 @@ def test_training_has_no_metrics_that_composer_would_compute() -> None:
 def test_sharding_changes_nothing_of_what_is_computed_in_bf16() -> None:
     """Composer's own setting rounds the residual stream and the states to bf16; texts were then not even drawn."""
     worker = Path(__file__).with_name("sharding_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(worker)]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1",
+        str(worker),
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "sharding_worker.py equal"

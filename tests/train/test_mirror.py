@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ from streaming_rwkv.train.mirror import (
 )
 from streaming_rwkv.train.optimizer import build_optimizer
 from tests.fault_proxy import Fault, FaultProxy
+from tests.ports import free_ports
 from tests.s3_server import S3Server
 
 TIMEOUT = 4.0  # where the storage gives up; it says how long it takes: a quarter more
@@ -496,9 +496,7 @@ def test_a_server_killed_and_started_again_in_an_upload_changes_nothing(
 
 @pytest.mark.slow
 def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: Store, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_ports(1)[0])
     worker = Path(__file__).with_name("mirror_worker.py")
     ranks = [
         subprocess.Popen(

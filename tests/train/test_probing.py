@@ -162,8 +162,8 @@ def test_on_the_cpu_auto_is_the_default(given: object, found: int) -> None:
 def test_two_ranks_agree() -> None:
     """Sharded by FSDP2; 8 packs of 16 tokens run out on both ranks in mid-forward, 4 fit."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        Path(__file__).with_name("probe_worker.py"), "64",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+        "--nproc-per-node=2", Path(__file__).with_name("probe_worker.py"), "64",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -29,6 +29,7 @@ import torch
 from streaming_rwkv import evaluate
 from streaming_rwkv.model.checkpoint import read_state
 from streaming_rwkv.train.checkpoint import newest_checkpoint
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -43,7 +44,7 @@ TRAIN = {("web", 1, 16): 24, ("web", 17, 32): 20, ("code", 1, 16): 16}
 VALIDATION = {("web", 1, 16): 4, ("code", 1, 16): 3}
 
 FREEZE = """
-import os, signal, sys
+import os, signal, sys, time
 
 suffix, _, number = os.environ.get("FREEZE_AT", "").rpartition(":")
 if suffix:
@@ -55,6 +56,8 @@ if suffix:
             count += 1
             if count == int(number):
                 os.kill(os.getpid(), signal.SIGSTOP)
+                # What waited for it meanwhile may be taken by any thread, which can be slow to note it for this one.
+                time.sleep(0.5)
 
     sys.addaudithook(hook)
 """
@@ -95,13 +98,13 @@ class Run:
         raise AssertionError(f"not frozen in time:\n{self.log.read_text()}")
 
     def kill_all(self) -> None:
-        killed = 0
-        while processes := self.processes():
+        processes = self.processes()
+        assert len(processes) >= 2  # the launcher and a rank at least
+        while processes:
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-                    killed += 1
-        assert killed >= 2  # the launcher and a rank at least
+            processes = self.processes()
         self.launcher.wait(timeout=10)
 
     def assert_nothing_left(self, *, seconds: float = 10) -> None:
@@ -133,7 +136,8 @@ class Workplace:
             TAG: tag, "FREEZE_AT": freeze_at, "PYTHONPATH": str(self.folder / "hook"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [
-            Path(sys.executable).with_name("composer"), "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
+            Path(sys.executable).with_name("composer"), "-n", str(processes), "--master_port", str(free_ports(1)[0]),
+            "train.py", "yamls/tiny_cpu.yaml",
             f"data.path={data or self.data}", f"save_folder={save_folder}", *SETTINGS, *overrides,
         ]  # fmt: skip
         log = self.folder / f"{tag}.log"
@@ -415,7 +419,7 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
         while "starting at step 0" not in run.log.read_text():
             assert run.launcher.poll() is None, run.log.read_text()
             time.sleep(0.1)
-        status, output = run.finish(seconds=60)
+        status, output = run.finish()
     assert status != 0
     assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
 
@@ -438,7 +442,7 @@ def test_what_two_processes_cannot_do_is_said_once(
 
 def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: Path) -> None:
     with place.run(tmp_path / "run", "data.stgaes=1", processes=2) as run:
-        status, output = run.finish(seconds=60)
+        status, output = run.finish()
     assert status == 1
     assert output.count("command line: data.stgaes: unknown key; did you mean 'stages'?") == 1
     assert "Traceback" not in output
@@ -448,7 +452,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(place: Workplace, tmp_path: Path) -> None:
     data = changed_manifest(place.data, tmp_path / "data")
     with place.run(tmp_path / "run", data=data) as run:
-        status, output = run.finish(seconds=60)
+        status, output = run.finish()
     assert status == 1
     assert "is not the one that made the tokens (ffffffffffffffff…)" in output
     assert "Traceback" not in output

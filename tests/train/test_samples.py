@@ -29,6 +29,7 @@ from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 from streaming_rwkv.train.samples import Samples, text_until_end
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 WORDS = 20
@@ -174,7 +175,8 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
 
     def train(name: str, *overrides: str) -> Path:
         command = [
-            Path(sys.executable).with_name("composer"), "-n", "2", "train.py", "yamls/tiny_cpu.yaml",
+            Path(sys.executable).with_name("composer"), "-n", "2", "--master_port", str(free_ports(1)[0]),
+            "train.py", "yamls/tiny_cpu.yaml",
             f"data.path={data}", f"save_folder={tmp_path / name}", "model.hidden_size=64", "model.num_layers=1",
             "data.batch_packs=4", "data.workers=0", "evaluation.interval_steps=2", "checkpoint.interval_steps=2",
             "checkpoint.keep=0", "log.tensorboard=false", *overrides,

@@ -17,9 +17,11 @@ from streaming_rwkv import export
 from streaming_rwkv.config import load_config
 from streaming_rwkv.generate import generate
 from streaming_rwkv.model.checkpoint import load_model, read_state
+from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.run import prepare
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "yamls").rglob("*.yaml"))
@@ -88,13 +90,26 @@ def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[
                 assert got == pytest.approx(share, abs=1e-4), name
 
 
+@torch.no_grad()
+def clear_choices(model: RWKV7, prompt: list[int], ids: list[int]) -> int:
+    """So many of the likeliest tokens `ids` come before the first that another CPU's rounding might not choose."""
+    unread, state = prompt, None
+    for number, token in enumerate(ids):
+        logits, state = model.step(torch.tensor([unread]), state)
+        likeliest, next_likely = logits[0].topk(2).values
+        if likeliest - next_likely < 1e-3:  # far more than two implementations in float32 differ by
+            return number
+        unread = [token]
+    return len(ids)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, Path], tmp_path: Path) -> None:
     def run(stage: str, *more: str) -> str:
         command = [
-            Path(sys.executable).with_name("composer"), "-n", "1", "train.py", f"yamls/{stage}.yaml",
-            *overrides_of(stage, data[stage], tmp_path), *more,
+            Path(sys.executable).with_name("composer"), "-n", "1", "--master_port", str(free_ports(1)[0]),
+            "train.py", f"yamls/{stage}.yaml", *overrides_of(stage, data[stage], tmp_path), *more,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -144,6 +159,9 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, P
     prompt = [tokenizer.bos_id, *tokenizer.encode("abc de").tolist()]
     model = load_model(tmp_path / "model.pth")
     ids = list(generate(model, prompt, max_tokens=100, temperature=0, stop={tokenizer.eos_id}))
-    assert ids == their_ids
-    assert tokenizer.decode(ids) == their_text
+    ours, theirs = ([*found, tokenizer.eos_id][:100] for found in (ids, their_ids))  # its end is a choice too
+    compared = clear_choices(model, prompt, ours)
+    assert compared >= 5
+    assert ours[:compared] == theirs[:compared]
+    assert tokenizer.decode(their_ids) == their_text
     assert len(ids) > 20
