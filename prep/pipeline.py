@@ -355,7 +355,7 @@ def _assemble(
         books=books,
         streams=[stream for stream in streams if stream is not None],
     )
-    _publish_rejected(job, units)
+    _publish_rejected(job)
     (job.out / STATISTICS_NAME).write_bytes(statistics_bytes(units, windows))
     return manifest
 
@@ -438,7 +438,7 @@ def _books(
     return books
 
 
-def _publish_rejected(job: Job, units: Sequence[UnitRecord]) -> None:
+def _publish_rejected(job: Job) -> None:
     temporary = job.work / TEMPORARY_FOLDER / REJECTED_NAME
     temporary.parent.mkdir(exist_ok=True)
     with temporary.open("wb") as together:
