@@ -189,6 +189,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
         ),
         ("a.jsonl", (lines("x" * 99)[:80] + b"\n") * 2, 'it begins with \'{"text": "xxx'),
     ],
+    ids=["LFS", "UTF-16", "UTF-16 LE", "UTF-16 BE", "indented", "two lines", "HTML", "cut off"],
 )
 def test_a_file_of_which_no_line_is_an_object_stops_saying_what_it_is(tmp_path, name, content, what):
     (tmp_path / name).write_bytes(content)
