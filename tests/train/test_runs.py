@@ -424,19 +424,11 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        (["data.batch_packs=3"], "data.batch_packs: 3 packs do not divide among 2 processes; the nearest that do are"),
-        (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made, or not written to (Not a"),
-    ],
-)
-def test_what_two_processes_cannot_do_is_said_once(
-    settings: list[str], error: str, place: Workplace, tmp_path: Path
-) -> None:
-    status, output = place.train(tmp_path / "run", *settings, processes=2)
+def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: Path) -> None:
+    status, output = place.train(tmp_path / "run", "data.batch_packs=3", processes=2)
     assert status == 1
-    assert output.count("error: ") == output.count(f"error: {error}") == 1, output
+    error = "error: data.batch_packs: 3 packs do not divide among 2 processes; the nearest that do are"
+    assert output.count("error: ") == output.count(error) == 1, output
     assert "Traceback" not in output
 
 
