@@ -33,9 +33,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes no more positional arguments after an option; here `--dry-run out=x` is as good as the reverse."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    is_override = [hasattr(options, "overrides") and not argument.startswith("-") for argument in rest]
-    if not all(is_override):
-        unknown = (argument for argument, known in zip(rest, is_override, strict=True) if not known)
+    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides += rest

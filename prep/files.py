@@ -114,7 +114,7 @@ def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
 
 def _is_pattern(path: str) -> bool:
     """A glob; names of local files and folders may have brackets too."""
-    return glob.has_magic(path) and not (not is_remote(path) and os.path.lexists(path))
+    return glob.has_magic(path) and (is_remote(path) or not os.path.lexists(path))
 
 
 def _check_suffix(source: str, path: str) -> None:

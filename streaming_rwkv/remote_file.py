@@ -28,9 +28,8 @@ class RemoteFile(io.RawIOBase):
         self._at = 0
         self._begin = self._end = 0  # of the block at hand
         self._block: bytes | bytearray = b""
-        self._ahead: tuple[int, Future[bytes | bytearray]] | None = (
-            None  # where the next block ends, and what will give it
-        )
+        # Where the next block ends, and what will give it.
+        self._ahead: tuple[int, Future[bytes | bytearray]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="remote-file")
 
     def readable(self) -> bool:
