@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import CheckpointError
@@ -45,6 +45,7 @@ from streaming_rwkv.train.checkpoint import (
     NAME,
     WRITING,
     Checkpoint,
+    Value,
     all_gather,
     check_same_settings,
     find_problem,
@@ -72,8 +73,6 @@ FETCH_THREADS = 4
 LARGEST_MARK_BYTES = 1 << 26
 LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
-
-Value = TypeVar("Value")
 
 
 class MirrorError(UserError):
@@ -358,10 +357,9 @@ def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]
         CheckpointError: there are checkpoints, here or there, but none is whole on every node.
         StorageError: the store cannot be read, or damages what it gives.
     """
-    chosen: list[tuple[int | None, RemoteCheckpoint | None]] = [(None, None)]
     root = folder / CHECKPOINTS
 
-    def choose() -> None:
+    def choose() -> tuple[int | None, RemoteCheckpoint | None]:
         local, remote, problems = None, None, []
         try:
             local = newest_checkpoint(root)
@@ -377,10 +375,9 @@ def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]
             raise problems[0]
         for problem in problems:
             logger.warning("%s; going on from what the other place has", problem)
-        chosen[0] = (local.step if local else None, remote)
+        return local.step if local else None, remote
 
-    run_together(choose if is_leader() else None)
-    step, remote = all_gather(chosen[0])[0]
+    step, remote = by_leader(choose)
     if step is not None and (remote is None or step > remote.step):
         lacking = _nodes_without(root / step_name(step))
         if not lacking:
@@ -479,6 +476,12 @@ def run_together(work: Callable[[], Value] | None) -> Value | None:
     return given[0] if given else None
 
 
+def by_leader(work: Callable[[], Value]) -> Value:
+    """What the leader's `work` gives, on all ranks; called by all of them together, as `run_together` is."""
+    given: list[Value | None] = all_gather(run_together(work if is_leader() else None))
+    return given[0]  # type: ignore[return-value]  # the leader's, which did it
+
+
 @contextmanager
 def local_checkpoint(location: str | Path) -> Iterator[Path]:
     """The path of `location`; of one in object storage, while it is needed, a copy with its run's tokenizer.
@@ -508,9 +511,7 @@ def node_checkpoint(location: str, folder: Path) -> Path:
     if not is_remote(location):
         return Path(location)
     with _run_of(location) as (store, name):
-        chosen: list[RemoteCheckpoint] = []
-        run_together((lambda: chosen.append(_find(store, name, location))) if is_leader() else None)
-        found = all_gather(chosen)[0][0]
+        found = by_leader(lambda: _find(store, name, location))
         run_together((lambda: _fetch(store, found, folder)) if is_leader() else None)
         run_together((lambda: _fetch(store, found, folder)) if leads_node() else None)
     return folder / CHECKPOINTS / found.name

@@ -36,7 +36,6 @@ from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
-    all_gather,
     check_same_run,
     is_leader,
     leads_node,
@@ -50,6 +49,7 @@ from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
 from streaming_rwkv.train.mirror import (
     Mirror,
+    by_leader,
     check_place,
     local_checkpoint,
     newest_remote,
@@ -177,15 +177,12 @@ class Start:
 def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     """By all ranks together; one reads for all. A run that goes on does not need what it started from any more."""
     root, copy = save_folder / "checkpoints", save_folder / "init_from"
-    found: list[Any] = []
-    run_together((lambda: found.append(newest_mark(root, store))) if is_leader() else None)
-    mark = all_gather(found)[0][0]
+    mark = by_leader(lambda: newest_mark(root, store))
     if mark is not None:
         _remove(copy)
         return Start(shape=mark["run"]["model"], weights=None)
     weights = node_checkpoint(location, copy)
-    run_together((lambda: found.append(_shape_of(weights, where=location))) if is_leader() else None)
-    return Start(shape=all_gather(found)[0][1], weights=weights)
+    return Start(shape=by_leader(lambda: _shape_of(weights, where=location)), weights=weights)
 
 
 def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
