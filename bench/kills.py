@@ -88,7 +88,7 @@ def train(
     checkpoint, in_store = restore(store, folder) if store else (newest_checkpoint(folder / "checkpoints"), False)
     mirror = Mirror(store, folder, keep=2) if store else None
     if mirror and checkpoint and not in_store:
-        mirror.begin(checkpoint.path, all_by_leader=True)
+        mirror.begin(checkpoint.path, all_on_rank_zero=True)
     step = 0
     if checkpoint is None:
         initialize(model, seed=SEED)

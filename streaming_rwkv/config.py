@@ -17,12 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml import YAMLError
 
-
-class UserError(ValueError):
-    """Something outside this program is wrong; its text says where, what was found, what is allowed, what to do.
-
-    Front ends print the text alone. Anything else that is raised is our own mistake and keeps its traceback.
-    """
+from streaming_rwkv.errors import UserError
 
 
 class ConfigError(UserError):
@@ -34,6 +29,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+__all__ = ["Config", "ConfigError", "UserError", "configs_within", "load_config", "validate"]
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

@@ -40,7 +40,6 @@ from streaming.base import dataset as streaming_dataset
 from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
 from streaming.base.world import World
-from torch import distributed
 from torch.utils.data import DataLoader
 
 from streaming_rwkv.config import UserError
@@ -48,6 +47,7 @@ from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_toke
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
+from streaming_rwkv.distributed import barrier
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
 
@@ -238,8 +238,7 @@ def _take_name(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
     other run may take it."""
     world: World = arguments[2]
     with _names_locked() if world.is_local_leader else nullcontext():
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()
+        barrier()
         return prefix.get_shm_prefix(*arguments, **options)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 
+from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
 from streaming_rwkv.processes import die_with_parent, end_with
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
+    if has_launcher():  # a launcher's rank; a process of its own may well outlive its shell
         die_with_parent()
     # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
     from streaming_rwkv.config import UserError, load_config
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             return dry_run(config, processes=options.processes)
         run = begin(config)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks have met it: one of each node says so
+        if is_local_rank_zero():  # all ranks have met it: one of each node says so
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     try:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from composer.core import Callback, Event, State
 from composer.loggers import Logger, LoggerDestination
 from torch.distributed.tensor import DTensor
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.distributed import all_reduce_sum, is_rank_zero, rank
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoint import save_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
@@ -38,12 +38,6 @@ class TrainingStopped(UserError):
     """The run cannot go on; the text says why and what to do."""
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 class StepSeed(Callback):
     """Randomness of a step is a function of seed, step and rank: nothing to save, and nothing to forget to restore."""
 
@@ -51,8 +45,7 @@ class StepSeed(Callback):
         self.seed = seed
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        entropy = np.random.SeedSequence([self.seed, int(state.timestamp.batch), rank])
+        entropy = np.random.SeedSequence([self.seed, int(state.timestamp.batch), rank()])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -357,7 +350,7 @@ class JSONLines(LoggerDestination):
         self.path = path
         self.pending: dict[str, float] = {}
         self.step = -1
-        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.writes = is_rank_zero()
 
     def rewind(self, step: int) -> None:
         """Forget the lines after `step`: a resumed run writes them again."""
@@ -408,7 +401,7 @@ class Console(LoggerDestination):
         self.interval_steps = interval_steps
         self.last_step = last_step
         self.latest: dict[str, Any] = {}
-        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.writes = is_rank_zero()
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self.latest |= metrics

@@ -25,10 +25,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -37,6 +36,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.data.mixture import Plan
+from streaming_rwkv.distributed import (
+    all_gather_object,
+    barrier,
+    broadcast_object,
+    is_distributed,
+    is_local_rank_zero,
+    is_rank_zero,
+    rank,
+    world_size,
+)
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import INDEX_NAME, MARK_NAME, SafeReader
 from streaming_rwkv.shards import sha256_of_file
@@ -188,28 +197,28 @@ def save_checkpoint(
         mark: what the completion mark shall carry beside the files: JSON values.
     """
     final, writing = root / step_name(step), root / (step_name(step) + WRITING)
-    if is_leader():
+    if is_rank_zero():
         _make_room(final, writing)
     barrier()
-    own_disk = leads_node() and not is_leader() and not writing.exists()
+    own_disk = is_local_rank_zero() and not is_rank_zero() and not writing.exists()
     if own_disk:
         _make_room(final, writing)
     barrier()
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
-        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
+        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not is_distributed())
     # Each rank vouches for the files that it wrote, which no other may be able to see.
     written = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(writing.iterdir())
         if wrote(path.name)
     }
-    files = {name: record for part in all_gather(written) for name, record in part.items()}
+    files = {name: record for part in all_gather_object(written) for name, record in part.items()}
     content = json.dumps(
         {"format": FORMAT, "step": step, **mark, "files": dict(sorted(files.items()))}, indent=1, ensure_ascii=False
     )
-    content = all_gather(content)[0]  # times differ by a little
-    if is_leader():
+    content = broadcast_object(content)  # times differ by a little
+    if is_rank_zero():
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
     if own_disk:  # asked once: of what another node has just renamed, NFS may still say that it is there
@@ -221,7 +230,7 @@ def save_checkpoint(
 def wrote(name: str) -> bool:
     """Whether this rank writes the checkpoint file `name`: torch puts the rank into its name; the index is rank 0's."""
     number = re.match(r"__(\d+)_", name)
-    return int(number[1]) == rank() if number else is_leader()
+    return int(number[1]) == rank() if number else is_rank_zero()
 
 
 def _make_room(final: Path, writing: Path) -> None:
@@ -276,7 +285,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
             f"{checkpoint.path}/{INDEX_NAME}: refused ({error}); it was not written by torch"
         ) from None
     with _quiet_torch():
-        load_sharded(state, storage_reader=reader, no_dist=not _distributed())
+        load_sharded(state, storage_reader=reader, no_dist=not is_distributed())
     # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = state["optimizer"][name]
@@ -303,7 +312,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
     """Each rank compares its part of the files; together they compare all."""
-    world = dist.get_world_size() if _distributed() else 1
+    world = world_size()
     for name, record in sorted(checkpoint.mark["files"].items())[rank() :: world]:
         if sha256_of_file(checkpoint.path / name) != record["sha256"]:
             raise CheckpointError(
@@ -355,36 +364,3 @@ def _quiet_torch() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
         yield
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def is_leader() -> bool:
-    return rank() == 0
-
-
-def leads_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def barrier() -> None:
-    if _distributed():
-        dist.barrier()
-
-
-Value = TypeVar("Value")
-
-
-def all_gather(value: Value) -> list[Value]:
-    """What each rank gives, by rank."""
-    if not _distributed():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -17,7 +17,8 @@ from composer.core import State
 from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
 from streaming_rwkv.config import ConfigError
-from streaming_rwkv.train.checkpoint import is_leader, write_durably
+from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.train.checkpoint import write_durably
 from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
 
 TRACKING_ID_NAME = "tracking-id"
@@ -79,7 +80,7 @@ def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestinati
     """Composer's loggers for what is configured; they write on the first rank alone."""
     if log.wandb is None and log.mlflow is None:
         return []
-    ours = tracking_id(save_folder) if is_leader() else ""
+    ours = tracking_id(save_folder) if is_rank_zero() else ""
     trackers: list[LoggerDestination] = []
     if log.wandb is not None:
         trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))

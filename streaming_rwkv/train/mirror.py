@@ -37,6 +37,17 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.distributed import (
+    all_gather_object,
+    broadcast_object,
+    is_local_rank_zero,
+    is_rank_zero,
+    rank,
+    result_of_rank_zero,
+    run_on_all,
+    run_on_local_rank_zero,
+    run_on_rank_zero,
+)
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
@@ -45,16 +56,11 @@ from streaming_rwkv.train.checkpoint import (
     NAME,
     WRITING,
     Checkpoint,
-    Value,
-    all_gather,
     check_same_settings,
     find_problem,
     install,
-    is_leader,
-    leads_node,
     newest_checkpoint,
     parse_mark,
-    rank,
     read_mark,
     step_name,
     sync,
@@ -77,10 +83,6 @@ POLL_SECONDS = 0.1
 
 class MirrorError(UserError):
     """The run's folder on object storage cannot be written, or what lies there cannot be used."""
-
-
-class OtherRankError(UserError):
-    """What another rank could not do, in its words."""
 
 
 class Mirror:
@@ -124,15 +126,15 @@ class Mirror:
             "process": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        self._writer = all_gather(json.dumps(writer).encode())[0]
+        self._writer = broadcast_object(json.dumps(writer).encode())
         content = self._writer
-        run_together((lambda: self.store.put_bytes(content, WRITER)) if is_leader() else None)
+        run_on_rank_zero(lambda: self.store.put_bytes(content, WRITER))
 
-    def begin(self, checkpoint: Path, *, all_by_leader: bool = False) -> None:
-        """Have a whole local checkpoint go up; `all_by_leader` if the ranks of another world wrote it."""
+    def begin(self, checkpoint: Path, *, all_on_rank_zero: bool = False) -> None:
+        """Have a whole local checkpoint go up; `all_on_rank_zero` if the ranks of another world wrote it."""
         assert self._stage == "idle", "the checkpoint before this one is not up yet"
         names = sorted(read_mark(checkpoint)["files"])
-        mine = [name for name in names if (is_leader() if all_by_leader else wrote(name))]
+        mine = [name for name in names if (is_rank_zero() if all_on_rank_zero else wrote(name))]
         self._stage, self._checkpoint = "files", checkpoint
         if mine:
             self._run(lambda: self._send_files(checkpoint, mine))
@@ -142,7 +144,7 @@ class Mirror:
         match self._stage:
             case "files":
                 self._stage = "sealing"
-                if is_leader():
+                if is_rank_zero():
                     checkpoint = self._checkpoint
                     self._run(lambda: self._seal(checkpoint))
             case "sealing":
@@ -151,7 +153,7 @@ class Mirror:
     def settle(self) -> bool:
         """Wait until the checkpoint is up; False if a rank's upload failed."""
         while self._stage != "idle":
-            flags = all_gather((self.busy, self.failed))
+            flags = all_gather_object((self.busy, self.failed))
             if any(failed for _, failed in flags):
                 return False
             if any(busy for busy, _ in flags):
@@ -173,11 +175,11 @@ class Mirror:
 
     def send_logs(self) -> None:
         """Before the first step too: a store that cannot be written stops the run at once."""
-        run_together(self._send_logs if is_leader() else None)
+        run_on_rank_zero(self._send_logs)
 
     def error(self) -> MirrorError:
         """Why an upload failed, whichever rank's it was."""
-        problem = next(text for text in all_gather(self._problem) if text is not None)
+        problem = next(text for text in all_gather_object(self._problem) if text is not None)
         return MirrorError(
             f"{self._checkpoint.name} could not be uploaded: {problem}. Nothing is lost on this machine: the newest "
             f"checkpoint is in {self.folder / CHECKPOINTS}; once the cause is gone, the same command goes on from there"
@@ -342,7 +344,7 @@ def check_place(store: Store, run: Mapping[str, Any], *, allow: frozenset[str]) 
         if remote is not None:
             check_same_settings(remote.mark, run, allow=allow, where=store.url(f"{CHECKPOINTS}/{remote.name}"))
 
-    run_together(check if is_leader() else None)
+    run_on_rank_zero(check)
 
 
 def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]:
@@ -377,7 +379,7 @@ def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]
             logger.warning("%s; going on from what the other place has", problem)
         return local.step if local else None, remote
 
-    step, remote = by_leader(choose)
+    step, remote = result_of_rank_zero(choose)
     if step is not None and (remote is None or step > remote.step):
         lacking = _nodes_without(root / step_name(step))
         if not lacking:
@@ -388,27 +390,27 @@ def restore(store: Store | None, folder: Path) -> tuple[Checkpoint | None, bool]
                 "move it away on every node to go on from the one before it (with `save_remote`, a node fetches what "
                 "it lacks)"
             )
-        if is_leader():
+        if is_rank_zero():
             logger.warning("going back to step %d: %s (%s)", remote.step, root / step_name(step), "; ".join(lacking))
     if store is None or remote is None:
         return None, False
     if step is None or step < remote.step:  # the leader first: the other nodes may see its disk
-        run_together((lambda: _fetch(store, remote, folder, logs=LOGS)) if is_leader() else None)
-    run_together((lambda: _fetch(store, remote, folder)) if leads_node() else None)
+        run_on_rank_zero(lambda: _fetch(store, remote, folder, logs=LOGS))
+    run_on_local_rank_zero(lambda: _fetch(store, remote, folder))
     return _local(root, remote.step), True
 
 
 def _nodes_without(path: Path) -> list[str]:
     """Each node where this checkpoint is not whole, and why."""
-    problem = find_problem(path) if leads_node() else None
-    found = all_gather(problem and f"{socket.gethostname()}: {problem}")
+    problem = find_problem(path) if is_local_rank_zero() else None
+    found = all_gather_object(problem and f"{socket.gethostname()}: {problem}")
     return [text for text in found if text is not None]
 
 
 def _local(root: Path, step: int) -> Checkpoint:
     path = root / step_name(step)
     marks: list[dict[str, Any]] = []
-    run_together(lambda: marks.append(read_mark(path)))
+    run_on_all(lambda: marks.append(read_mark(path)))
     return Checkpoint(path=path, mark=marks[0])
 
 
@@ -446,42 +448,6 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
             store.get_file(name, folder / path)
 
 
-def run_together(work: Callable[[], Value] | None) -> Value | None:
-    """Do each rank's `work`, if it has any, and wait for all of it, however long it takes; by all ranks together.
-
-    A collective that waited for another rank's download would come to its timeout. What one rank raises, all do.
-
-    Returns:
-        What this rank's work gave.
-    """
-    given: list[Value] = []
-    problem: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            if work is not None:
-                given.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
-            problem.append(error)
-
-    thread = threading.Thread(target=target, name="mirror", daemon=True)
-    thread.start()
-    while not all(all_gather(not thread.is_alive())):
-        thread.join(POLL_SECONDS)
-    if problem and not isinstance(problem[0], UserError):
-        raise problem[0]
-    failures = [text for text in all_gather(str(problem[0]) if problem else None) if text is not None]
-    if failures:
-        raise problem[0] if problem else OtherRankError(failures[0])
-    return given[0] if given else None
-
-
-def by_leader(work: Callable[[], Value]) -> Value:
-    """What the leader's `work` gives, on all ranks; called by all of them together, as `run_together` is."""
-    given: list[Value | None] = all_gather(run_together(work if is_leader() else None))
-    return given[0]  # type: ignore[return-value]  # the leader's, which did it
-
-
 @contextmanager
 def local_checkpoint(location: str | Path) -> Iterator[Path]:
     """The path of `location`; of one in object storage, while it is needed, a copy with its run's tokenizer.
@@ -511,9 +477,9 @@ def node_checkpoint(location: str, folder: Path) -> Path:
     if not is_remote(location):
         return Path(location)
     with _run_of(location) as (store, name):
-        found = by_leader(lambda: _find(store, name, location))
-        run_together((lambda: _fetch(store, found, folder)) if is_leader() else None)
-        run_together((lambda: _fetch(store, found, folder)) if leads_node() else None)
+        found = result_of_rank_zero(lambda: _find(store, name, location))
+        run_on_rank_zero(lambda: _fetch(store, found, folder))
+        run_on_local_rank_zero(lambda: _fetch(store, found, folder))
     return folder / CHECKPOINTS / found.name
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from composer.core import Precision, get_precision_context
 from composer.distributed.prepare_distributed import parallelize_composer_model
-from composer.utils import dist
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch
+from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
-from streaming_rwkv.train.checkpoint import is_leader, write_durably
+from streaming_rwkv.train.checkpoint import write_durably
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ def largest_that_fits(packs: int, *, trial: Callable[[int], None], device: torch
     while packs >= 1:
         fits = torch.tensor(float(_fits(trial, packs)), device=device)
         release(device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(fits, op=torch.distributed.ReduceOp.MIN)
-        if fits.item():
+        if all_reduce_min(fits).item():
             return packs
         logger.info("microbatches of %d packs do not fit", packs)
         packs //= 2
@@ -120,8 +118,7 @@ def same_budget(device: torch.device) -> Iterator[None]:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     budget = torch.tensor(float(free + torch.cuda.memory_reserved(device)), device=device, dtype=torch.float64)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(budget, op=torch.distributed.ReduceOp.MIN)
+    all_reduce_min(budget)
     torch.cuda.set_per_process_memory_fraction(USABLE * budget.item() / total, device)
     try:
         yield
@@ -148,7 +145,7 @@ def full_batch(*, packs: int, pack_tokens: int, pieces_per_pack: int, device: to
 def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Precision, device: torch.device) -> None:
     """Forward and backward on a network of zeros, beside the room that AdamW's moments take."""
     model = RWKV7ForTraining(RWKV7(config), num_streams=1, flops_per_token=1)
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         parallelize_composer_model(model, None, sharding(), precision=precision)
     else:
         model.to(device)
@@ -173,14 +170,13 @@ def remembered_microbatch(save_folder: Path, conditions: dict[str, object], prob
     A resumed run then rounds as the unbroken one would, and does not spend the time again.
     """
     path = save_folder / RECORD_NAME
-    known = [0]
-    if is_leader() and path.exists():
+    known = 0
+    if is_rank_zero() and path.exists():
         record = json.loads(path.read_text())
-        known = [record["packs"]] if record["conditions"] == conditions else [0]
-    dist.broadcast_object_list(known)
-    if known[0]:
-        return known[0]
+        known = record["packs"] if record["conditions"] == conditions else 0
+    if known := broadcast_object(known):
+        return known
     packs = probe()
-    if is_leader():
+    if is_rank_zero():
         write_durably(path, json.dumps({"packs": packs, "conditions": conditions}, indent=1).encode())
     return packs

@@ -26,6 +26,17 @@ from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.loader import Batches, PackDataset, data_spec, evaluation_batches, training_batches
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, copy_tokenizer, open_shard_set
+from streaming_rwkv.distributed import (
+    barrier,
+    is_local_rank_zero,
+    is_rank_zero,
+    local_world_size,
+    result_of_rank_zero,
+    run_on_all,
+    run_on_local_rank_zero,
+    run_on_rank_zero,
+    world_size,
+)
 from streaming_rwkv.folders import FolderLock, lock_folder
 from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
@@ -37,8 +48,6 @@ from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.checkpoint import (
     Checkpoint,
     check_same_run,
-    is_leader,
-    leads_node,
     load_checkpoint,
     newest_checkpoint,
     plan_from,
@@ -49,13 +58,11 @@ from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.loggers import build_trackers, check_trackers, flat_settings
 from streaming_rwkv.train.mirror import (
     Mirror,
-    by_leader,
     check_place,
     local_checkpoint,
     newest_remote,
     node_checkpoint,
     restore,
-    run_together,
 )
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 from streaming_rwkv.train.preview import mixture_table, show
@@ -177,12 +184,12 @@ class Start:
 def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     """By all ranks together; one reads for all. A run that goes on does not need what it started from any more."""
     root, copy = save_folder / "checkpoints", save_folder / "init_from"
-    mark = by_leader(lambda: newest_mark(root, store))
+    mark = result_of_rank_zero(lambda: newest_mark(root, store))
     if mark is not None:
         _remove(copy)
         return Start(shape=mark["run"]["model"], weights=None)
     weights = node_checkpoint(location, copy)
-    return Start(shape=by_leader(lambda: _shape_of(weights, where=location)), weights=weights)
+    return Start(shape=result_of_rank_zero(lambda: _shape_of(weights, where=location)), weights=weights)
 
 
 def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
@@ -198,7 +205,7 @@ def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
 
 
 def _remove(copy: Path) -> None:
-    if leads_node():
+    if is_local_rank_zero():
         shutil.rmtree(copy, ignore_errors=True)
 
 
@@ -255,14 +262,14 @@ def begin(config: RunConfig) -> Begun | None:
     device = _find_device(config)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     dist.initialize_dist(device, timeout=max(300.0, 4 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
 
     def lock_run() -> FolderLock:
         return lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
 
-    lock = run_together(lock_run if is_leader() else None)
+    lock = run_on_rank_zero(lock_run)
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
@@ -280,15 +287,15 @@ def begin(config: RunConfig) -> Begun | None:
         plan = plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))
         prepared = replace(prepared, plan=plan)
         if mirror and not in_store:
-            mirror.begin(checkpoint.path, all_by_leader=True)
+            mirror.begin(checkpoint.path, all_on_rank_zero=True)
         if checkpoint.step == prepared.plan.steps:
             if mirror:
                 mirror.finish()
             show(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
             return None
     shard_set = prepared.shard_set
-    run_together((lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER)) if is_leader() else None)
-    if is_leader():
+    run_on_rank_zero(lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER))
+    if is_rank_zero():
         write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
@@ -314,10 +321,10 @@ def _prepare_together(config: RunConfig, *, shape: Mapping[str, Any] | None) -> 
     """`prepare` by each node's leader, then by the others from what it left."""
 
     def work() -> Prepared:
-        return prepare(config, world_size=dist.get_world_size(), leader=leads_node(), shape=shape)
+        return prepare(config, world_size=world_size(), leader=is_local_rank_zero(), shape=shape)
 
-    led = run_together(work if leads_node() else None)
-    read = run_together(None if leads_node() else work)
+    led = run_on_local_rank_zero(work)
+    read = run_on_all(None if is_local_rank_zero() else work)
     prepared = led or read
     assert prepared is not None
     return prepared
@@ -342,7 +349,7 @@ def fit(run: Begun) -> int:
     if checkpoint is None and start is not None:
         assert start.weights is not None  # no mark anywhere, or `restore` would have found its checkpoint
         load_state(network, read_state(start.weights), where=str(config.model.init_from))
-        dist.barrier()
+        barrier()
         _remove(save_folder / "init_from")
     elif checkpoint is None:
         initialize(network, seed=config.seed)
@@ -387,7 +394,7 @@ def fit(run: Begun) -> int:
         cb.Throughput(
             total_tokens=prepared.total_tokens,
             flops_per_token=flops_per_token(prepared.model),
-            peak_flops=peak * dist.get_world_size() if peak else None,
+            peak_flops=peak * world_size() if peak else None,
             interval_steps=interval,
         ),
         checkpointer,
@@ -420,7 +427,7 @@ def fit(run: Begun) -> int:
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
         dist_timeout=max(300.0, 4 * config.data.timeout_seconds),
-        parallelism_config={"fsdp": sharding()} if dist.get_world_size() > 1 else None,
+        parallelism_config={"fsdp": sharding()} if world_size() > 1 else None,
         progress_bar=config.log.progress_bar,
         spin_dataloaders=False,
         # Composer's own checkpoints and autoresume are not used: see train/checkpoint.py.
@@ -458,7 +465,7 @@ def fit(run: Begun) -> int:
 def _microbatch_packs(prepared: Prepared, *, precision: str, device: Device) -> int:
     """Packs of one pass on each process: as configured, all of them, or on a GPU as many as fit."""
     config, manifest = prepared.config, prepared.shard_set.manifest
-    per_process = prepared.plan.batch_packs // dist.get_world_size()
+    per_process = prepared.plan.batch_packs // world_size()
     if isinstance(config.microbatch_packs, int):
         return config.microbatch_packs
     if config.microbatch_packs is None or device.name != "gpu":
@@ -470,7 +477,7 @@ def _microbatch_packs(prepared: Prepared, *, precision: str, device: Device) -> 
         "pieces_per_pack": pieces_per_pack,
         "precision": precision,
         "model": prepared.model.model_dump(mode="json"),
-        "processes": dist.get_world_size(),
+        "processes": world_size(),
         "device": torch.cuda.get_device_name(),
     }
     found = remembered_microbatch(
@@ -485,7 +492,7 @@ def _microbatch_packs(prepared: Prepared, *, precision: str, device: Device) -> 
             device=torch.device("cuda", torch.cuda.current_device()),
         ),
     )
-    if is_leader():
+    if is_rank_zero():
         show(f"microbatches of {found} packs, of {per_process} on each process (microbatch_packs: auto)")
     return found
 
@@ -495,17 +502,17 @@ def _average_gradients(network: RWKV7) -> None:
 
     AdamW hardly notices a common factor, but gradient norms and clipping do. The backend is asked, not its version.
     """
-    world_size = dist.get_world_size()
-    if world_size == 1:
+    ranks = world_size()
+    if ranks == 1:
         return
-    ones = torch.ones(world_size, device=next(network.parameters()).device)
+    ones = torch.ones(ranks, device=next(network.parameters()).device)
     mean = torch.empty(1, device=ones.device)
     torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
     if mean.item() == 1:
         return
 
     def divide(gradient: torch.Tensor) -> None:
-        gradient.div_(world_size)
+        gradient.div_(ranks)
 
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -572,7 +579,7 @@ def open_packs(
 def _evaluator(prepared: Prepared, records: list[StreamRecord], *, microbatch: int) -> Evaluator:
     evaluation = prepared.config.evaluation
     per_rank = evaluation.microbatch_packs or (microbatch if prepared.config.microbatch_packs else 1)
-    batch_packs = per_rank * dist.get_world_size()
+    batch_packs = per_rank * world_size()
     batches, num_batches = evaluation_batches(
         [record.packs for record in records], batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
     )

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger, TensorboardLogger
-from composer.utils import dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from streaming_rwkv.distributed import broadcast_object, is_rank_zero
 from streaming_rwkv.generate import generate
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.callbacks import forget_lines_after
@@ -37,7 +37,7 @@ class Samples(Callback):
         self.tokenizer: Tokenizer | None = None
         self.prompts: list[list[int]] = []
         self.vocab_size: int | None = None
-        self.writes = dist.get_global_rank() == 0
+        self.writes = is_rank_zero()
 
     def rewind(self, step: int) -> None:
         """Forget the samples after `step`: a resumed run draws them again."""
@@ -54,8 +54,7 @@ class Samples(Callback):
             tokenizer = self.tokenizer = load_tokenizer(self.tokenizer_folder)
             prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in self.config.prompts]
             encoded = [prompts, tokenizer.vocab_size]
-        dist.broadcast_object_list(encoded)
-        self.prompts, self.vocab_size = encoded
+        self.prompts, self.vocab_size = broadcast_object(encoded)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if not self.prompts:

@@ -185,7 +185,7 @@ def test_what_is_newer_here_is_brought_there_whichever_ranks_wrote_it(store: Sto
     mark["files"]["__3_0.distcp"] = mark["files"].pop("__0_0.distcp")
     (path / "complete.json").write_text(json.dumps(mark))
     mirror = Mirror(store, folder, keep=0)
-    mirror.begin(path, all_by_leader=True)
+    mirror.begin(path, all_on_rank_zero=True)
     mirror.finish()
     assert files_of(store, 5) == [".metadata", "__3_0.distcp", "complete.json"]
 
@@ -445,7 +445,7 @@ def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
     assert newest.step == 5
     proxy.clear()
     again = Mirror(faulty, folder, keep=2)
-    again.begin(newest.path, all_by_leader=True)
+    again.begin(newest.path, all_on_rank_zero=True)
     again.finish()
     assert steps_in(faulty) == [2, 5]
 

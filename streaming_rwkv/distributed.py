@@ -1,0 +1,165 @@
+"""Ranks of a distributed run: which one this process is, collectives, and work that one rank does for all.
+
+A rank is one process of a run. Each node has a local rank 0, which does what is needed once per machine; rank 0 does
+what is needed once per run. Without a process group this process is the only rank.
+
+Every function below "Collectives" must be called by all ranks, in the same order. torch is imported when it is needed:
+who this process is can be asked before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from streaming_rwkv.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = TypeVar("Value")
+
+POLL_SECONDS = 0.5  # between two looks at how far the other ranks are
+
+
+class OtherRankError(UserError):
+    """An error that another rank met; its text names the cause."""
+
+
+# Who this process is
+
+
+def has_launcher() -> bool:
+    """Return True in a process that a launcher such as `composer` or `torchrun` started."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_local_rank_zero() -> bool:
+    """Return True in one process of each node; works before the process group exists."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def is_distributed() -> bool:
+    """Return True once a process group exists."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number among all ranks."""
+    from torch import distributed
+
+    return distributed.get_rank() if is_distributed() else 0
+
+
+def is_rank_zero() -> bool:
+    """Return True in one process of the run."""
+    return rank() == 0
+
+
+def world_size() -> int:
+    """Return the number of ranks."""
+    from torch import distributed
+
+    return distributed.get_world_size() if is_distributed() else 1
+
+
+def local_world_size() -> int:
+    """Return the number of ranks on this node; works before the process group exists."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# Collectives
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    from torch import distributed
+
+    if is_distributed():
+        distributed.barrier()
+
+
+def all_gather_object(value: Value) -> list[Value]:
+    """Return every rank's `value`, in the order of ranks. Values are pickled."""
+    from torch import distributed
+
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Value) -> Value:
+    """Return rank 0's `value` on every rank; the others' are ignored."""
+    return all_gather_object(value if is_rank_zero() else None)[0]  # type: ignore[return-value]
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its sum over all ranks, in place, and return it."""
+    from torch import distributed
+
+    if is_distributed():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its elementwise minimum over all ranks, in place, and return it."""
+    from torch import distributed
+
+    if is_distributed():
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MIN)
+    return tensor
+
+
+def run_on_all(work: Callable[[], Value] | None) -> Value | None:
+    """Run each rank's `work`, if it has any, and wait for all of it, however long it takes.
+
+    A collective that waited for another rank's download would time out, so ranks poll each other meanwhile. An error
+    of one rank is raised on every rank.
+
+    Returns:
+        The result of this rank's work.
+    Raises:
+        OtherRankError: the work of another rank ended with a `UserError`.
+    """
+    given: list[Value] = []
+    problem: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            if work is not None:
+                given.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
+            problem.append(error)
+
+    thread = threading.Thread(target=target, name="run_on_all", daemon=True)
+    thread.start()
+    while not all(all_gather_object(not thread.is_alive())):
+        thread.join(POLL_SECONDS)
+    if problem and not isinstance(problem[0], UserError):
+        raise problem[0]
+    failures = [text for text in all_gather_object(str(problem[0]) if problem else None) if text is not None]
+    if failures:
+        raise problem[0] if problem else OtherRankError(failures[0])
+    return given[0] if given else None
+
+
+def run_on_rank_zero(work: Callable[[], Value]) -> Value | None:
+    """Run `work` on rank 0 while the others wait; the result is returned on rank 0 alone and need not be pickled."""
+    return run_on_all(work if is_rank_zero() else None)
+
+
+def run_on_local_rank_zero(work: Callable[[], Value]) -> Value | None:
+    """Run `work` once on each node while the other ranks wait; the result is returned on local rank 0 alone."""
+    return run_on_all(work if is_local_rank_zero() else None)
+
+
+def result_of_rank_zero(work: Callable[[], Value]) -> Value:
+    """Run `work` on rank 0 and return its result, pickled, on every rank."""
+    return broadcast_object(run_on_rank_zero(work))  # type: ignore[return-value]
