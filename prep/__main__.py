@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     convert = commands.add_parser("convert", help="JSON files to parquet files with a text column, folder to folder")
-    convert.add_argument("folder", help="searched at any depth for .jsonl, .json, also .gz and .zst")
+    convert.add_argument("folder", help="searched at any depth for files of JSON, compressed ones too")
     convert.add_argument("to", type=_local_folder, help="the folder to write into")
     convert.add_argument("--text", default="text", help="the key that holds the text")
     convert.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1)

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prep.config import SourceConfig
-from prep.sources import nothing_in, plan_units, read_unit
+from prep.line_check import LineCounts, add_counts
+from prep.sources import CutFiles, nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.folders import make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -70,10 +71,13 @@ def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
     of_each = -(-most_bytes // len(units))
     has_any = False
     rejected: Counter[str] = Counter()
+    cut_files = CutFiles(units)
     for unit in units:
         left = of_each
+        line_counts: dict[str, LineCounts] = {}
         for documents in read_unit(unit, config):
             rejected.update(rejection.reason for rejection in documents.rejections)
+            line_counts = add_counts(itertools.chain(line_counts.items(), documents.line_counts.items()))
             for text in documents.texts:
                 if left <= 0:
                     break
@@ -82,5 +86,7 @@ def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
                 left -= len(text.encode())
             if left <= 0:
                 break
+        else:
+            cut_files.has_read(unit, line_counts)
     if not has_any:
         raise nothing_in(name, config, rejected=rejected)

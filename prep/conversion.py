@@ -50,7 +50,7 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
     if not files:
         raise UserError(f"{folder}: no JSON file below it; parquet needs no conversion")
-    places = {file: Path(to) / f"{file.name.removesuffix(file.suffix)}.parquet" for file in files}
+    places = {file: Path(to) / f"{file.stem}.parquet" for file in files}
     for place, count in Counter(places.values()).items():
         if count > 1:
             names = ", ".join(file.name for file in files if places[file] == place)

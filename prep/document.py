@@ -9,6 +9,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from prep.line_check import LineCounts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
@@ -34,6 +36,7 @@ class Documents:
     files: list[str]  # names of the files
     file_of: NDArray[np.int64]  # (N,) index into `files`
     rejections: list[Rejection]  # what was read besides them
+    line_counts: dict[str, LineCounts]  # by file; of a parquet file its rows
 
     @property
     def read(self) -> int:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import io
 import itertools
+import logging
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import IO, Any
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import StorageError, Store, is_remote, open_store
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+logger = logging.getLogger(__name__)
+
+LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = (
+    ".parquet",
+    *(form + compression for form in (*LINES_SUFFIXES, ".json") for compression in ("", *_COMPRESSIONS)),
+)
+_EXPECTED = (
+    "files must end in .parquet, .jsonl, .ndjson, .jsonlines or .json, all but the first also with .gz, .zst, .bz2 "
+    "or .xz"
+)
+_UNDERSCORE = "beginning with '_'"
+_SPECIAL = "named pipe, socket or device"
+_ENDINGS_SHOWN = 8
+_LONGEST_ENDING = 12  # beyond that it is the end of a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +50,40 @@ class InputFile:
 
     @property
     def suffix(self) -> str:
-        return max((suffix for suffix in SUFFIXES if self.name.endswith(suffix)), key=len)
+        """One of SUFFIXES, in lower case."""
+        return max((suffix for suffix in SUFFIXES if self.name.lower().endswith(suffix)), key=len)
+
+    @property
+    def compression(self) -> str:
+        """`.gz` and the like, or nothing."""
+        return next((compression for compression in _COMPRESSIONS if self.suffix.endswith(compression)), "")
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return self.name[: -len(self.suffix)]
 
 
 def find_files(source: str, paths: list[str]) -> list[InputFile]:
-    """All readable files below `paths`, sorted by name.
+    """All readable files below `paths`, sorted by name. Files that are not read are counted in a line of the log.
 
     Raises:
         UserError: a path that is not there, or with nothing readable below it.
     """
     paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
     found: dict[str, tuple[int, int]] = {}
+    not_read: dict[str, str] = {}
     for path in paths:
-        below = {file: (size, changed_ns) for file, size, changed_ns in _walk(source, path)}
+        not_read_below: dict[str, str] = {}
+        below = {file: (size, changed_ns) for file, size, changed_ns in _walk(source, path, not_read_below)}
         if not below:
-            raise UserError(f"sources.{source}: no file to read below {path}; files must end in {', '.join(SUFFIXES)}")
+            has = f" (it has {_counted(not_read_below)})" if not_read_below else ""
+            raise UserError(f"sources.{source}: no file to read below {path}{has}; {_EXPECTED}")
         found |= below
+        not_read |= not_read_below
+    not_read = {path: why for path, why in not_read.items() if path not in found}
+    if not_read:
+        logger.info("sources.%s: not read: %s; %s", source, _counted(not_read), _EXPECTED)
     for path in found:
         _check_name(source, path)
     found = {path: found[path] for path in _once(sorted(found))}
@@ -90,26 +126,68 @@ def _common_root(files: Collection[str], paths: list[str]) -> str:
     return f"{root}/" if root else ""
 
 
-def _walk(source: str, path: str) -> Iterator[tuple[str, int, int]]:
+def _counted(not_read: dict[str, str]) -> str:
+    counts = sorted(Counter(not_read.values()).items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = [f"{count:,} {why}" for why, count in counts[:_ENDINGS_SHOWN]]
+    if others := sum(count for _, count in counts[_ENDINGS_SHOWN:]):
+        shown.append(f"{others:,} others")
+    return ", ".join(shown)
+
+
+def _walk(source: str, path: str, not_read: dict[str, str]) -> Iterator[tuple[str, int, int]]:
+    """(path, bytes, when it was changed) of each readable file; of others, `not_read` gets the reason."""
     if is_remote(path):
-        yield from _walk_s3(source, path)
+        yield from _walk_s3(source, path, not_read)
         return
-    matches = map(os.path.normpath, glob.glob(path, recursive=True)) if _is_pattern(path) else [path]
+    is_pattern = _is_pattern(path)
+    matches = map(os.path.normpath, glob.glob(path, recursive=True)) if is_pattern else [path]
     for match in matches:
-        if os.path.isdir(match):
-            for folder, folders, files in os.walk(match, followlinks=True, onerror=_raise_unreadable):
-                folders[:] = [
-                    name for name in folders if not name.startswith(".") and not _leads_back(f"{folder}/{name}", match)
-                ]
-                yield from (_stat(f"{folder}/{name}") for name in files if _readable(name))
-        elif os.path.isfile(match):
-            if match == path:
-                _check_suffix(source, path)
-            elif not _readable(os.path.basename(match)):
-                continue
-            yield _stat(match)
+        is_folder = os.path.isdir(match)
+        if is_pattern and (folder := _hidden_folder(match if is_folder else os.path.dirname(match), path)):
+            _note_hidden(folder, not_read)
+        elif is_folder:
+            yield from _walk_folder(match, not_read)
+        elif is_pattern:
+            if _is_wanted(match, not_read) and (found := _stat(match, not_read)):
+                yield found
+        elif os.path.exists(match):
+            if not os.path.isfile(match):
+                raise UserError(f"sources.{source}: {path}: is a {_SPECIAL}; expected a file, a folder or a pattern")
+            _check_suffix(source, path)
+            if found := _stat(match, not_read):
+                yield found
         else:
             raise UserError(f"sources.{source}: {path}: no such file or folder")
+
+
+def _walk_folder(top: str, not_read: dict[str, str]) -> Iterator[tuple[str, int, int]]:
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=_raise_unreadable):
+        for name in filter(_is_hidden, folders):
+            _note_hidden(f"{folder}/{name}", not_read)
+        folders[:] = [name for name in folders if not _is_hidden(name) and not _leads_back(f"{folder}/{name}", top)]
+        for path in (f"{folder}/{name}" for name in files):
+            if _is_wanted(path, not_read) and (found := _stat(path, not_read)):
+                yield found
+
+
+def _is_hidden(folder: str) -> bool:
+    """Return True for a folder that holds no data by its name: `.git`, Spark's `_temporary`, but not `_year=2024`."""
+    return folder.startswith(".") or (folder.startswith("_") and "=" not in folder)
+
+
+def _hidden_folder(folder: str, pattern: str) -> str | None:
+    """Return the first hidden folder on the way to `folder`; as in a shell, `*` matches none, but `_*` does."""
+    names = folder.split("/")
+    for depth, name in enumerate(names, start=1):
+        wanted = (part for part in pattern.split("/") if part[:1] == name[:1])
+        if _is_hidden(name) and not any(part == name or fnmatch.fnmatchcase(name, part) for part in wanted):
+            return "/".join(names[:depth])
+    return None
+
+
+def _note_hidden(path: str, not_read: dict[str, str]) -> None:
+    if os.path.basename(path).startswith("_"):  # names with a dot are hidden by design
+        not_read[path] = _UNDERSCORE
 
 
 def _is_pattern(path: str) -> bool:
@@ -118,13 +196,29 @@ def _is_pattern(path: str) -> bool:
 
 
 def _check_suffix(source: str, path: str) -> None:
-    if not path.endswith(SUFFIXES):
-        raise UserError(f"sources.{source}: {path}: cannot be read; files must end in {', '.join(SUFFIXES)}")
+    if not path.lower().endswith(SUFFIXES):
+        raise UserError(f"sources.{source}: {path}: cannot be read; {_EXPECTED}")
 
 
-def _readable(name: str) -> bool:
-    """Whether a file that was not named, but lies in a folder or matches a pattern, is one to read."""
-    return name.endswith(SUFFIXES) and not name.startswith((".", "_"))
+def _is_wanted(path: str, not_read: dict[str, str]) -> bool:
+    """Return True for a file to read; it was not named, but is in a folder or matches a pattern."""
+    name = os.path.basename(path)
+    if name.startswith((".", "_")):
+        _note_hidden(path, not_read)
+        return False
+    if not name.lower().endswith(SUFFIXES):
+        not_read[path] = _ending(name.lower())
+        return False
+    return True
+
+
+def _ending(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    if ending in _COMPRESSIONS:
+        ending = os.path.splitext(stem)[1] + ending
+    if not ending:
+        return "without an ending"
+    return ending if ending.isprintable() and len(ending) <= _LONGEST_ENDING else "with another ending"
 
 
 def _leads_back(path: str, top: str) -> bool:
@@ -147,11 +241,15 @@ def _unreadable(path: str, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror}); mend it, or take it out of the source")
 
 
-def _stat(path: str) -> tuple[str, int, int]:
+def _stat(path: str, not_read: dict[str, str]) -> tuple[str, int, int] | None:
+    """Return (path, bytes, when it was changed), or None for a pipe, which would block, or a device without end."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise _unreadable(path, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        not_read[path] = _SPECIAL
+        return None
     return path, status.st_size, status.st_mtime_ns
 
 
@@ -160,7 +258,7 @@ def _bucket(name: str) -> Store:
     return open_store(f"s3://{name}")
 
 
-def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
+def _walk_s3(source: str, url: str, not_read: dict[str, str]) -> Iterator[tuple[str, int, int]]:
     bucket, _, path = url.removeprefix("s3://").partition("/")
     path = path.rstrip("/")
     magic = _is_pattern(url)
@@ -169,14 +267,28 @@ def _walk_s3(source: str, url: str) -> Iterator[tuple[str, int, int]]:
     fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)] if magic else path
     try:
         for name, size, changed_ns in _bucket(bucket).walk(fixed):
-            hidden = "/." in (fixed[-1:] or "/") + name[len(fixed) :]
+            found = f"s3://{bucket}/{name}"
             if name == path:
                 _check_suffix(source, url)
-            elif hidden or not pattern.fullmatch(name) or not _readable(name.rpartition("/")[2]):
+            elif name.endswith("/") or not pattern.fullmatch(name):  # the first stands for a folder
                 continue
-            yield f"s3://{bucket}/{name}", size, changed_ns
+            elif folder := _hidden_folder_s3(name, path, magic=magic):
+                _note_hidden(f"s3://{bucket}/{folder}", not_read)
+                continue
+            elif not _is_wanted(found, not_read):
+                continue
+            yield found, size, changed_ns
     except StorageError as error:
         raise UserError(f"sources.{source}: {error}") from None
+
+
+def _hidden_folder_s3(name: str, path: str, *, magic: bool) -> str | None:
+    """Return the first hidden folder in an object's name, by the rules for local folders."""
+    if magic:
+        return _hidden_folder(name.rpartition("/")[0], path)
+    below = name[len(path) :].lstrip("/").rpartition("/")[0]
+    folder = _hidden_folder(below, "")
+    return None if folder is None else f"{path}/{folder}".lstrip("/")
 
 
 def _glob_pattern(path: str) -> str:
@@ -203,13 +315,18 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
             yield stream
         return
     try:
-        raw = Path(file.path).open("rb", buffering=0)  # noqa: SIM115  # an error of opening only is meant
+        raw = _open_unbuffered(file.path)
     except OSError as error:
         raise UserError(f"{file.path}: cannot be opened ({error.strerror})") from None
     with io.BufferedReader(_LocalFile(raw, file.path)) as stream:
         _check_unchanged(file, raw)
         yield stream
         _check_unchanged(file, raw)
+
+
+def _open_unbuffered(path: str) -> io.FileIO:
+    """Open without waiting, even for the other end of a pipe that has taken a file's place."""
+    return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 class _LocalFile(io.RawIOBase):
@@ -247,6 +364,8 @@ class _LocalFile(io.RawIOBase):
 
 def _check_unchanged(file: InputFile, raw: io.FileIO) -> None:
     status = os.fstat(raw.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{file.path}: has become a {_SPECIAL} since it was listed; expected a file")
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
         raise UserError(
             f"{file.path}: has changed since it was listed: {file.size:,} bytes then, {status.st_size:,} now; wait "

@@ -35,7 +35,7 @@ from prep.observer import Observer
 from prep.place import find_manifest
 from prep.plan import check_plan, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
-from prep.sources import find_sources, nothing_in, plan_units
+from prep.sources import CutFiles, find_sources, nothing_in, plan_units
 from prep.units import (
     REJECTED_NAME,
     UNITS_FOLDER,
@@ -225,7 +225,9 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
         _save_tokenizer(tokenizer, job)
         with start(job, on_report=_reports_to(observer, tokenizer)) as run:
             sizes = [(unit.source, unit.input_bytes) for unit in units]
-            records: list[UnitRecord] = _step("counting", run, count_unit, units, sizes, observer)
+            records: list[UnitRecord] = _step(
+                "counting", run, count_unit, units, sizes, observer, _checks_cut_files(job)
+            )
     _check_not_empty(job, records)
     return records
 
@@ -234,7 +236,7 @@ def _do_all(
     job: Job, run: Run, observer: Observer, transfers: Transfers | None
 ) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
     sizes = [(unit.source, unit.input_bytes) for unit in job.units]
-    units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer)
+    units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer, _checks_cut_files(job))
     _check_not_empty(job, units)
     ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
     _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
@@ -245,6 +247,11 @@ def _do_all(
     on_result = ShardUploads(transfers, windows, work=job.work).packed if transfers is not None else None
     records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer, on_result)
     return units, windows, records
+
+
+def _checks_cut_files(job: Job) -> Callable[[int, UnitRecord], None]:
+    files = CutFiles(job.units)
+    return lambda index, record: files.has_read(job.units[index], record.line_counts)
 
 
 def _step(

@@ -1,6 +1,6 @@
 """Readers: one part of an input file to batches of texts. What is broken is counted with a reason.
 
-A broken *document* becomes a `Rejection`; a broken *file* (truncated gzip, no such column, no line that is an object)
+A broken *document* becomes a `Rejection`; a broken *file* (truncated gzip, no such column, lines that are not objects)
 is an `InputError`, since silently going on with half a file is how corpora shrink unnoticed.
 """
 
@@ -9,24 +9,25 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
-from isal import igzip, igzip_lib
 from numpy.typing import NDArray
 
+from prep.compression import CompressionError, decompressed
 from prep.config import SourceConfig, load_hook
 from prep.document import Rejection
-from prep.files import InputFile, opened
+from prep.files import LINES_SUFFIXES, InputFile, opened
+from prep.line_check import LineCounts, describe, signature
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
-_FIRST_FRAME_BYTES = 1 << 12  # of a zstd frame; while it goes on, twice as much each time
+_MOST_LINE_BYTES = 1 << 28
+_MOST_ARRAY_BYTES = 1 << 30
 _ARRAY_RECORDS = 1 << 10  # of a JSON array at a time; the array itself is read as a whole
 _BEGIN_BYTES = 60  # of a file that is something else, shown to say what it is
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -34,6 +35,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 INVALID_UTF8 = "invalid UTF-8"
 INVALID_JSON = "invalid JSON"
 NOT_AN_OBJECT = "not a JSON object"
+TOO_LONG = f"line longer than {_MOST_LINE_BYTES >> 20} MiB"
 FILTERED = "rejected by the filter"
 TRANSFORMED_AWAY = "rejected by the transform"
 
@@ -51,6 +53,11 @@ class Part:
     row_groups: tuple[int, ...] | None = None  # of a parquet file
     byte_range: tuple[int, int] | None = None  # of whole lines in an uncompressed file
 
+    @property
+    def is_cut(self) -> bool:
+        """True if other parts hold other lines of the file."""
+        return self.byte_range not in (None, (0, self.file.size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -60,6 +67,11 @@ class Batch:
     rows: NDArray[np.int64]  # (N,) where each text stands
     texts: list[str]
     rejections: list[Rejection]
+    not_objects: int = 0  # of the rejections: lines that are not JSON objects
+
+    @property
+    def line_counts(self) -> LineCounts:
+        return LineCounts(len(self.texts) + len(self.rejections), self.not_objects)
 
     @property
     def characters(self) -> int:
@@ -71,6 +83,7 @@ class _Broken:
     """Stands in for the text of a row that has none."""
 
     reason: str
+    is_object: bool = False  # or may be one; does not count against the file
 
 
 # Of a JSON object or a parquet row, what becomes the text.
@@ -81,11 +94,39 @@ def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
     """The part's documents, in order.
 
     Raises:
-        InputError: a file that is broken, or on which a hook fails.
+        InputError: a file that is broken, or on which a hook fails; if the part is not cut, one that is not JSON lines.
     """
-    read = _read_parquet if part.file.suffix == ".parquet" else _read_json
-    for rows, values in read(part, config):
-        yield _batch(part.file, rows, values, text=config.text)
+    if part.file.suffix == ".parquet":
+        for rows, values in _read_parquet(part, config):
+            yield _batch(part.file, rows, values, text=config.text)
+    else:
+        for rows, values, not_objects in _read_json(part, config):
+            yield replace(_batch(part.file, rows, values, text=config.text), not_objects=not_objects)
+
+
+def check_lines(file: InputFile, counts: LineCounts) -> None:
+    """Check that a file that was read as JSON lines holds them, by the counts of all its lines.
+
+    Raises:
+        InputError: more than half of its lines are not JSON objects.
+    """
+    if counts.are_json_lines:
+        return
+    with opened(file) as raw:
+        first, reason = _first_without_object(raw, file)
+    if what := describe(counts, first=first, is_utf8=reason != INVALID_UTF8):
+        raise InputError(f"{file.path}: {what}")
+
+
+def _first_without_object(raw: IO[bytes], file: InputFile) -> tuple[bytes, str]:
+    """Return the beginning of the first line that is not a JSON object, and the reason."""
+    for lines in _lines(_blocks(raw, Part(file=file))):
+        lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
+        for line in lines:
+            record = _record(line, used=None) if line and not line.isspace() else {}
+            if isinstance(record, _Broken) and not record.is_object:
+                return line[:_BEGIN_BYTES], record.reason
+    return b"", NOT_AN_OBJECT
 
 
 def without_text(config: SourceConfig) -> str:
@@ -155,44 +196,52 @@ def _apply(select: _Select, records: Sequence[Any], *, file: InputFile, rows: ND
 # --- JSON lines, and JSON arrays in .json files ---
 
 
-def _read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+def _read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int]]:
+    """(rows, their texts, lines among them that are not JSON objects)."""
     file, row = part.file, part.first_row
     select = _selector(config)
+    used = None if _has_hooks(config) else config.text
+    counts = LineCounts(0, 0)
     with opened(file) as raw:
         blocks = _blocks(raw, part)
-        if file.suffix.startswith(".json") and not file.suffix.startswith(".jsonl"):
-            blocks, array = _whole_array(blocks, file)
+        if file.suffix.startswith(".json") and not file.suffix.startswith(LINES_SUFFIXES):
+            blocks, array = _whole_array(blocks, file, used=used)
             if array is not None:
                 for first in range(0, len(array), _ARRAY_RECORDS):
                     items = array[first : first + _ARRAY_RECORDS]
                     rows = np.arange(first, first + len(items))
-                    yield rows, _apply(select, list(map(_object, items)), file=file, rows=rows)
+                    yield rows, _apply(select, items, file=file, rows=rows), 0
                 return
-        begin = b""  # of the first line that is not blank
-        has_objects, seen = False, 0
         for lines in _lines(blocks):
-            if row == 0 and lines[0].startswith(_BYTE_ORDER_MARK):
-                lines[0] = lines[0][len(_BYTE_ORDER_MARK) :]
+            if row == 0:
+                lines[0] = lines[0].removeprefix(_BYTE_ORDER_MARK)
+                if what := signature(lines[0]):
+                    raise InputError(f"{file.path}: no line of it is a JSON object; it is {what}")
             rows = np.arange(row, row + len(lines))
             row += len(lines)
-            texts = None if _has_hooks(config) else _texts(lines, config.text)
+            texts = None if used is None else _texts(lines, used)
             if texts is not None:
-                has_objects = True
-                yield rows, texts
+                counts = counts.plus(LineCounts(len(lines), 0))
+                yield rows, texts, 0
                 continue
             rows, lines = _without_blank(rows, lines)
-            records = [_record(line) for line in lines]
-            begin = begin or next(iter(lines), b"")[:_BEGIN_BYTES]
-            seen += len(lines)
-            has_objects = has_objects or any(isinstance(record, dict) for record in records)
+            records = [_record(line, used=used) for line in lines]
+            not_objects = _not_objects(records)
+            counts = counts.plus(LineCounts(len(lines), not_objects))
             if len(rows):
-                yield rows, _apply(select, records, file=file, rows=rows)
-    if begin and not has_objects:
-        _check_is_json_lines(begin, part, lines=seen)
+                yield rows, _apply(select, records, file=file, rows=rows), not_objects
+    if not part.is_cut:
+        check_lines(file, counts)
+
+
+def _not_objects(records: list[Any]) -> int:
+    return sum(isinstance(record, _Broken) and not record.is_object for record in records)
 
 
 def _texts(lines: list[bytes], text: str) -> list[Any] | None:
     """The value of each line's key `text`; None if something is broken among them."""
+    if max(map(len, lines)) > _MOST_LINE_BYTES:
+        return None
     try:
         return [orjson.loads(line)[text] for line in lines]
     except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -204,73 +253,101 @@ def _without_blank(rows: NDArray[np.int64], lines: list[bytes]) -> tuple[NDArray
     return rows[~is_blank], [line for line, blank in zip(lines, is_blank.tolist(), strict=True) if not blank]
 
 
-def _record(line: bytes) -> dict[str, Any] | _Broken:
+def _record(line: bytes, *, used: str | None) -> dict[str, Any] | _Broken:
+    if len(line) > _MOST_LINE_BYTES:
+        return _Broken(TOO_LONG, is_object=True)
     try:
         return _object(orjson.loads(line))
     except orjson.JSONDecodeError:
-        return _object(_loosely_parsed(line))
+        value, reason = _loosely_parsed(line)
+        return _with_text(value, used=used, reason=reason)
 
 
 def _object(value: Any) -> dict[str, Any] | _Broken:
     return value if isinstance(value, dict | _Broken) else _Broken(NOT_AN_OBJECT)
 
 
-def _loosely_parsed(content: bytes) -> Any:
-    """What Python's own parser makes of it: it knows the NaN and Infinity that its `dumps` writes."""
+def _loosely_parsed(content: bytes) -> tuple[Any, str]:
+    """Parse with Python's own parser, which knows the NaN and Infinity that its `dumps` writes.
+
+    Strings may then hold surrogates, for bytes that are not UTF-8 and for half a pair.
+
+    Returns:
+        The value, or _Broken; the reason to reject it if such a string is used.
+    """
+    reason = INVALID_JSON
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        return _Broken(INVALID_UTF8)
+        text, reason = content.decode(errors="surrogateescape"), INVALID_UTF8
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return json.loads(text, parse_int=_integer), reason
     except (ValueError, RecursionError):
-        return _Broken(INVALID_JSON)
-    return value
+        return _Broken(reason), reason
 
 
-def _check_is_json_lines(begin: bytes, part: Part, *, lines: int) -> None:
-    """Of lines none of which is an object, those of a part: is this another kind of file?
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python converts
+        return float(digits)
 
-    Lines of UTF-16 tell by themselves; with anything else, it must be all of the file.
+
+def _with_text(value: Any, *, used: str | None, reason: str) -> dict[str, Any] | _Broken:
+    """Return the object, or _Broken if a string that is used holds surrogates.
+
+    Args:
+        used: the only key that is used; None for all of them.
+    """
+    record = _object(value)
+    if isinstance(record, _Broken):
+        return record
+    checked = record if used is None else record.get(used)
+    if isinstance(checked, dict if used is None else str):
+        try:
+            json.dumps(checked, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            return _Broken(reason, is_object=reason == INVALID_JSON)
+    return record
+
+
+def _whole_array(
+    blocks: Iterator[bytes], file: InputFile, *, used: str | None
+) -> tuple[Iterator[bytes], list[Any] | None]:
+    """The items of the array that the file consists of, or None and all its blocks again.
 
     Raises:
-        InputError: it is.
+        InputError: it begins as an array and is none, is too long, or more than half of its items are no objects.
     """
-    is_utf16 = begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin[:2].count(0) == 1
-    if part.first_row or not (is_utf16 or part.byte_range in (None, (0, part.file.size))):
-        return
-    if is_utf16:
-        what = "it is UTF-16: save it as UTF-8"
-    elif begin.startswith(b"version https://git-lfs"):
-        what = "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
-    elif begin.startswith(b"{") and begin.rstrip().endswith((b"{", b",")):
-        what = "it begins with an object that goes on over lines: write one object a line"
-    elif lines == 1:
-        return  # a broken document, in a file of its own
-    else:
-        what = (
-            f"it begins with {begin.decode(errors='replace')!r}: write one object a line, or take it out of the source"
-        )
-    raise InputError(f"{part.file.path}: no line of it is a JSON object; {what}")
-
-
-def _whole_array(blocks: Iterator[bytes], file: InputFile) -> tuple[Iterator[bytes], list[Any] | None]:
-    """The array that the file consists of, or None and all its blocks again."""
     first = next(blocks, b"")
     if not first.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
         return _prepend(first, blocks), None
-    content = first + b"".join(blocks)
+    read, size = [first], len(first)
+    for block in blocks:
+        read.append(block)
+        size += len(block)
+        if size > _MOST_ARRAY_BYTES:
+            raise InputError(
+                f"{file.path}: is one JSON array of more than {_MOST_ARRAY_BYTES >> 20:,} MiB, and an array is read as "
+                "a whole; write one object a line (`jq -c '.[]'` does)"
+            )
+    content = b"".join(read).removeprefix(_BYTE_ORDER_MARK)
     try:
-        array = orjson.loads(content.removeprefix(_BYTE_ORDER_MARK))
+        array = orjson.loads(content)
+        records = list(map(_object, array))
     except orjson.JSONDecodeError as error:
-        array = _loosely_parsed(content.removeprefix(_BYTE_ORDER_MARK))
+        array, reason = _loosely_parsed(content)
         if isinstance(array, _Broken):
             raise InputError(
                 f"{file.path}: begins with '[' but is no JSON array ({error}); mend it, or write one object a line"
             ) from None
-    assert isinstance(array, list)
-    return iter(()), array
+        records = [_with_text(item, used=used, reason=reason) for item in array]
+    if 2 * (not_objects := _not_objects(records)) > len(records):
+        raise InputError(
+            f"{file.path}: {not_objects:,} of the {len(records):,} items of its array are not JSON objects; write one "
+            "object for each document, or take it out of the source"
+        )
+    return iter(()), records
 
 
 def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
@@ -279,16 +356,23 @@ def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Lists of whole lines without their newline; a very long line is joined once."""
+    """Lists of whole lines without their newline; a very long line is joined once.
+
+    One longer than _MOST_LINE_BYTES may come cut off, but still longer than that.
+    """
     begun: list[bytes] = []
+    size = 0
     for block in blocks:
         head, newline, _ = block.partition(b"\n")
         if not newline:
-            begun.append(block)
+            if size <= _MOST_LINE_BYTES:
+                begun.append(block)
+                size += len(block)
             continue
         lines = block.split(b"\n")
         lines[0] = b"".join([*begun, head])
         begun = [lines.pop()]
+        size = len(begun[0])
         yield lines
     if last := b"".join(begun):
         yield [last]
@@ -301,19 +385,15 @@ def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
         begin, end = part.byte_range
         raw.seek(begin)
         yield from _read_blocks(raw, end - begin, file)
-    elif file.size == 0 and file.suffix.endswith((".gz", ".zst")):
-        raise InputError(f"{file.path}: is empty, and not even an empty file is when compressed; download it again")
-    elif file.suffix.endswith(".gz"):
-        try:
-            with igzip.IGzipFile(fileobj=raw) as stream:
-                while block := stream.read(_READ_BYTES):
-                    yield block
-        except (EOFError, OSError, igzip_lib.IsalError) as error:  # type: ignore[misc]  # isal's stub has no class
-            raise InputError(f"{file.path}: broken gzip ({error}); download it again") from None
-    elif file.suffix.endswith(".zst"):
-        yield from _zstd_blocks(raw, file)
-    else:
+    elif not file.compression:
         yield from _read_blocks(raw, file.size, file)
+    elif file.size == 0:
+        raise InputError(f"{file.path}: is empty, and not even an empty file is when compressed; download it again")
+    else:
+        try:
+            yield from decompressed(raw, file.compression)
+        except CompressionError as error:
+            raise InputError(f"{file.path}: {error}; download it again") from None
 
 
 def _read_blocks(raw: IO[bytes], size: int, file: InputFile) -> Iterator[bytes]:
@@ -323,35 +403,6 @@ def _read_blocks(raw: IO[bytes], size: int, file: InputFile) -> Iterator[bytes]:
             raise InputError(f"{file.path}: has lost {size} bytes since it was listed; is another program writing it?")
         size -= len(block)
         yield block
-
-
-def _zstd_blocks(raw: IO[bytes], file: InputFile) -> Iterator[bytes]:
-    # Not `stream_reader`: it ends without a word where the file is cut off.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, step = decompressor.decompressobj(), 0
-    is_within = False
-    found: list[bytes] = []
-    size = 0
-    try:
-        while block := raw.read(_READ_BYTES):
-            content, at = memoryview(block), 0
-            while at < len(content):
-                # What is given beyond a frame's end comes back as a copy: for a file of many small frames not much.
-                step = min(2 * step, _READ_BYTES) if is_within else _FIRST_FRAME_BYTES
-                frame = frame if is_within else decompressor.decompressobj()
-                piece = content[at : at + step]
-                found.append(frame.decompress(piece))
-                at += len(piece) - len(frame.unused_data)
-                is_within = not frame.eof
-                size += len(found[-1])
-                if size >= _READ_BYTES:
-                    yield b"".join(found)
-                    found, size = [], 0
-    except zstandard.ZstdError as error:
-        raise InputError(f"{file.path}: broken zstd ({error}); download it again") from None
-    yield b"".join(found)
-    if is_within:
-        raise InputError(f"{file.path}: broken zstd (it ends within a frame); download it again")
 
 
 # --- parquet ---

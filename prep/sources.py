@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import numpy as np
 
 from prep.config import SourceConfig
 from prep.document import Documents, document_keys
-from prep.files import InputFile, find_files, opened
-from prep.readers import Batch, Part, read_parquet_layout, read_part, without_text
+from prep.files import LINES_SUFFIXES, InputFile, find_files, opened
+from prep.line_check import LineCounts, add_counts
+from prep.readers import Batch, Part, check_lines, read_parquet_layout, read_part, without_text
 from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import is_remote
 
@@ -95,7 +97,7 @@ def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[t
     """The file's parts with their sizes, each about `unit_bytes` where the format can be cut."""
     if file.suffix == ".parquet":
         yield from _row_group_parts(file, config, unit_bytes)
-    elif file.suffix == ".jsonl" and file.size > unit_bytes and not is_remote(file.path):
+    elif file.suffix in LINES_SUFFIXES and file.size > unit_bytes and not is_remote(file.path):
         yield from _line_parts(file, unit_bytes)
     else:
         yield Part(file=file), file.size
@@ -163,6 +165,32 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
         yield _documents(pending)
 
 
+class CutFiles:
+    """Files that are read in several parts: each is checked to hold JSON lines once all its parts have been read."""
+
+    def __init__(self, units: Iterable[Unit]) -> None:
+        self._remaining = Counter(part.file for unit in units for part in unit.parts if part.is_cut)
+        self._counts: dict[InputFile, LineCounts] = {}
+
+    def has_read(self, unit: Unit, line_counts: Mapping[str, LineCounts]) -> None:
+        """Take note of a unit that was read to its end.
+
+        Args:
+            line_counts: of its parts of such files, by file name.
+
+        Raises:
+            InputError: a file that is not JSON lines.
+        """
+        cut = [part.file for part in unit.parts if part.is_cut]
+        for file in dict.fromkeys(cut):
+            before, more = self._counts.get(file, LineCounts(0, 0)), line_counts.get(file.name, LineCounts(0, 0))
+            self._counts[file] = before.plus(more)
+        for file in cut:
+            self._remaining[file] -= 1
+            if not self._remaining[file]:
+                check_lines(file, self._counts.pop(file))
+
+
 def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
     """What to say of a source of which no document is left: `rejected` are counts by reason."""
     why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
@@ -179,4 +207,5 @@ def _documents(batches: list[Batch]) -> Documents:
         files=[batch.file.name for batch in batches],
         file_of=np.repeat(np.arange(len(batches)), [len(batch.texts) for batch in batches]),
         rejections=list(itertools.chain.from_iterable(batch.rejections for batch in batches)),
+        line_counts=add_counts((batch.file.name, batch.line_counts) for batch in batches),
     )

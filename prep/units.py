@@ -5,6 +5,7 @@ texts ─ tokenizer ─▶ ids ─ bos, eos ─▶ stored tokens ─ cut ─▶ 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from prep import buckets
 from prep.document import Documents, Rejection, content_hashes, in_validation
 from prep.job import Job
+from prep.line_check import LineCounts, add_counts
 from prep.ragged import gather, offsets_of
 from prep.readers import FILTERED, TRANSFORMED_AWAY, InputError
 from prep.sources import Unit, read_unit
@@ -80,6 +82,7 @@ class UnitRecord(DoneRecord):
     blocks: list[Block]
     hash_runs: list[int]  # documents in each
     lengths: dict[int, int]  # documents by floor(4 log2(length))
+    line_counts: dict[str, LineCounts]  # of files of which it is only a part
 
 
 def unit_name(unit: Unit) -> str:
@@ -103,7 +106,7 @@ def tokenize_unit(job: Job, unit: Unit, *, folder: Path, report: Report) -> Unit
     Raises:
         InputError: a broken file; a broken document with `on_error: stop`.
     """
-    tally = _Tally(streams=len(job.streams))
+    tally = _Tally(unit, streams=len(job.streams))
     blocks: list[Block] = []
     hash_runs: list[int] = []
     with ExitStack() as stack:
@@ -133,7 +136,7 @@ def tokenize_unit(job: Job, unit: Unit, *, folder: Path, report: Report) -> Unit
 
 def count_unit(job: Job, unit: Unit, report: Report) -> UnitRecord:
     """The same counts without writing anything."""
-    tally = _Tally(streams=len(job.streams))
+    tally = _Tally(unit, streams=len(job.streams))
     for chunk in _chunks(job, unit, report=report):
         tally.add(chunk)
     return tally.record(source=unit.source, files={}, blocks=[], hash_runs=[])
@@ -151,6 +154,7 @@ class _Chunk:
     read: int
     targets_cut: int
     rejections: list[Rejection]
+    line_counts: dict[str, LineCounts]
 
 
 def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
@@ -224,6 +228,7 @@ def _chunk(job: Job, documents: Documents, batch: TokenBatch, *, first: int) -> 
         read=documents.read,
         targets_cut=int(inputs.sum() - pieces.inputs.sum()),
         rejections=documents.rejections,
+        line_counts=documents.line_counts,
     )
 
 
@@ -277,7 +282,9 @@ def _json_line(rejection: Rejection) -> bytes:
 class _Tally:
     """Sums over the chunks of a unit."""
 
-    def __init__(self, *, streams: int) -> None:
+    def __init__(self, unit: Unit, *, streams: int) -> None:
+        self.cut = {part.file.name for part in unit.parts if part.is_cut}
+        self.line_counts: dict[str, LineCounts] = {}
         self.documents_read = self.documents = self.text_bytes = self.targets_read = self.targets_cut = 0
         self.rejected: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
@@ -290,6 +297,8 @@ class _Tally:
         self.targets_read += int(chunk.inputs.sum())
         self.targets_cut += chunk.targets_cut
         self.rejected.update(rejection.reason for rejection in chunk.rejections)
+        of_cut = ((name, counts) for name, counts in chunk.line_counts.items() if name in self.cut)
+        self.line_counts = add_counts(itertools.chain(self.line_counts.items(), of_cut))
         bins, counts = np.unique(np.floor(LENGTHS_PER_DOUBLING * np.log2(chunk.inputs)), return_counts=True)
         self.lengths.update(dict(zip(bins.astype(int).tolist(), counts.tolist(), strict=True)))
         columns, bounds = chunk.pieces.columns, chunk.pieces.bounds
@@ -314,4 +323,5 @@ class _Tally:
             blocks=blocks,
             hash_runs=hash_runs,
             lengths=dict(sorted(self.lengths.items())),
+            line_counts=self.line_counts,
         )

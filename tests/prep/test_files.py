@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import socket
 
 import pytest
 
@@ -169,3 +170,94 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree):
     (tree / "a" / "deep").chmod(0)
     with pytest.raises(UserError, match=r"a/deep: cannot be read \(Permission denied\)"):
         names(tree, "a")
+
+
+def not_read(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "prep.files"]
+
+
+def write(root, *files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"{}")
+
+
+def test_endings_are_read_in_any_case_and_what_is_not_read_is_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    read = ["A.JSONL", "b.ndjson", "c.Json", "d.jsonlines", "e.jsonl.GZ", "f.jsonl.xz", "g.json.bz2", "h.Parquet"]
+    write(tmp_path, *read, "1.txt", "2.TXT", "3.csv.gz", "README", "deep/4.txt", "_SUCCESS", "_x.jsonl", ".hidden")
+    assert names(tmp_path, "") == read
+    (line,) = not_read(caplog)
+    counts, _, expected = line.removeprefix("sources.s: not read: ").partition("; ")
+    assert counts == "3 .txt, 2 beginning with '_', 1 .csv.gz, 1 without an ending"
+    assert expected == (
+        "files must end in .parquet, .jsonl, .ndjson, .jsonlines or .json, all but the first also with .gz, .zst, "
+        ".bz2 or .xz"
+    )
+
+
+def test_a_line_of_the_log_counts_each_file_once_and_few_endings(tree, caplog):
+    caplog.set_level("INFO")
+    write(tree, *(f"a/{number}.{number}" for number in range(10)), "a/_named.jsonl")
+    names(tree, "a", "a/*", "a/_named.jsonl")
+    (line,) = not_read(caplog)
+    assert line.count("1 .") == 8
+    assert ", 3 others; files must end in" in line  # notes.md is one of eleven
+
+
+def test_an_ending_that_is_none_is_not_printed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write(
+        tmp_path, "a.jsonl", "b.\x1b[2J", "c.1 sentence and more", os.fsdecode(b"d.\xff"), "e.parquet.tmp-12345678901"
+    )
+    names(tmp_path, "")
+    assert "not read: 4 with another ending; " in not_read(caplog)[0]
+
+
+def test_nothing_is_said_where_all_is_read(tree, caplog):
+    caplog.set_level("INFO")
+    names(tree, "b")
+    assert not_read(caplog) == []
+
+
+def test_a_folder_without_files_to_read_says_what_it_has(tmp_path):
+    write(tmp_path, "a.txt", "b.txt")
+    with pytest.raises(UserError, match=r"no file to read below .* \(it has 2 \.txt\); files must end in"):
+        names(tmp_path, "")
+
+
+def test_folders_with_an_underscore_are_passed_over_as_hidden_ones_unless_they_are_partitions(tmp_path, caplog):
+    caplog.set_level("INFO")
+    read = ["_year=2024/a.jsonl", "part-0.jsonl"]
+    write(tmp_path, *read, "_temporary/0/part-0.jsonl", "_delta_log/0.json", "x/_spark/1.jsonl", ".git/2.json")
+    assert names(tmp_path, "") == read
+    assert "not read: 3 beginning with '_'; " in not_read(caplog)[0]
+    assert names(tmp_path, "**/*.json*") == read
+    assert names(tmp_path, "*") == read
+    assert names(tmp_path, "_temporary") == ["0/part-0.jsonl"]
+    assert names(tmp_path, "_temp*") == ["part-0.jsonl"]
+    assert names(tmp_path, "_temporary/*/*.jsonl") == ["part-0.jsonl"]
+    assert names(tmp_path, "*/_spark/*.jsonl") == ["1.jsonl"]
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write(tmp_path, "a.jsonl")
+    os.mkfifo(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "d.jsonl"))
+        assert names(tmp_path, "") == ["a.jsonl"]
+        assert names(tmp_path, "*.jsonl") == ["a.jsonl"]
+    assert "not read: 3 named pipe, socket or device; " in not_read(caplog)[0]
+    for name in ("b.jsonl", "c.jsonl"):
+        with pytest.raises(UserError, match=rf"{name}: is a named pipe, socket or device; expected a file"):
+            names(tmp_path, name)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_refused_at_once(tree):
+    (file,) = find_files("s", [str(tree / "b")])
+    os.unlink(file.path)
+    os.mkfifo(file.path)
+    with pytest.raises(UserError, match=r"1\.jsonl\.zst: has become a named pipe, socket or device"), opened(file):
+        raise AssertionError("never read")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from prep import readers
 from prep.config import SourceConfig
 from prep.files import find_files
 from prep.readers import InputError, Part, read_part
@@ -47,6 +51,15 @@ def lines(*texts: str) -> bytes:
         ("a.jsonl.gz", gzip.compress),
         ("a.json.gz", gzip.compress),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress),
+        ("a.ndjson", bytes),
+        ("a.jsonlines", bytes),
+        ("A.JSONL", bytes),
+        ("a.Json", bytes),
+        ("a.jsonl.GZ", gzip.compress),
+        ("a.NDJSON.Zst", zstandard.ZstdCompressor().compress),
+        ("a.jsonl.xz", lzma.compress),
+        ("a.json.XZ", lzma.compress),
+        ("a.jsonlines.bz2", bz2.compress),
     ],
 )
 def test_json_lines_in_every_wrapping(tmp_path, name, compress):
@@ -144,6 +157,10 @@ def test_another_key_may_hold_the_text(tmp_path):
         ("a.jsonl.gz", gzip.compress(lines("x"), mtime=0)[:-6] + b"abcdef", "broken gzip"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(lines("x" * 99))[:-3], "broken zstd .ends within a frame"),
         ("a.jsonl.zst", b"no zstd", "broken zstd"),
+        ("a.jsonl.xz", lzma.compress(lines("x" * 99))[:-3], "broken xz"),
+        ("a.jsonl.bz2", bz2.compress(lines("x" * 99))[:-3], "broken bzip2"),
+        ("a.jsonl.bz2", b"no bzip2", "broken bzip2"),
+        ("a.jsonl.XZ", b"", "is empty"),
         ("a.jsonl.gz", b"", "is empty, and not even an empty file is when compressed; download it again"),
         ("a.json.zst", b"", "is empty"),
         ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),
@@ -211,10 +228,10 @@ def test_a_broken_document_in_a_file_of_its_own_is_rejected(tmp_path):
     assert read(tmp_path) == ([(0, "two")], [(0, "invalid JSON")])
 
 
-def test_one_object_is_enough_for_a_file_of_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{\n"text"\n' + lines("one"))
+def test_a_file_of_lines_may_be_broken_in_half_of_them(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{\n"text"\n' + lines("one", "two"))
     (tmp_path / "b.jsonl").write_bytes(b"\n \n")
-    assert read(tmp_path) == ([(2, "one")], [(0, "invalid JSON"), (1, "not a JSON object")])
+    assert read(tmp_path) == ([(2, "one"), (3, "two")], [(0, "invalid JSON"), (1, "not a JSON object")])
 
 
 def test_python_writes_nan_and_infinity(tmp_path):
@@ -227,6 +244,85 @@ def test_python_writes_nan_and_infinity(tmp_path):
         [(0, "xnan"), (1, "xinf"), (2, "x-inf"), (0, "xnan"), (4, "🎉")],
         [(0, "invalid JSON"), (1, "'text' is not a string"), (2, "invalid JSON"), (3, "invalid JSON")],
     )
+
+
+HALF_EMOJI = b'{"text": "%b", "title": "cut \\ud83d"}'
+BAD_BYTE = b'{"text": "%b", "url": "http://x/\xff"}'
+MANY_DIGITS = b'{"text": "%b", "number": ' + b"1" * 5000 + b"}"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_only_what_is_used_can_reject_a_document(tmp_path, name):
+    records = [
+        HALF_EMOJI % b"one",
+        BAD_BYTE % b"two",
+        MANY_DIGITS % b"three",
+        b'{"text": "four", "deep": {"a": "\xff"}}',
+    ]
+    broken = [HALF_EMOJI % b"\\ud83d", BAD_BYTE % b"\xff", BAD_BYTE % "\N{MAN}".encode()[:-1]]
+    content = b"\n".join(records + broken) if name == "a.jsonl" else b"[" + b", ".join(records + broken) + b"]"
+    (tmp_path / name).write_bytes(content)
+    texts, rejections = read(tmp_path / name)
+    assert texts == [(0, "one"), (1, "two"), (2, "three"), (3, "four")]
+    # An array is not split into lines, so its bytes are judged together.
+    assert rejections == [
+        (4, "invalid JSON" if name == "a.jsonl" else "invalid UTF-8"),
+        (5, "invalid UTF-8"),
+        (6, "invalid UTF-8"),
+    ]
+
+
+def test_a_key_that_is_not_used_may_be_the_text_of_another_source(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(HALF_EMOJI % b"one")
+    assert read(tmp_path, text="title") == ([], [(0, "invalid JSON")])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_hook_is_given_text_only(tmp_path, hooks, name):
+    records = [HALF_EMOJI % b"one", BAD_BYTE % b"two", b'{"text": "three", "id": 1}', b'{"text": "four", "id": 2}']
+    content = b"\n".join(records) if name == "a.jsonl" else b"[" + b", ".join(records) + b"]"
+    (tmp_path / name).write_bytes(content)
+    texts, rejections = read(tmp_path / name, filter=f"{hooks}:short")
+    assert texts == [(2, "three"), (3, "four")]
+    assert [row for row, _ in rejections] == [0, 1]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize(("name", "compress"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress)])
+def test_a_line_that_is_too_long_is_rejected_however_it_is_cut(tmp_path, monkeypatch, name, compress, unit_bytes):
+    monkeypatch.setattr(readers, "_MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(readers, "_READ_BYTES", 64)
+    fits, too_long = "x" * (100 - len(lines("")) + 1), "x" * (101 - len(lines("")) + 1)
+    spaces = lines("five")[:-1] + b" " * 100 + b"\n"
+    content = lines("one", fits, too_long, "three", "y" * 5000) + spaces + lines("last", "z" * 5000)[:-3]
+    (tmp_path / name).write_bytes(compress(content))
+    assert read(tmp_path / name, unit_bytes=unit_bytes) == (
+        [(0, "one"), (1, fits), (3, "three"), (6, "last")],
+        [(row, "line longer than 256 MiB") for row in (2, 4, 5, 7)],
+    )
+
+
+def test_a_line_that_is_too_long_takes_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_MOST_LINE_BYTES", 1 << 20)
+    content = b'{"text": "' + b"x" * (100 << 20) + b'"}\n' + lines("after")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content, compresslevel=1))
+    del content
+    tracemalloc.start()
+    try:
+        assert read(tmp_path / "a.jsonl.gz") == ([(1, "after")], [(0, "line longer than 256 MiB")])
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20  # the limit joined and some blocks of 1 MiB, of a line of 100 MiB
+
+
+def test_an_array_that_is_too_long_is_an_error_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_MOST_ARRAY_BYTES", 1 << 20)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * (3 << 20) + b"]"))
+    with pytest.raises(
+        InputError, match=r"a\.json\.gz: is one JSON array of more than 1 MiB, .* write one object a line"
+    ):
+        read(tmp_path / "a.json.gz")
 
 
 class FailingFile(io.FileIO):
@@ -251,7 +347,7 @@ def test_a_disk_that_fails_is_no_broken_file(tmp_path, monkeypatch, name):
     part = Part(file=file, row_groups=tuple(range(40)) if name == "a.parquet" else None)
     whole = [text for batch in read_part(part, source) for text in batch.texts]
     assert whole == texts
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: FailingFile(path))
+    monkeypatch.setattr("prep.files._open_unbuffered", FailingFile)
     wanted = r"cannot be read \(Input/output error\); finished work is kept, run the same command again when it can be"
     with pytest.raises(UserError, match=wanted) as caught:
         list(read_part(part, source))
@@ -285,7 +381,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
 def test_a_large_array_and_rejections_do_not_pile_up(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 5000}] * 3000))
     (tmp_path / "b.jsonl.gz").write_bytes(
-        gzip.compress((b"5" + b" " * 60 + b"\n") * 400_000 + lines("x"), compresslevel=1, mtime=0)
+        gzip.compress((b"{}" + b" " * 60 + b"\n") * 400_000 + lines("x"), compresslevel=1, mtime=0)
     )
     for name in ("a.json", "b.jsonl.gz"):
         source = SourceConfig(paths=[str(tmp_path / name)])

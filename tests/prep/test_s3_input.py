@@ -67,16 +67,24 @@ def test_globs_and_single_objects(config, mixed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path):
+def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path, caplog):
+    caplog.set_level("INFO")
     bucket, _, prefix = mixed.removeprefix("s3://").partition("/")
     with s3_server.client() as client:
-        for name in (".hidden/x.jsonl", "deep/.hidden/x.jsonl", "deep/_x.jsonl", "deep/x.txt", "deeper.jsonl"):
+        names = [".hidden/x.jsonl", "deep/.hidden/x.jsonl", "deep/_x.jsonl", "deep/x.txt", "deeper.jsonl"]
+        names += ["D.JSONL", "deep/d.ndjson.XZ", "_tmp/e.jsonl", "deep/_tmp/e.jsonl", "deep/_k=v/f.jsonl", "x.csv.gz"]
+        for name in names:
             client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"{}")
-            (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True, parents=True)
             (tmp_path / "corpus" / name).write_bytes(b"{}")
-    for path in ("", "/", "/*", "/d*", "/deep", "/deep/b.json.gz", "/.hidden", "/**/*.jsonl", "/deep/_x.jsonl"):
+    paths = ("", "/", "/*", "/d*", "/deep", "/deep/b.json.gz", "/.hidden", "/**/*.jsonl", "/deep/_x.jsonl")
+    paths += ("/_tmp", "/_t*", "/*/_tmp/*", "/*.JSONL", "/deep/_tmp/e.jsonl")
+    for path in paths:
         found = [file.name for file in files.find_files("s", [mixed + path])]
         assert found == [file.name for file in files.find_files("s", [f"{tmp_path}/corpus{path}"])], path
+        remote, local = [record.getMessage() for record in caplog.records if record.name == "prep.files"] or ["", ""]
+        assert remote == local, path
+        caplog.clear()
     with pytest.raises(UserError, match=r"sources\.s: s3://\S+/deep/x\.txt: cannot be read; files must end in"):
         files.find_files("s", [f"{mixed}/deep/x.txt"])
 
