@@ -518,7 +518,7 @@ def sentencepiece_without(character: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_vocabulary_without_an_angle_bracket(config, write_lines, tmp_path, caplog, workers):
-    """fastokens 0.3.5 gives its token for what is unknown, Hugging Face's library the byte 0x3C."""
+    """fastokens 0.3.5 reads "<s>" in a text as that token, Hugging Face's library as the byte 0x3C, then "s>"."""
     folder = sentencepiece_without("<", tmp_path / "tokenizer")
     texts = ["The quick brown fox", "Price: <s>10</s> 8 dollars", "<0x41> <unk>"]
     write_lines(tmp_path / "corpus" / "a.jsonl", texts)
