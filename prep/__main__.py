@@ -18,11 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Here, not above: `--help` and the start of a worker should not wait for what one command needs.
     from streaming_rwkv.config import UserError
+    from streaming_rwkv.console import print_error, tolerate_any_encoding
 
+    tolerate_any_encoding()
     try:
         return int(options.command(options))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
@@ -210,10 +212,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from prep.conversion import convert
+    from streaming_rwkv.console import shown
 
     for file in convert(options.folder, options.to, text=options.text, workers=options.workers):
         rejected = "".join(f", {count} left out: {reason}" for reason, count in file.rejected.items())
-        print(f"{file.name}: {file.documents:,} documents{rejected}{' (was there)' if file.was_there else ''}")
+        print(f"{shown(file.name)}: {file.documents:,} documents{rejected}{' (was there)' if file.was_there else ''}")
     return 0
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prep.place import Place, opened
 from prep.shard_reader import read_shard
+from streaming_rwkv.console import shown
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, piece_bounds
 
 
@@ -93,4 +94,4 @@ def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: 
         manifest = place.manifest()
         streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
         for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
-            print(piece)
+            print(shown(str(piece), lines=True))

@@ -24,6 +24,8 @@ class Job:
     units: tuple[Unit, ...]
     vocab_size: int
     given_tokenizer: Tokenizer | None = None
+    by_reference: bool = False
+    """The ids come from the library that defines them: the fast one was found to differ."""
 
     @property
     def out(self) -> Path:
@@ -37,7 +39,10 @@ class Job:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """What the builder had, or else the data set's own copy: on a cluster there may be no other."""
-        return self.given_tokenizer or load_tokenizer(self.out / TOKENIZER_FOLDER)
+        tokenizer = self.given_tokenizer or load_tokenizer(self.out / TOKENIZER_FOLDER)
+        if self.by_reference:
+            tokenizer.use_reference()
+        return tokenizer
 
     @property
     def token_dtype(self) -> Any:
@@ -65,4 +70,9 @@ class Job:
         return self.config.audit_bytes if int(unit.name, 16) % each == 0 else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "units": self.units, "vocab_size": self.vocab_size}
+        return {
+            "config": self.config,
+            "units": self.units,
+            "vocab_size": self.vocab_size,
+            "by_reference": self.by_reference,
+        }

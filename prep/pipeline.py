@@ -16,14 +16,15 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prep.config import PrepConfig
 from prep.distributions import STATISTICS_NAME, statistics_bytes
@@ -89,6 +90,13 @@ class AuditError(UserError):
     """The fast tokenizer gave other ids than the one that defines them."""
 
 
+# Units whose sample was compared have an empty folder here. One that a kill left without is done again, so that it
+# does not depend on the kill whether a difference is found.
+AUDITED_FOLDER = "audited"
+# Is there from when the fast tokenizer was found to differ to the end of the build.
+BY_REFERENCE_NAME = "by-reference"
+
+
 def build(
     config: PrepConfig, *, observer: Observer | None = None, fork: bool = False, accept_changes: bool = False
 ) -> Built:
@@ -115,32 +123,37 @@ def build(
                     _clear(config)
             return Built(manifest=manifest, was_finished=True)
         units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
-        job = Job(config=config, units=units, vocab_size=tokenizer.vocab_size, given_tokenizer=tokenizer)
+        job = Job(
+            config=config,
+            units=units,
+            vocab_size=tokenizer.vocab_size,
+            given_tokenizer=tokenizer,
+            by_reference=(config.work_folder / BY_REFERENCE_NAME).exists(),
+        )
         with explained_write_errors(job.out), locked(job.work):
             # Again: until we had the lock, another build may have been here.
             manifest, changes = finished()
             if manifest is not None:
                 return Built(manifest=manifest, was_finished=True)
             if changes:
-                _keep_units_only(job, changes)
+                job = _keep_units_only(job, changes)
             save_plan(plan, work=job.work)
             if store is not None:
                 check_free(store)
                 store.close()  # before workers are forked: they would inherit its connections
             _save_tokenizer(tokenizer, job)
-            with (
-                _nothing_kept_of_wrong_ids(job),
-                start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run,
-                Transfers(store) if store is not None else nullcontext() as transfers,
-            ):
-                if config.audit_bytes:
-                    tokenizer.encode_reference([])  # loads it while the workers load theirs
-                units_done, windows, windows_done = _do_all(job, run, observer, transfers)
-                packed = list(zip(windows, windows_done, strict=True))
-                manifest = _assemble(job, tokenizer, units_done, packed, in_place=transfers is None)
-                if transfers is not None:
-                    transfers.wait(observer)
-                    publish(job.out, manifest, transfers)
+            _forget_unaudited(job)
+            try:
+                manifest = _build_with(job, tokenizer, observer, store, fork=fork)
+            except AuditError as error:
+                if job.by_reference:
+                    raise
+                _warn_of_difference(error)
+                shutil.rmtree(job.work / DONE_FOLDER, ignore_errors=True)
+                write_durably(job.work / BY_REFERENCE_NAME, str(error).encode())
+                job = replace(job, by_reference=True)
+                # Not forked: the reference has encoded something here, so it has threads.
+                manifest = _build_with(job, tokenizer, observer, store, fork=False)
             if store is None:
                 _flush_all(job, manifest)
                 write_durably(job.out / MANIFEST_NAME, manifest.to_json())
@@ -160,14 +173,35 @@ def _check_out_is_no_input(config: PrepConfig) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _nothing_kept_of_wrong_ids(job: Job) -> Iterator[None]:
-    """After an audit that failed, finished units may hold wrong ids too, in documents that it did not look at."""
-    try:
-        yield
-    except AuditError:
-        shutil.rmtree(job.work / DONE_FOLDER, ignore_errors=True)
-        raise
+def _build_with(job: Job, tokenizer: Tokenizer, observer: Observer, store: Store | None, *, fork: bool) -> Manifest:
+    """Do all tasks, and put together what they made.
+
+    Raises:
+        AuditError: the ids are not those of the reference; nothing was published.
+    """
+    with (
+        start(job, on_report=_reports_to(observer, tokenizer), fork=fork) as run,
+        Transfers(store) if store is not None else nullcontext() as transfers,
+    ):
+        if job.config.audit_bytes:
+            tokenizer.encode_reference([])  # loads it while the workers load theirs
+        units_done, windows, windows_done = _do_all(job, run, observer, transfers)
+        packed = list(zip(windows, windows_done, strict=True))
+        manifest = _assemble(job, tokenizer, units_done, packed, in_place=transfers is None)
+        if transfers is not None:
+            transfers.wait(observer)
+            publish(job.out, manifest, transfers)
+    return manifest
+
+
+def _forget_unaudited(job: Job) -> None:
+    for unit in job.units:
+        if job.audit_bytes(unit) and not done_folder(job.work, f"{AUDITED_FOLDER}/{unit.name}").exists():
+            shutil.rmtree(done_folder(job.work, unit_name(unit)), ignore_errors=True)
+
+
+def _warn_of_difference(error: AuditError) -> None:
+    logger.warning("%s; all texts are encoded with the reference from the beginning, some twenty times slower", error)
 
 
 def _finished(
@@ -193,16 +227,24 @@ def _finished(
     return manifest, changes
 
 
-def _keep_units_only(job: Job, changes: list[str]) -> None:
-    """Of the work for another input, what this one needs: the units that it has too."""
+def _keep_units_only(job: Job, changes: list[str]) -> Job:
+    """Of the work for another input, what this one needs: the units that it has too.
+
+    With other input the fast tokenizer may not be found to differ: the work of the reference is not kept.
+    """
     logger.warning("%s: goes on with changed input:\n  %s", job.config.out, "\n  ".join(changes))
     for split in SPLITS:
         shutil.rmtree(job.out / split, ignore_errors=True)
+    if job.by_reference:
+        shutil.rmtree(job.work / DONE_FOLDER, ignore_errors=True)
+        (job.work / BY_REFERENCE_NAME).unlink()
+        return replace(job, by_reference=False)
     units = {Path(unit_name(unit)).name for unit in job.units}
     for folder in done_folder(job.work, "").glob("*"):
-        for gone in [folder] if folder.name != UNITS_FOLDER else folder.iterdir():
+        for gone in folder.iterdir() if folder.name in (UNITS_FOLDER, AUDITED_FOLDER) else [folder]:
             if gone.name not in units:
                 shutil.rmtree(gone)
+    return job
 
 
 def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitRecord]:
@@ -223,20 +265,33 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
             given_tokenizer=tokenizer,
         )
         _save_tokenizer(tokenizer, job)
-        with start(job, on_report=_reports_to(observer, tokenizer)) as run:
-            sizes = [(unit.source, unit.input_bytes) for unit in units]
-            records: list[UnitRecord] = _step(
-                "counting", run, count_unit, units, sizes, observer, _checks_cut_files(job)
-            )
+        try:
+            records = _count_with(job, tokenizer, observer)
+        except AuditError as error:
+            _warn_of_difference(error)
+            records = _count_with(replace(job, by_reference=True), tokenizer, observer)
     _check_not_empty(job, records)
     return records
+
+
+def _count_with(job: Job, tokenizer: Tokenizer, observer: Observer) -> list[UnitRecord]:
+    with start(job, on_report=_reports_to(observer, tokenizer)) as run:
+        sizes = [(unit.source, unit.input_bytes) for unit in job.units]
+        return _step("counting", run, count_unit, job.units, sizes, observer, _checks_cut_files(job))
 
 
 def _do_all(
     job: Job, run: Run, observer: Observer, transfers: Transfers | None
 ) -> tuple[list[UnitRecord], list[Window], list[WindowRecord]]:
     sizes = [(unit.source, unit.input_bytes) for unit in job.units]
-    units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer, _checks_cut_files(job))
+    check_cut_files = _checks_cut_files(job)
+
+    def on_unit(index: int, record: UnitRecord) -> None:
+        check_cut_files(index, record)
+        if job.audit_bytes(job.units[index]):  # what it reported came before its result
+            done_folder(job.work, f"{AUDITED_FOLDER}/{job.units[index].name}").mkdir(parents=True, exist_ok=True)
+
+    units: list[UnitRecord] = _step("tokenizing", run, do_unit, job.units, sizes, observer, on_unit)
     _check_not_empty(job, units)
     ranges = plan_ranges(units) if job.config.deduplicate == "exact" else []
     _step("finding duplicates", run, do_range, ranges, [("all sources", 1)] * len(ranges), observer)
@@ -283,6 +338,8 @@ def _step(
 
 
 def _reports_to(observer: Observer, tokenizer: Tokenizer) -> Callable[[Any], None]:
+    audit = _Audit(tokenizer)
+
     def on_report(report: Progress | AuditSample | Rejection) -> None:
         match report:
             case Progress():
@@ -290,26 +347,54 @@ def _reports_to(observer: Observer, tokenizer: Tokenizer) -> Callable[[Any], Non
             case Rejection():
                 observer.rejection(report)
             case AuditSample():
-                _audit(report, tokenizer)
+                audit(report)
 
     return on_report
 
 
-def _audit(sample: AuditSample, tokenizer: Tokenizer) -> None:
-    expected = tokenizer.encode_reference(sample.texts)
-    for where, text, found, wanted in zip(sample.where, sample.texts, sample.ids, expected, strict=True):
-        if not np.array_equal(found, wanted):
-            at = next(
-                (at for at, (left, right) in enumerate(zip(found, wanted, strict=False)) if left != right),
-                min(len(found), len(wanted)),
-            )
-            context = tokenizer.decode(wanted[max(0, at - 4) : at + 4])
-            raise AuditError(
-                f"tokenizer {tokenizer.name}: {where}: id {at} is {found[at : at + 1].tolist()}, the reference gives "
-                f"{wanted[at : at + 1].tolist()} (near {context!r} in a text of {len(text)} characters); nothing was "
-                "published, and the next start tokenizes anew: report this to the project, or pin the tokenizer "
-                "library that gave equal ids"
-            )
+class _Audit:
+    """Compares ids with the reference's, and the texts behind them with the texts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._has_warned = False
+
+    def __call__(self, sample: AuditSample) -> None:
+        """Raises `AuditError` at the first id that is not the reference's."""
+        expected = self._tokenizer.encode_reference(sample.texts)
+        for where, text, found, wanted in zip(sample.where, sample.texts, sample.ids, expected, strict=True):
+            if not np.array_equal(found, wanted):
+                raise self._difference(where, text, found, wanted)
+            if not self._has_warned:
+                self._warn_if_lossy(where, text, self._tokenizer.decode(wanted))
+
+    def _difference(self, where: str, text: str, found: NDArray[Any], wanted: NDArray[Any]) -> AuditError:
+        at = _first_difference(found.tolist(), wanted.tolist())
+        context = self._tokenizer.decode(wanted[max(0, at - 4) : at + 4])
+        return AuditError(
+            f"tokenizer {self._tokenizer.name}: {where}: id {at} is {found[at : at + 1].tolist()}, the reference gives "
+            f"{wanted[at : at + 1].tolist()} (near {context!r} in a text of {len(text)} characters)"
+        )
+
+    def _warn_if_lossy(self, where: str, text: str, decoded: str) -> None:
+        if decoded == text:
+            return
+        at = _first_difference(text, decoded)
+        near = slice(max(0, at - 12), at + 12)
+        logger.warning(
+            "tokenizer %s: texts do not come back from their ids, so the model never sees all of them: %s: %r comes "
+            "back as %r. Choose a byte-level tokenizer if that is not meant (`python -m prep train-tokenizer`)",
+            self._tokenizer.name,
+            where,
+            text[near],
+            decoded[near],
+        )
+        self._has_warned = True
+
+
+def _first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def _save_tokenizer(tokenizer: Tokenizer, job: Job) -> None:
@@ -462,5 +547,6 @@ def _clear(config: PrepConfig) -> None:
             shutil.rmtree(config.folder / name, ignore_errors=True)
         for name in (STATISTICS_NAME, REJECTED_NAME):
             (config.folder / name).unlink(missing_ok=True)
+    (config.work_folder / BY_REFERENCE_NAME).unlink(missing_ok=True)
     for folder in (TEMPORARY_FOLDER, DONE_FOLDER):  # the last one shows that there is something to clear
         shutil.rmtree(config.work_folder / folder, ignore_errors=True)

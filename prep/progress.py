@@ -16,6 +16,7 @@ from rich.table import Table
 from prep import units
 from prep.document import Rejection
 from prep.observer import Observer
+from streaming_rwkv.console import shown
 from streaming_rwkv.shards import Manifest, bucket_bounds, bucket_name
 
 _REJECTIONS_SHOWN = 5
@@ -94,7 +95,7 @@ class ConsoleObserver(Observer):
         self._print(f"{self._name}: {whole.percentage:.0f} %{left}; {whole.fields['speed']}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(shown(line), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -154,7 +155,7 @@ def books_table(manifest: Manifest) -> Table:
 
 
 def _rejected(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "0"
+    return ", ".join(f"{count:,} {shown(reason)}" for reason, count in counts.items()) or "0"
 
 
 def count_table(records: Sequence[units.UnitRecord], edges: Sequence[int]) -> Table:

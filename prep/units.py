@@ -27,6 +27,7 @@ from prep.sources import Unit, read_unit
 from prep.spool import HASHES_NAME, PIECES_NAME, Block, HashedFile, SortedPieces, write_blocks, write_hashes
 from prep.work import DoneRecord, finish, load_done, temporary_folder
 from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
+from streaming_rwkv.tokenizer_json import TextError
 
 UNITS_FOLDER = "units"
 REJECTED_NAME = "rejected.jsonl"
@@ -164,7 +165,7 @@ def _chunks(job: Job, unit: Unit, *, report: Report) -> Iterator[_Chunk]:
     audit_bytes = job.audit_bytes(unit)
     asked_for = {FILTERED, TRANSFORMED_AWAY, _too_long(job)}  # by the configuration: nothing is broken there
     for documents in read_unit(unit, job.config.sources[unit.source]):
-        batch = job.tokenizer.encode_batch(documents.texts)
+        documents, batch = _encoded(job.tokenizer, documents)
         if audit_bytes and documents.texts:
             report(_audit_sample(job.tokenizer, documents, batch, budget=audit_bytes))
             audit_bytes = 0
@@ -232,6 +233,22 @@ def _chunk(job: Job, documents: Documents, batch: TokenBatch, *, first: int) -> 
     )
 
 
+def _encoded(tokenizer: Tokenizer, documents: Documents) -> tuple[Documents, TokenBatch]:
+    """The ids of each text; documents without ids are left out, for the tokenizer's reason."""
+    try:
+        return documents, tokenizer.encode_batch(documents.texts)
+    except TextError:  # some are at fault: find out which
+        pass
+    reasons: dict[int, str] = {}
+    for index, text in enumerate(documents.texts):
+        try:
+            tokenizer.encode_batch([text])
+        except TextError as error:
+            reasons[index] = error.reason
+    documents = documents.without(reasons)
+    return documents, tokenizer.encode_batch(documents.texts)
+
+
 def _without_unusable(job: Job, documents: Documents, batch: TokenBatch) -> tuple[Documents, TokenBatch]:
     """Reject what would put a false end into a document, and with `long_documents: drop` what is too long."""
     tokenizer, largest = job.tokenizer, job.config.edges[-1]
@@ -267,7 +284,7 @@ def _audit_sample(tokenizer: Tokenizer, documents: Documents, batch: TokenBatch,
     if not chosen:
         beginning = documents.texts[0].encode()[:budget].decode(errors="ignore")
         where = f"{documents.files[documents.file_of[0]]}: beginning of row {documents.rows[0]}"
-        return AuditSample(where=[where], texts=[beginning], ids=[tokenizer.encode(beginning)])
+        return AuditSample(where=[where], texts=[beginning], ids=[tokenizer.encode_batch([beginning]).ids])
     return AuditSample(
         where=[f"{documents.files[documents.file_of[index]]}: row {documents.rows[index]}" for index in chosen],
         texts=[documents.texts[index] for index in chosen],

@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, tolerate_any_encoding
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
@@ -125,10 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.packs_per_stream is not None and options.packs_per_stream < 1:
         parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
+    tolerate_any_encoding()
     try:
         metrics = run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     if options.json:
         print(json.dumps(metrics, indent=1))

@@ -7,12 +7,15 @@ folder with its tokenizer (`fla`, `rwkv7_hf`).
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 from streaming_rwkv.generate import find_tokenizer
 from streaming_rwkv.model.checkpoint import read_state, write_huggingface, write_pth
 from streaming_rwkv.storage import is_remote
@@ -36,7 +39,26 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
         write_huggingface(state, out, dtype=dtype)
     else:
         tokenizer.save(out)
+        if tokenizer.kind == "rwkv-world":
+            _write_world_for_transformers(out)
         write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+def _write_world_for_transformers(folder: Path) -> None:
+    """The code by which `AutoTokenizer` reads RWKV World's vocabulary; a tokenizer.json cannot give its ids exactly."""
+    name = "tokenization_rwkv_world"
+    shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    end = "<|endoftext|>"
+    config = {
+        "tokenizer_class": "RWKVWorldTokenizer",
+        "auto_map": {"AutoTokenizer": [f"{name}.RWKVWorldTokenizer", None]},
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "unk_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,16 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
     options = parser.parse_args(arguments)
+    tolerate_any_encoding()
     try:
         out = _local_out(options.out)
         with local_checkpoint(options.checkpoint) as checkpoint:
             tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
             export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none lies with it"
-    print(f"wrote {out}{without}")
+    print(f"wrote {shown(str(out))}{without}")
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import WORLD_VOCABULARY, Tokenizer, load_tokenizer
@@ -58,6 +59,8 @@ def generate(
         raise GenerationError("prompt: is empty; begin with the tokenizer's bos token")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise GenerationError(f"temperature {temperature}, top_p {top_p}: expected temperature ≥ 0 and 0 < top_p ≤ 1")
+    if max_tokens < 0:
+        raise GenerationError(f"max_tokens {max_tokens}: expected a whole number, at least 0")
     device = model.emb.weight.device
     unread, state = list(tokens), None
     for _ in range(max_tokens):
@@ -88,18 +91,7 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens`, in parts, each as soon as no later token can change it."""
-    seen: list[int] = []
-    written = 0
-    text = ""
-    for token in tokens:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        finished = len(text.rstrip("�"))  # a character that is cut in the middle may be completed
-        if finished > written:
-            yield text[written:finished]
-            written = finished
-    if len(text) > written:
-        yield text[written:]
+    return tokenizer.decode_stream(tokens)
 
 
 def find_tokenizer(checkpoint: Path) -> Tokenizer | None:
@@ -124,10 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="repeats a text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
     options = parser.parse_args(arguments)
+    tolerate_any_encoding()
     try:
         return run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -152,7 +145,23 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _check(options: argparse.Namespace) -> None:
+    """What the model is not needed for, before it is read."""
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(options.prompt[error.start]) & 0xFF  # as Python keeps a byte of the command line that is no UTF-8
+        raise GenerationError(
+            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
+        ) from None
+    if options.max_tokens < 0:
+        raise GenerationError(f"--max-tokens {options.max_tokens}: expected a whole number, at least 0")
+    if options.seed is not None and not -(1 << 63) <= options.seed < 1 << 64:
+        raise GenerationError(f"--seed {options.seed}: expected a whole number of 64 bits, such as 17")
+
+
 def run(options: argparse.Namespace) -> int:
+    _check(options)
     device = find_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with local_checkpoint(options.checkpoint) as checkpoint:
@@ -187,8 +196,9 @@ def run(options: argparse.Namespace) -> int:
             yield token
 
     start = time.monotonic()
+    on_terminal = sys.stdout.isatty()  # a file or another program gets the text as it is
     for part in stream_text(tokenizer, counted()):
-        print(part, end="", flush=True)
+        print(shown(part, lines=True) if on_terminal else part, end="", flush=True)
     seconds = time.monotonic() - start
     print(flush=True)
     print(f"{len(drawn)} tokens in {seconds:.1f} s", file=sys.stderr)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -473,13 +474,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="save folders, in the order in which they were trained")
     parser.add_argument("--to", type=Path, metavar="FILE", help=".html or .png (default: plot.html in the last RUN)")
     options = parser.parse_args(arguments)
+    tolerate_any_encoding()
     to = options.to or Path(options.runs[-1]) / "plot.html"
     try:
         write_plot(options.runs, to=to)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
-    print(f"wrote {to}")
+    print(f"wrote {shown(str(to))}")
     return 0
 
 

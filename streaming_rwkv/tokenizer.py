@@ -12,13 +12,15 @@ Nothing here imports torch or transformers, except to convert a hub repository t
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
 import itertools
 import json
 import logging
+import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,21 +34,27 @@ from streaming_rwkv.shards import TokenizerRecord, sha256_of_file
 from streaming_rwkv.tokenizer_json import (
     LLAMA3_BOS,
     LLAMA3_EOS,
+    TextError,
     TokenizerError,
     byte_level_bytes,
+    check_definition,
     examples,
     llama3_definition,
     marked_bytes,
     merges_as_strings,
+    missing_bytes,
     read_tiktoken,
+    steps_of,
     vocabulary_of,
     with_special,
+    without_dropout,
 )
 
 logger = logging.getLogger(__name__)
 
 WORLD_NAME = "rwkv-world"
 WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
+_WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 RECORD_NAME = "record.json"
 _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 # What `Tokenizer.save` writes, by kind: where folders cannot be listed, a reader asks for these.
@@ -81,6 +89,7 @@ class Tokenizer(ABC):
     vocab_size: int
     bos_id: int
     eos_id: int
+    _fast_is_wrong = False
 
     @property
     @abstractmethod
@@ -105,7 +114,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
-        """The ids of each text, without bos and eos, in one buffer."""
+        """The ids of each text, without bos and eos, in one buffer.
+
+        Raises:
+            TextError: the vocabulary has no ids for one of the texts.
+        """
 
     @abstractmethod
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -116,10 +129,18 @@ class Tokenizer(ABC):
         """The text behind `ids`. bos and eos stand for no text; a character that is cut at an end becomes U+FFFD."""
 
     @abstractmethod
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The parts of `decode(tokens)`, each as soon as no later token can change it; in time linear in the tokens."""
+
+    @abstractmethod
     def _write_files(self, folder: Path) -> None: ...
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return self.encode_batch([text]).ids
+
+    def use_reference(self) -> None:
+        """From now on `encode_batch` gives the ids of `encode_reference`: the fast library was found to differ."""
+        self._fast_is_wrong = True
 
     def record(self) -> TokenizerRecord:
         return TokenizerRecord(
@@ -213,10 +234,8 @@ def _load_file(
             definition = orjson.loads(file.read_bytes())
         except ValueError as error:
             raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
-    if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
-        raise TokenizerError(f"{file}: no Hugging Face tokenizer: it has no 'model'")
     return HuggingFaceTokenizer(
-        definition,
+        check_definition(definition, where=str(file)),
         name=name,
         bos_token=bos_token or named.get("bos_token"),
         eos_token=eos_token or named.get("eos_token"),
@@ -255,7 +274,17 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
             f"tokenizer {name!r}: the hub has no tokenizer.json for it; install transformers, which can convert it"
         ) from None
     with tempfile.TemporaryDirectory() as converted:
-        AutoTokenizer.from_pretrained(name).save_pretrained(converted)
+        try:
+            # The commit that was just looked at; code that it brings is neither run nor asked about.
+            theirs = AutoTokenizer.from_pretrained(name, revision=folder.name, trust_remote_code=False)
+            theirs.save_pretrained(converted)
+        except (ValueError, OSError, ImportError, LookupError, TypeError, AttributeError) as error:
+            is_code = "trust_remote_code" in str(error)  # whose advice is to run it
+            why = "without running its own code, which is never done" if is_code else f"({_first_line(error)})"
+            raise TokenizerError(
+                f"tokenizer {name!r}: the hub has no tokenizer.json for it, and transformers cannot convert what it "
+                f"has {why}; choose another, or give a folder with a tokenizer.json"
+            ) from None
         file = Path(converted) / "tokenizer.json"
         if not file.is_file():
             raise TokenizerError(f"tokenizer {name!r}: transformers has no fast tokenizer for it; choose another")
@@ -281,6 +310,11 @@ def _special_names(folder: Path) -> dict[str, str]:
             values = orjson.loads(file.read_bytes())
         except ValueError as error:
             raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
+        if not isinstance(values, dict):
+            raise TokenizerError(
+                f"{file}: found a {type(values).__name__}, expected a mapping of names to tokens; save the "
+                "tokenizer anew"
+            )
         for key in ("bos_token", "eos_token"):
             value = values.get(key)
             value = value.get("content") if isinstance(value, dict) else value
@@ -289,7 +323,12 @@ def _special_names(folder: Path) -> dict[str, str]:
     return named
 
 
-def _first_line(error: Exception) -> str:
+def _is_panic(error: BaseException) -> bool:
+    """A panic of a Rust library, which Python sees as an exception that no `except Exception` catches."""
+    return type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
@@ -320,7 +359,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1
         self._bos_token, self._eos_token = bos_token, eos_token
         self._definition = definition | {
-            "model": definition["model"] | merges_as_strings(definition["model"]),
+            "model": definition["model"]
+            | merges_as_strings(definition["model"])
+            | without_dropout(definition["model"]),
             "truncation": None,
             "padding": None,
             "added_tokens": with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
@@ -340,7 +381,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             return fastokens.Tokenizer.from_json_str(self._content.decode())
-        except ValueError as error:
+        except BaseException as error:
+            if not isinstance(error, ValueError) and not _is_panic(error):
+                raise
             logger.warning(
                 "tokenizer %s: fastokens does not support it (%s); using Hugging Face's own, some twenty times slower",
                 self.name,
@@ -354,30 +397,76 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             reference = tokenizers.Tokenizer.from_str(self._content.decode())
-        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise TokenizerError(
                 f"{self._where}: Hugging Face tokenizers {tokenizers.__version__} cannot read it ({_first_line(error)})"
             ) from None
         reference.encode_special_tokens = True
         return reference
 
+    @cached_property
+    def _missing_bytes(self) -> frozenset[int]:
+        missing = missing_bytes(self._definition)
+        if missing:
+            logger.warning(
+                "tokenizer %s: its byte-level vocabulary has no token for %d bytes (%s); texts that hold one are left "
+                "out. Train one with all bytes: `python -m prep train-tokenizer`, or BpeTrainer(initial_alphabet="
+                "ByteLevel.alphabet())",
+                self.name,
+                len(missing),
+                ", ".join(f"0x{byte:02x}" for byte in sorted(missing)[:4]) + ("…" if len(missing) > 4 else ""),
+            )
+        return missing
+
     def load(self) -> None:
-        self._fast or self._reference  # noqa: B018
+        self._missing_bytes  # noqa: B018
+        (None if self._fast_is_wrong else self._fast) or self._reference  # noqa: B018
 
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
-        if self._fast is None:
+        if self._fast_is_wrong or self._fast is None:
             return _join(self.encode_reference(texts))
-        ids, offsets = self._fast.encode_batch_flat(list(texts), False, True)
+        self._check_bytes(texts)
+        try:
+            ids, offsets = self._fast.encode_batch_flat(list(texts), False, True)
+        except ValueError as error:
+            raise self._no_ids(_first_line(error)) from None
         return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """By the reference: one text needs no speed, and where the fast library differs nothing compares it here."""
+        return self.encode_reference([text])[0]
+
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
+        reference = self._reference
+        self._check_bytes(texts)
+        try:
+            encodings = reference.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
+            raise self._no_ids(_first_line(error)) from None
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def _check_bytes(self, texts: Sequence[str]) -> None:
+        """The reference drops a byte without a token and says nothing."""
+        if not self._missing_bytes:
+            return
+        normalizer = self._reference.normalizer
+        for text in texts:
+            text = normalizer.normalize_str(text) if normalizer is not None else text
+            if lacking := self._missing_bytes.intersection(text.encode()):
+                raise self._no_ids(f"byte 0x{min(lacking):02x} has no token")
+
+    def _no_ids(self, reason: str) -> TextError:
+        return TextError(f"tokenizer {self.name}: a text cannot be encoded: {reason}; choose another tokenizer", reason)
+
+    @cached_property
+    def _decoders(self) -> list[dict[str, Any]]:
+        return steps_of(self._definition, "decoder", "decoders")
 
     @cached_property
     def _byte_level(self) -> bool:
-        decoder = self._definition.get("decoder") or {}
-        return any(step.get("type") == "ByteLevel" for step in [decoder, *decoder.get("decoders", [])])
+        return any(step.get("type") == "ByteLevel" for step in self._decoders)
 
     @cached_property
     def _text_bytes(self) -> list[bytes]:
@@ -411,6 +500,60 @@ class HuggingFaceTokenizer(Tokenizer):
         )
         return text
 
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        if self._byte_level:
+            return _decoded_bytes(self._text_bytes, tokens)
+        if all(_acts_near_by(step) for step in self._decoders):
+            return self._decode_in_segments(tokens)
+        return self._decode_from_the_beginning(tokens)
+
+    def _decode_in_segments(self, tokens: Iterable[int]) -> Iterator[str]:
+        """A segment is a token, or a run of single bytes: they are characters only if all of the run are.
+
+        A decoder treats the beginning of a text as a case of its own, so each segment is decoded behind the ones
+        before it, back to the last one with a text.
+        """
+        has_bytes = any(step.get("type") == "ByteFallback" for step in self._decoders)
+        with_text: list[int] = []  # the last segment with a text of its own
+        context: list[int] = []
+        segment: list[int] = []
+        for token in itertools.chain(tokens, [None]):
+            if token in (self.bos_id, self.eos_id):  # `decode` does not see them either
+                continue
+            if token is not None and has_bytes and token in self._single_bytes:
+                segment.append(token)
+                continue
+            for part in ([segment] if segment else []) + ([[token]] if token is not None else []):
+                before, after = self.decode(context), self.decode([*context, *part])
+                if len(after) > len(before):
+                    yield after[len(before) :]
+                if self.decode(part):
+                    with_text = context = list(part)
+                elif before:  # it may still part its neighbours
+                    context = [*with_text, *part]
+                else:
+                    with_text = context = [*context, *part]
+            segment = []
+
+    def _decode_from_the_beginning(self, tokens: Iterable[int]) -> Iterator[str]:
+        """For decoders that may change any earlier text, such as a replacement over several tokens."""
+        seen: list[int] = []
+        written, text = 0, ""
+        for token in tokens:
+            seen.append(token)
+            text = self.decode(seen)
+            finished = len(text.rstrip("\ufffd"))  # a character that is cut in the middle may be completed
+            if finished > written:
+                yield text[written:finished]
+                written = finished
+        if len(text) > written:
+            yield text[written:]
+
+    @cached_property
+    def _single_bytes(self) -> frozenset[int]:
+        vocabulary = vocabulary_of(self._definition)
+        return frozenset(index for token, index in vocabulary.items() if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token))
+
     def _write_files(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_bytes(self._content)
         special = {"bos_token": self._bos_token, "eos_token": self._eos_token}
@@ -428,8 +571,11 @@ class WorldTokenizer(Tokenizer):
     eos_id = 0
 
     def __init__(self, vocabulary: Path, *, name: str) -> None:
+        """Raises `TokenizerError` where the file is not a vocabulary by which any text can be written."""
         self.name = name
         self._vocabulary = vocabulary
+        if self.sha256 != _WORLD_SHA256:  # BlinkDL's own is known; to read it takes a third of a second
+            self._text_bytes  # noqa: B018
 
     @cached_property
     def sha256(self) -> str:
@@ -439,18 +585,45 @@ class WorldTokenizer(Tokenizer):
     def _text_bytes(self) -> list[bytes]:
         """The bytes of text behind each id."""
         table = [b""] * self.vocab_size
-        for number, line in enumerate(self._vocabulary.read_text(encoding="utf-8").splitlines(), start=1):
-            index, _, rest = line.partition(" ")  # a line is `id repr length`
+        ids: dict[bytes, int] = {}
+
+        def refuse(number: int, line: str, expected: str) -> TokenizerError:
+            return TokenizerError(
+                f"{self._vocabulary}:{number}: found {line[:40]!r}, expected {expected}; copy the file again from its "
+                "source"
+            )
+
+        try:
+            lines = self._vocabulary.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{self._vocabulary}: not UTF-8 ({error}); copy it again from its source") from None
+        for number, line in enumerate(lines, start=1):
+            first, _, rest = line.partition(" ")  # a line is `id repr length`
             literal, _, length = rest.rpartition(" ")
             try:
                 simple = literal[:1] == "'" and "\\" not in literal
-                token = literal[1:-1] if simple else ast.literal_eval(literal)
-                table[int(index)] = token if isinstance(token, bytes) else token.encode()
-                valid = len(table[int(index)]) == int(length)
-            except (ValueError, SyntaxError, IndexError, AttributeError):
+                written = literal[1:-1] if simple else ast.literal_eval(literal)
+                token: bytes = written if isinstance(written, bytes) else written.encode()
+                index, valid = int(first), len(token) == int(length)
+            except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
                 valid = False
             if not valid:
-                raise TokenizerError(f"{self._vocabulary}:{number}: found {line[:40]!r}, expected `id repr length`")
+                raise refuse(number, line, "`id repr length`")
+            if not 1 <= index < self.vocab_size:
+                raise refuse(number, line, f"an id from 1 to {self.vocab_size - 1}")
+            if not token:
+                raise refuse(number, line, "a token that is not empty")
+            if table[index]:
+                raise refuse(number, line, f"an id of its own: {index} is {table[index]!r} already")
+            if token in ids:
+                raise refuse(number, line, f"a token of its own: {token!r} is id {ids[token]} already")
+            table[index], ids[token] = token, index
+        if lacking := [byte for byte in range(256) if bytes([byte]) not in ids]:
+            raise TokenizerError(
+                f"{self._vocabulary}: {len(lines)} lines, and {len(lacking)} of the 256 single bytes are no tokens "
+                f"(the first is 0x{lacking[0]:02x}), so not every text can be written; it may be cut off: copy it "
+                "again from its source"
+            )
         return table
 
     @cached_property
@@ -462,12 +635,22 @@ class WorldTokenizer(Tokenizer):
         import pyrwkv_tokenizer
 
         self._text_bytes  # noqa: B018  # checks the file: the Rust constructor panics on what is not a vocabulary
-        return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
+        try:
+            return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise TokenizerError(
+                f"{self._vocabulary}: pyrwkv_tokenizer cannot read it ({_first_line(error)}); write tokens as in "
+                "BlinkDL's file: 'text' where they are text, b'\\x..' where they are bytes alone"
+            ) from None
 
     def load(self) -> None:
         self._trie  # noqa: B018
 
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
+        if self._fast_is_wrong:
+            return _join(self.encode_reference(texts))
         lists = self._trie.encode_batch(list(texts))
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, lists), np.int64, count=len(lists)), out=offsets[1:])
@@ -485,11 +668,12 @@ class WorldTokenizer(Tokenizer):
         def encode(text: bytes) -> list[int]:
             ids, at = [], 0
             while at < len(text):
-                size = longest.get(text[at : at + 2], 1)
+                size = min(longest.get(text[at : at + 2], 1), len(text) - at)
                 while text[at : at + size] not in tokens:
                     size -= 1
+                    assert size  # every single byte is a token
                 ids.append(tokens[text[at : at + size]])
-                at += len(text[at : at + size])
+                at += size
             return ids
 
         return encode
@@ -500,8 +684,35 @@ class WorldTokenizer(Tokenizer):
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
         return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
+    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        return _decoded_bytes(self._text_bytes, tokens)
+
     def _write_files(self, folder: Path) -> None:
         shutil.copyfile(self._vocabulary, folder / WORLD_VOCABULARY)
+
+
+def _decoded_bytes(text_bytes: Sequence[bytes], tokens: Iterable[int]) -> Iterator[str]:
+    """Each character as soon as its last byte is there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        if text := decoder.decode(text_bytes[token]):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def _acts_near_by(decoder: dict[str, Any]) -> bool:
+    """Whether what a decoder makes of a token depends on that token, its neighbour and the text's beginning alone."""
+    match decoder.get("type"):
+        case "ByteFallback" | "Fuse" | "Metaspace" | "WordPiece" | "BPEDecoder":
+            return True
+        case "Replace":
+            pattern = decoder.get("pattern")
+            return isinstance(pattern, dict) and len(pattern.get("String", "")) == 1
+        case "Strip":
+            return not decoder.get("stop")
+        case _:
+            return False
 
 
 def _join(arrays: list[NDArray[np.uint32]]) -> TokenBatch:

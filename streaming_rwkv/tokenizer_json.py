@@ -16,6 +16,132 @@ class TokenizerError(UserError):
     """A tokenizer that cannot be read, or that lacks what the on-disk contract needs of it."""
 
 
+class TextError(TokenizerError):
+    """A text that the tokenizer has no ids for. `reason` says why, in the same words for all such texts."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; each id costs a row of every table
+_TOKEN = {"id": int, "content": str}
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
+    """Return the parsed tokenizer.json if all that is read of it here has the right form.
+
+    Raises:
+        TokenizerError: names the file and the field.
+    """
+
+    def wrong(field: str, found: Any, expected: str) -> TokenizerError:
+        return TokenizerError(
+            f"{where}: {field}: found {repr(found)[:60]}, expected {expected}; save the tokenizer anew, or copy it "
+            "again from its source"
+        )
+
+    if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
+        raise TokenizerError(f"{where}: no Hugging Face tokenizer: it has no 'model'")
+    model = definition["model"]
+    seen: dict[int, str] = {}
+
+    def take(token: str, index: Any, field: str) -> None:
+        if type(index) is not int or not 0 <= index < MOST_IDS:
+            raise wrong(field, index, f"an id from 0 to {MOST_IDS - 1}")
+        if seen.setdefault(index, token) != token:
+            raise TokenizerError(
+                f"{where}: {field}: id {index} belongs to {seen[index]!r} and to {token!r}; two tokens cannot share an "
+                "id: save the tokenizer anew, or copy it again from its source"
+            )
+
+    match vocab := model.get("vocab", {}):
+        case dict():
+            for token, index in vocab.items():
+                take(token, index, f"model.vocab[{token!r}]")
+        case list():
+            for index, pair in enumerate(vocab):
+                match pair:
+                    case [str(), int() | float()]:
+                        seen[index] = pair[0]
+                    case _:
+                        raise wrong(f"model.vocab[{index}]", pair, "[token, score]")
+        case _:
+            raise wrong("model.vocab", vocab, "a mapping of tokens to ids, or a list of [token, score]")
+    merges = model.get("merges")
+    if merges is not None:
+        if not isinstance(merges, list):
+            raise wrong("model.merges", merges, "a list")
+        is_text = bool(merges) and isinstance(merges[0], str)
+        for at, merge in enumerate(merges):
+            match merge:
+                case str() if is_text:
+                    pass
+                case [str(), str()] if not is_text:
+                    pass
+                case _:
+                    raise wrong(f"model.merges[{at}]", merge, '"left right" or ["left", "right"], the same in all')
+    added = definition.get("added_tokens", [])
+    if not isinstance(added, list):
+        raise wrong("added_tokens", added, "a list")
+    by_token = {token: index for index, token in seen.items()}
+    for at, token in enumerate(added):
+        field = f"added_tokens[{at}]"
+        if not isinstance(token, dict):
+            raise wrong(field, token, 'a mapping with "id" and "content"')
+        for key, kind in _TOKEN.items():
+            if type(token.get(key)) is not kind or token[key] == "":
+                raise wrong(f"{field}.{key}", token.get(key), "a text" if kind is str else "a number")
+        for key in _FLAGS:
+            if not isinstance(token.get(key, False), bool):
+                raise wrong(f"{field}.{key}", token[key], "true or false")
+        take(token["content"], token["id"], f"{field}.id")
+        if by_token.setdefault(token["content"], token["id"]) != token["id"]:
+            raise wrong(
+                f"{field}.id", token["id"], f"{by_token[token['content']]}, the id of {token['content']!r} above"
+            )
+    decoder = definition.get("decoder")
+    if not isinstance(decoder, dict | None):
+        raise wrong("decoder", decoder, "a mapping")
+    steps = (decoder or {}).get("decoders", [])
+    if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
+        raise wrong("decoder.decoders", steps, "a list of mappings")
+    return definition
+
+
+def steps_of(definition: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
+    """The normalizers, pre-tokenizers or decoders of a definition, those of a `Sequence` one by one."""
+    step = definition.get(part)
+    if not isinstance(step, dict):
+        return []
+    below = step.get(members)
+    return [step] if not isinstance(below, list) else [one for one in below if isinstance(one, dict)]
+
+
+def missing_bytes(definition: dict[str, Any]) -> frozenset[int]:
+    """The bytes of UTF-8 that a byte-level BPE cannot write: no token stands for them, nor one for what is unknown."""
+    model = definition["model"]
+    is_byte_level = any(
+        step.get("type") == "ByteLevel" for step in steps_of(definition, "pre_tokenizer", "pretokenizers")
+    )
+    if not is_byte_level or model.get("type", "BPE") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
+        return frozenset()
+    tokens = model.get("vocab", {})
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in no text
+    return frozenset(
+        byte for byte, character in _byte_characters().items() if character not in tokens and byte not in never
+    )
+
+
+def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
+    """Merges that are left out by chance would give other ids each time."""
+    return {"dropout": None} if model.get("dropout") else {}
+
+
 def vocabulary_of(definition: dict[str, Any], *, added: bool = True) -> dict[str, int]:
     """Token to id; Unigram models list [token, score] pairs in the order of their ids."""
     vocabulary = definition["model"].get("vocab", {})

@@ -257,3 +257,29 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.Ca
     assert "without a tokenizer: none lies with it" in capsys.readouterr().out
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["caf\udce9"], "prompt: byte 0xe9 at character 3 is not UTF-8; write the prompt in UTF-8"),
+        (
+            ["x", "--seed", 99999999999999999999999],
+            "--seed 99999999999999999999999: expected a whole number of 64 bits",
+        ),
+        (["x", "--seed", -(1 << 63) - 1], "--seed -9223372036854775809: expected a whole number of 64 bits"),
+        (["x", "--max-tokens", -3], "--max-tokens -3: expected a whole number, at least 0"),
+    ],
+)
+def test_an_impossible_argument_is_one_line(
+    arguments: list[object], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(tmp_path / "model.pth", *arguments, "--device", "cpu", capsys=capsys)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {error}")
+    assert err.count("\n") == 1
+
+
+def test_fewer_than_no_tokens_are_refused() -> None:
+    with pytest.raises(GenerationError, match="max_tokens -3: expected a whole number, at least 0"):
+        next(generate.generate(model_of(50), [1], max_tokens=-3))

@@ -22,7 +22,13 @@ from streaming_rwkv.tokenizer import (
     WorldTokenizer,
     load_tokenizer,
 )
-from streaming_rwkv.tokenizer_json import TokenizerError, llama3_definition, read_tiktoken, tiktoken_definition
+from streaming_rwkv.tokenizer_json import (
+    TextError,
+    TokenizerError,
+    llama3_definition,
+    read_tiktoken,
+    tiktoken_definition,
+)
 
 HARD_TEXTS = [
     "",
@@ -171,6 +177,161 @@ def test_a_broken_world_vocabulary_names_the_line(tmp_path):
         load_tokenizer(tmp_path).load()
 
 
+def world_lines() -> list[str]:
+    """A vocabulary of single bytes, and two tokens more."""
+    return [f"{byte + 1} {(chr(byte) if byte < 128 else bytes([byte]))!r} 1" for byte in range(256)] + [
+        "257 'ab' 2",
+        "258 '中' 3",
+    ]
+
+
+def write_world(folder: Path, lines: list[str]) -> Path:
+    (folder / WORLD_VOCABULARY).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_a_world_vocabulary_of_ones_own(tmp_path):
+    tokenizer = load_tokenizer(write_world(tmp_path, world_lines()))
+    assert tokenizer.encode("aab中").tolist() == [98, 257, 258]
+    assert tokenizer.encode_reference(["aab中"])[0].tolist() == [98, 257, 258]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "0 lines, and 256 of the 256 single bytes are no tokens"),
+        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are no tokens \(the first is 0x64\)"),
+        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are no tokens \(the first is 0x61\)"),
+        ([*world_lines(), "-1 'xyz' 3"], r":259: found \"-1 'xyz' 3\", expected an id from 1 to 65535"),
+        ([*world_lines(), "0 'xyz' 3"], "expected an id from 1 to 65535"),
+        ([*world_lines(), "65536 'xyz' 3"], "expected an id from 1 to 65535"),
+        ([*world_lines(), "300 '' 0"], "expected a token that is not empty"),
+        ([*world_lines(), "257 'xyz' 3"], "expected an id of its own: 257 is b'ab' already"),
+        ([*world_lines(), "300 'ab' 2"], "expected a token of its own: b'ab' is id 257 already"),
+        ([*world_lines(), "300 " + "(" * 100_000 + " 3"], "expected `id repr length`"),
+    ],
+)
+def test_a_world_vocabulary_by_which_not_every_text_can_be_written_is_refused(tmp_path, lines, message):
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(write_world(tmp_path, lines))
+
+
+def test_a_world_vocabulary_that_the_fast_library_cannot_read(tmp_path):
+    lines = [f"{byte + 1} {bytes([byte])!r} 1" for byte in range(256)]  # as bytes, where BlinkDL's file has texts
+    with pytest.raises(TokenizerError, match="pyrwkv_tokenizer cannot read it"):
+        load_tokenizer(write_world(tmp_path, lines)).load()
+
+
+def test_a_world_vocabulary_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / WORLD_VOCABULARY).write_bytes(b"1 '\xff' 1\n")
+    with pytest.raises(TokenizerError, match="not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+# --- text as it comes ---
+
+
+def sentencepiece(folder: Path) -> HuggingFaceTokenizer:
+    """As Llama 2 has it: marked spaces, single bytes for what has no token, the first space is no text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁b", "中"]
+    made = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    loaded = load_tokenizer(save(made, folder, bos_token="<s>", eos_token="</s>"))
+    assert isinstance(loaded, HuggingFaceTokenizer)
+    return loaded
+
+
+def wordpiece(folder: Path) -> HuggingFaceTokenizer:
+    made = Tokenizer(
+        models.WordPiece({"[UNK]": 0, "[SEP]": 1, "do": 2, "not": 3, "##lo": 4, ".": 5}, unk_token="[UNK]")
+    )
+    made.decoder = decoders.WordPiece()
+    return load_tokenizer(save(made, folder, eos_token="[SEP]"))  # type: ignore[return-value]
+
+
+def metaspace(folder: Path) -> HuggingFaceTokenizer:
+    made = Tokenizer(models.Unigram([("</s>", 0.0), ("▁", -1.0), ("▁a", -1.0), ("b", -1.0)], unk_id=0))
+    made.decoder = decoders.Metaspace()
+    return load_tokenizer(save(made, folder, eos_token="</s>"))  # type: ignore[return-value]
+
+
+def suffixes(folder: Path) -> HuggingFaceTokenizer:
+    made = Tokenizer(models.BPE({"[SEP]": 0, "a</w>": 1, "b": 2, "</w>": 3}, []))
+    made.decoder = decoders.BPEDecoder()
+    return load_tokenizer(save(made, folder, eos_token="[SEP]"))  # type: ignore[return-value]
+
+
+def far_reaching(folder: Path) -> HuggingFaceTokenizer:
+    made = Tokenizer(models.BPE({"[SEP]": 0, "a": 1, "b": 2, "ab": 3}, []))
+    made.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("abab", "-")])
+    return load_tokenizer(save(made, folder, eos_token="[SEP]"))  # type: ignore[return-value]
+
+
+def no_decoder(folder: Path) -> HuggingFaceTokenizer:
+    made = Tokenizer(models.BPE({"[SEP]": 0, "a": 1, "b": 2}, []))
+    return load_tokenizer(save(made, folder, eos_token="[SEP]"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("make", [sentencepiece, wordpiece, metaspace, suffixes, no_decoder])
+def test_the_parts_of_a_stream_are_the_text(make, tmp_path):
+    tokenizer = make(tmp_path)
+    # Bytes of "中" (0xE4 0xB8 0xAD) among them, so that characters are completed, cut, and wrong.
+    chosen = [id for id in (0, 1, 2, 3, 4, 5, 231, 187, 176, 259, 260, 261, 262, 263) if id < tokenizer.vocab_size]
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.sampled_from(chosen), max_size=12))
+    def check(ids):
+        parts = list(tokenizer.decode_stream(ids))
+        assert "".join(parts) == tokenizer.decode(ids)
+        assert all(parts)
+
+    check()
+
+
+def test_the_parts_of_bytes_are_the_text(tokenizer):
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.integers(1, tokenizer.vocab_size - 7), max_size=12))
+    def check(ids):
+        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+
+    check()
+
+
+def test_a_decoder_that_reaches_far_is_not_cut(tmp_path):
+    tokenizer = far_reaching(tmp_path)
+    assert "".join(tokenizer.decode_stream([1, 2, 2])) == "abb"
+    assert tokenizer.decode([3, 3]) == "-"
+
+
+def test_a_part_comes_as_soon_as_it_is_certain(tmp_path):
+    tokenizer = sentencepiece(tmp_path)
+    # "▁a", "中" as three bytes, "b": the bytes wait for what ends their run, since a fourth could make them invalid.
+    assert list(tokenizer.decode_stream([260, 231, 187, 176, 261])) == ["a", "中", "b"]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_a_stream_decodes_each_token_a_few_times_only(kind, tmp_path, hugging_face, monkeypatch):
+    tokenizer = sentencepiece(tmp_path) if kind == "sentencepiece" else hugging_face
+    ids = [259, 260, 261, 231, 187, 176] * 500 if kind == "sentencepiece" else list(range(1, 250)) * 12
+    expected = tokenizer.decode(ids)
+    decoded = 0
+    right = HuggingFaceTokenizer.decode
+
+    def counting(self, ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return right(self, ids)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "decode", counting)
+    assert "".join(tokenizer.decode_stream(ids)) == expected
+    assert decoded <= 8 * len(ids)
+
+
 # --- Hugging Face ---
 
 
@@ -275,6 +436,91 @@ def test_an_unreadable_tokenizer_json_names_itself(tmp_path, content, message):
         load_tokenizer(tmp_path)
 
 
+GOOD = {
+    "model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
+    "added_tokens": [
+        {"id": 0, "content": "</s>", "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ],
+}
+
+
+def changed(field: str, value: object) -> dict[str, object]:
+    """GOOD with another value at `field`, a path such as model.vocab."""
+    definition = json.loads(json.dumps(GOOD))
+    place = definition
+    *path, last = field.split(".")
+    for key in path:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    place[last] = value
+    return definition
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("added_tokens", None, "added_tokens: found None, expected a list"),
+        ("added_tokens", {"a": 1}, "added_tokens: found {'a': 1}, expected a list"),
+        ("added_tokens", ["</s>"], r'added_tokens\[0\]: found \'</s>\', expected a mapping with "id" and "content"'),
+        ("added_tokens", [{"content": "</s>"}], r"added_tokens\[0\]\.id: found None, expected a number"),
+        ("added_tokens", [{"id": True, "content": "</s>"}], r"added_tokens\[0\]\.id: found True, expected a number"),
+        ("added_tokens", [{"id": 0, "content": 7}], r"added_tokens\[0\]\.content: found 7, expected a text"),
+        ("added_tokens.0.special", "yes", r"added_tokens\[0\]\.special: found 'yes', expected true or false"),
+        (
+            "added_tokens",
+            [{"id": 2**31, "content": "</s>"}],
+            r"added_tokens\[0\]\.id: found 2147483648, expected an id",
+        ),
+        ("added_tokens", [{"id": -1, "content": "</s>"}], r"added_tokens\[0\]\.id: found -1, expected an id from 0"),
+        ("added_tokens", [{"id": 1, "content": "</s>"}], r"added_tokens\[0\]\.id: id 1 belongs to 'a' and to '</s>'"),
+        (
+            "added_tokens",
+            [{"id": 9, "content": "</s>"}],
+            r"added_tokens\[0\]\.id: found 9, expected 0, the id of '</s>'",
+        ),
+        ("model.vocab", None, "model.vocab: found None, expected a mapping"),
+        ("model.vocab", "abc", "model.vocab: found 'abc', expected a mapping"),
+        ("model.vocab", {"</s>": "0"}, r"model\.vocab\['</s>'\]: found '0', expected an id"),
+        ("model.vocab", {"</s>": 0, "a": 0}, r"model\.vocab\['a'\]: id 0 belongs to '</s>' and to 'a'"),
+        ("model.vocab", {"</s>": 2**62}, r"model\.vocab\['</s>'\]: found 4611686018427387904, expected an id"),
+        ("model.vocab", ["</s>"], r"model\.vocab\[0\]: found '</s>', expected \[token, score\]"),
+        ("model.merges", 3, "model.merges: found 3, expected a list"),
+        ("model.merges", {"a": "b"}, "model.merges: found {'a': 'b'}, expected a list"),
+        ("model.merges", [["a", "b", "c"]], r"model\.merges\[0\]: found \['a', 'b', 'c'\], expected"),
+        ("model.merges", [["a", "b"], "a b"], r"model\.merges\[1\]: found 'a b', expected .* the same in all"),
+        ("decoder", [], r"decoder: found \[\], expected a mapping"),
+        ("decoder", {"type": "Sequence", "decoders": ["x"]}, "decoder.decoders: found"),
+        ("model", [], "no Hugging Face tokenizer: it has no 'model'"),
+    ],
+)
+def test_a_malformed_tokenizer_json_names_the_field(tmp_path, field, value, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, value)))
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {message}"):
+        load_tokenizer(tmp_path, eos_token="</s>")
+
+
+def test_the_form_that_malformed_ones_differ_from_is_fine(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(GOOD))
+    assert load_tokenizer(tmp_path, eos_token="</s>").encode("abba").tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[]", "3", '"</s>"', "null", "{", "[" * 5000])
+def test_malformed_files_beside_a_tokenizer_name_themselves(tmp_path, name, content):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(GOOD))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerError, match=name):
+        load_tokenizer(tmp_path, eos_token="</s>")
+
+
+def test_a_text_that_a_library_cannot_encode_is_an_error_of_the_text(tmp_path):
+    """WordPiece asks for its token for unknown words, and the vocabulary has none."""
+    made = Tokenizer(models.WordPiece({"[SEP]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = load_tokenizer(save(made, tmp_path, eos_token="[SEP]"))
+    with pytest.raises(TextError, match=r"a text cannot be encoded: .*\[UNK\]"):
+        tokenizer.encode_batch(["b"])
+
+
 def test_a_tokenizer_that_no_library_can_make_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Nope", "vocab": {"</s>": 0}}}')
     tokenizer = load_tokenizer(tmp_path, eos_token="</s>")
@@ -317,6 +563,38 @@ for name in ("some/other", "tok"):
     assert "huggingface-cli login" in error
     assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, nor to be had from")
     assert "train-tokenizer RECIPE --vocab-size N --to tok" in local_error
+
+
+@pytest.mark.parametrize("answer", ["", "y\ny\ny\n"])
+def test_code_of_a_hub_repository_is_neither_run_nor_asked_about(tmp_path, answer):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("a" * 40)
+    code = {"AutoTokenizer": ["code.Tok", None]}
+    config = {"tokenizer_class": "Tok", "auto_map": code, "eos_token": "x"}
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(config))
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}))
+    (snapshot / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: ...\nclass Config: ...\n")
+    program = """
+from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.tokenizer_json import TokenizerError
+try:
+    load_tokenizer("some/model")
+except TokenizerError as error:
+    print(error)
+"""
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, input=answer, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "tokenizer 'some/model': the hub has no tokenizer.json for it, and transformers cannot convert what it has "
+        "without running its own code, which is never done; choose another, or give a folder with a tokenizer.json\n"
+    )
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code" not in done.stderr
 
 
 # --- tiktoken files ---

@@ -5,6 +5,7 @@ the model is inferred. No reader runs code from a file: pickles are read for ten
 
     format               what it is
     BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
+                         (.pth, .safetensors, .st; also behind prefixes, or under `state_dict`, `model`, `module`)
     Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
     a training run's     a folder of shards with a `.metadata`; or the run's folder, for its newest checkpoint
     Composer's           one file (state → model → …), or a folder of shards
@@ -38,6 +39,13 @@ _UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
 _CONFIG_NAME = "config.json"
 _SAFETENSORS_NAME = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
+_SAFETENSORS_SUFFIXES = (".safetensors", ".st")
+_WRAPPERS = ("state", "state_dict", "model", "module")  # of Composer, Lightning, plain trainers, DeepSpeed
+_MOST_WRAPPERS = 4
+# What wraps modules puts into their names: torch.compile, FSDP and activation checkpointing, anywhere.
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the old kind
 _LAYER_NORM_EPS = 1e-5  # torch's default, and what every RWKV has
 
@@ -58,6 +66,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
     """
     state = read_state(path)
     config = infer_config(state, where=str(path))
+    _check_fits(state, _expected_shapes(config), where=str(path))  # before a model of that size is built
     with torch.device("meta"):
         model = RWKV7(config.model_copy(update=options))
     model = model.to(dtype).to_empty(device="cpu")
@@ -65,30 +74,74 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
     return model
 
 
+def _expected_shapes(config: RWKV7Config) -> dict[str, torch.Size]:
+    """Each parameter's shape, from a model of two layers: from the second on they are alike."""
+    with torch.device("meta"):
+        small = RWKV7(config.model_copy(update={"num_layers": min(2, config.num_layers)}))
+    shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
+    second = {name.split(".", 2)[2]: shape for name, shape in shapes.items() if name.startswith("blocks.1.")}
+    for layer in range(2, config.num_layers):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in second.items()}
+    return shapes
+
+
 @torch.no_grad()
 def load_state(model: RWKV7, state: Mapping[str, Tensor], *, where: str) -> None:
     """Copy `state` into `model`, in place, rounding to its type. The model lies on the CPU, before it is sharded.
 
     Raises:
-        CheckpointError: a parameter is missing, unknown, or of another shape.
+        CheckpointError: a parameter is missing, unknown, of another shape, or not finite, there or in the model's type.
     """
     parameters = dict(model.named_parameters())
-    unknown = sorted(name for name in state if name not in parameters and not _UNUSED.fullmatch(name))
-    missing = sorted(name for name in parameters if name not in state)
+    _check_fits(state, {name: parameter.shape for name, parameter in parameters.items()}, where=where)
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+        _check_finite(parameter, state[name], where=f"{where}: {name}")
+
+
+def _check_fits(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, where: str) -> None:
+    unknown = sorted(name for name in state if name not in shapes and not _UNUSED.fullmatch(name))
+    missing = sorted(name for name in shapes if name not in state)
     if unknown or missing:
         problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
         raise CheckpointError(
             f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown); found a model of "
-            f"{_layers(state)} layers, this one has {model.config.num_layers}"
+            f"{len(_layers(state))} layers, this one has {len(_layers(shapes))}"
         )
-    for name, parameter in parameters.items():
-        value = state[name]
-        if value.shape != parameter.shape:
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
             raise CheckpointError(
-                f"{where}: {name} is {tuple(value.shape)}, this model's is {tuple(parameter.shape)}; give the model "
+                f"{where}: {name} is {tuple(state[name].shape)}, this model's is {tuple(shape)}; give the model "
                 "the checkpoint's shape, or leave the shape out where it is inferred"
             )
-        parameter.copy_(value)
+
+
+def _is_finite(value: Tensor) -> bool:
+    # The extremes are NaN where any element is; no copy of a large matrix is made.
+    return not value.numel() or all(bool(extreme.isfinite()) for extreme in value.aminmax())
+
+
+def _check_finite(value: Tensor, source: Tensor, *, where: str) -> None:
+    """`value`: what `source` became in another type."""
+    if _is_finite(value):
+        return
+    kind = str(value.dtype).removeprefix("torch.")
+    if _is_finite(source):
+        raise CheckpointError(
+            f"{where}: the largest of its values is {float(source.abs().max()):g}, too large for {kind}, whose largest "
+            f"is {torch.finfo(value.dtype).max:g}; take bfloat16 or float32"
+        )
+    raise CheckpointError(
+        f"{where}: has values that are not finite: the training that wrote it has diverged, or the file is damaged; "
+        "take an older checkpoint, or copy it again"
+    )
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype, *, where: str) -> Tensor:
+    """On the CPU in another type. Raises `CheckpointError` where a value is not finite there."""
+    converted = value.detach().to("cpu", dtype)
+    _check_finite(converted, value, where=f"{where}: {name}")
+    return converted
 
 
 def model_state(model: RWKV7) -> State:
@@ -111,10 +164,17 @@ def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
         return state[name].shape
 
     vocab_size, hidden_size = shape("emb.weight", 2)
+    layers = _layers(state)
+    if layers != list(range(len(layers))):
+        missing = next(number for number, layer in enumerate([*layers, -1]) if layer != number)
+        raise CheckpointError(
+            f"{where}: has weights of {len(layers)} layers up to blocks.{layers[-1]}, but none of blocks.{missing}; "
+            "layers are numbered from 0 without a gap: copy it again from its source"
+        )
     fields = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_layers": _layers(state),
+        "num_layers": len(layers),
         "head_size": shape("blocks.0.att.r_k", 2)[1],
         "ffn_size": shape("blocks.0.ffn.key.weight", 2)[0],
         "decay_rank": shape("blocks.0.att.w1", 2)[1],
@@ -131,8 +191,10 @@ def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
         raise CheckpointError(f"{where}: not an RWKV-7 model: {error}") from None
 
 
-def _layers(state: Mapping[str, Tensor]) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
+def _layers(state: Mapping[str, Any]) -> list[int]:
+    """The numbers of the layers of which there are weights, rising."""
+    found = (re.match(r"blocks\.(0|[1-9]\d{0,8})\.", name) for name in state)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def _some_names(state: Mapping[str, Any]) -> str:
@@ -149,7 +211,9 @@ def read_state(path: str | Path) -> State:
         CheckpointError: no such file, damaged, another kind of file, a pickle that holds more than weights, or a
             Hugging Face model with options that RWKV-7 as BlinkDL trains it does not have.
     """
-    state = _read(Path(path))
+    path = Path(path)
+    state = _read(path)
+    _check_storage(state, path)
     # Hugging Face folders, and some files, store (1, 1, C) vectors as (C,).
     return {name: value.view(1, 1, -1) if _VECTOR.fullmatch(name) else value for name, value in state.items()}
 
@@ -170,23 +234,57 @@ def _read(path: Path) -> State:
         )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")
-    content = _guarded(_read_torch_file, path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of weights by name")
-    match content.get("state"):
-        case {"model": dict(weights)}:
-            return _of_model(weights, where=path)
+    is_safetensors = path.suffix in _SAFETENSORS_SUFFIXES
+    content = _guarded(safetensors.torch.load_file if is_safetensors else _read_torch_file, path)
+    for _ in range(_MOST_WRAPPERS):
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict of weights by name")
+        inner = next((key for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = content[inner]
     strangers = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if strangers:
         raise CheckpointError(f"{path}: {strangers[0]!r} is no tensor; expected a flat dict of weights, as BlinkDL has")
-    return content
+    if any(name.endswith("embeddings.weight") for name in content):
+        raise CheckpointError(
+            f"{path}: its weights have Hugging Face's names, and it has no configuration; give the Hugging Face folder "
+            "that it lies in"
+        )
+    return _of_model(content, where=path)
+
+
+def _check_storage(state: State, path: Path) -> None:
+    """Refuse a small file that stands for a large model, and numbers that are no weights.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _WEIGHT_DTYPES:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{path}: {name} is {kind} ({value.layout}, on {value.device}), expected float32, bfloat16 or float16 "
+                "weights; quantized models cannot be read, take the one that they were made from"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name} says that it has {value.numel()} values, of which it stores fewer; save the model "
+                "again without expanded tensors (tensor.contiguous())"
+            )
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    stored = sum(file.stat().st_size for file in files)
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    if size > 2 * stored + _FREE_BYTES:  # embedding and head may share what is stored
+        raise CheckpointError(
+            f"{path}: has {size} bytes of weights in {stored} bytes of files: many of them share one tensor; save the "
+            "model again with a tensor for each parameter"
+        )
 
 
 def _read_torch_file(path: Path) -> Any:
     with open(path, "rb") as file:
         beginning = file.read(64)
-    if path.suffix == ".safetensors":
-        raise ValueError("a safetensors file has no configuration; give the Hugging Face folder that it lies in")
     if not beginning.startswith(_TORCH_FILES):
         what = beginning.decode(errors="replace").partition("\n")[0]
         raise ValueError(f"not a torch file: it begins with {what!r}")
@@ -225,10 +323,16 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 
 
 def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:
-    """Weights of a training checkpoint: the network is a child of what Composer trains, so names have a prefix."""
+    """Weights under BlinkDL's names: what trains or wraps the network puts a prefix before them, such as `module.`."""
+    weights = {_WRAPPED.sub("", name): value for name, value in weights.items()}
     prefixes = [name.removesuffix("emb.weight") for name in weights if name.endswith("emb.weight")]
+    if not prefixes:
+        raise CheckpointError(f"{where}: not an RWKV-7 model, it has no emb.weight; found {_some_names(weights)}")
     if len(prefixes) != 1:
-        raise CheckpointError(f"{where}: not an RWKV-7 training checkpoint; found {_some_names(weights)}")
+        raise CheckpointError(
+            f"{where}: not an RWKV-7 model, it has {len(prefixes)} weights called emb.weight, expected one; found "
+            f"{_some_names(dict.fromkeys(prefix + 'emb.weight' for prefix in prefixes))}"
+        )
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
 
 
@@ -267,6 +371,13 @@ def _read_huggingface(folder: Path) -> State:
             if own_name is None:
                 raise CheckpointError(f"{folder}/{file}: unknown parameter {name}")
             state[own_name] = value.T if _is_transposed(name) else value
+    if config.get("tie_word_embeddings") and "emb.weight" in state:
+        head = state.setdefault("head.weight", state["emb.weight"])
+        if not torch.equal(head, state["emb.weight"]):
+            raise CheckpointError(
+                f"{folder}/{_CONFIG_NAME}: tie_word_embeddings is true, but lm_head.weight is not the embedding; set "
+                "it to false if the head is a weight of its own, or delete lm_head.weight"
+            )
     return state
 
 
@@ -296,10 +407,13 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
 
     The file appears whole or not at all. His trainers want `v0`, `v1` and `v2` in layer 0 too; they are written as
     zeros, since nothing ever reads them.
+
+    Raises:
+        CheckpointError: a value is not finite in `dtype`.
     """
     path = Path(path)
     config = infer_config(state, where=str(path))
-    complete = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
+    complete = {name: _converted(name, value, dtype, where=str(path)).contiguous() for name, value in state.items()}
     width, rank = config.hidden_size, config.v_rank
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
@@ -323,7 +437,8 @@ def write_huggingface(
     The tokenizer's files are not written: `tokenizer.save(folder)` puts them beside these.
 
     Raises:
-        CheckpointError: a head size for which those implementations compute something else.
+        CheckpointError: a head size for which those implementations compute something else, or a value that is not
+            finite in `dtype`.
     """
     folder = Path(folder)
     config = infer_config(state, where=str(folder))
@@ -334,7 +449,7 @@ def write_huggingface(
         if _UNUSED.fullmatch(name):
             continue
         their_name = to_huggingface_name(name)
-        value = value.detach().to("cpu", dtype)
+        value = _converted(name, value, dtype, where=str(folder))
         value = value.T if _is_transposed(their_name) else value
         value = value.flatten() if their_name.endswith(_FLAT) else value
         weights[their_name] = value.contiguous().clone()

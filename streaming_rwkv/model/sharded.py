@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from numpy.dtypes import UInt32DType
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
@@ -62,14 +64,42 @@ class SafeReader(FileSystemReader):
     """torch's reader of sharded checkpoints, but for their index, which torch unpickles without any check."""
 
     def read_metadata(self) -> Metadata:
-        """Raises `pickle.UnpicklingError` where the index names a global that it does not need."""
+        """Read the index.
+
+        Raises:
+            pickle.UnpicklingError: it names a global that it does not need.
+            ValueError: it places a tensor elsewhere than in a file of the folder.
+        """
         with open(Path(self.path) / INDEX_NAME, "rb") as file:
             metadata = _IndexUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not the index of a checkpoint")
+        _check_places(metadata, Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _check_places(metadata: Metadata, folder: Path) -> None:
+    """Every piece of a tensor must lie in a file of the folder, between its beginning and its end."""
+    places = metadata.storage_data
+    if not isinstance(places, dict):
+        raise ValueError(f"{INDEX_NAME}: storage_data is a {type(places).__name__}, expected a mapping")
+    sizes: dict[str, int] = {}
+    for index, place in places.items():
+        if not isinstance(place, _StorageInfo):
+            raise ValueError(f"{INDEX_NAME}: the place of {index} is a {type(place).__name__}")
+        name, offset, length = place.relative_path, place.offset, place.length
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{INDEX_NAME}: names the file {name!r}, expected one in this folder")
+        if name not in sizes:
+            if not (folder / name).is_file():
+                raise ValueError(f"the file {name!r} is missing")
+            sizes[name] = (folder / name).stat().st_size
+        if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
+            raise ValueError(f"{INDEX_NAME}: {length!r} bytes from {offset!r} on in {name}, expected whole numbers")
+        if offset + length > sizes[name]:
+            raise ValueError(f"{name} has {sizes[name]} bytes, expected {offset + length}: it is cut off")
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
@@ -87,15 +117,24 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     prefixes = [name.removesuffix("emb.weight") for name in entries if name.endswith("emb.weight")]
     if len(prefixes) != 1:
         raise ValueError(f"no RWKV-7 model in it; found {', '.join(sorted(entries)[:3])}")
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    of_model = {
+        name: entry
         for name, entry in entries.items()
         if name.startswith(prefixes[0]) and isinstance(entry, TensorStorageMetadata)
     }
+    needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in of_model.values())
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if needed > 2 * stored + (1 << 20):
+        raise ValueError(f"{INDEX_NAME}: has {needed} bytes of weights, the files have {stored}")
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in of_model.items()}
     with warnings.catch_warnings():
         # It warns that one process alone is reading, which is what is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+        try:
+            load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+        except CheckpointException as error:  # which is no Exception
+            reason = next(iter(error.failures.values()), (error, None))[0]
+            raise ValueError(f"{type(reason).__name__}: {reason}") from None
     return {name.removeprefix(prefixes[0]): value for name, value in tensors.items()}
 
 

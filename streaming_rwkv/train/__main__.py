@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
 from streaming_rwkv.processes import die_with_parent, end_with
@@ -15,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
         die_with_parent()
     # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
     from streaming_rwkv.config import UserError, load_config
+    from streaming_rwkv.console import print_error, tolerate_any_encoding
 
     parser = argparse.ArgumentParser(prog="composer train.py", description="Train RWKV-7 from packed MDS shards.")
     parser.add_argument("config", help="a YAML file, e.g. yamls/stage2.yaml")
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # options may stand between settings
     if options.processes < 1:
         parser.error(f"--processes: found {options.processes}, expected 1 or more")
+    tolerate_any_encoding()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
@@ -39,12 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         run = begin(config)
     except UserError as error:
         if is_local_rank_zero():  # all ranks have met it: one of each node says so
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
         return 1
     try:
         return fit(run) if run is not None else 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         return 1
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
@@ -206,7 +207,7 @@ def save_checkpoint(
     barrier()
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
-        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not is_distributed())
+        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not isis_distributed())
     # Each rank vouches for the files that it wrote, which no other may be able to see.
     written = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
@@ -279,13 +280,21 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
     state = _tensors(model, optimizer)
     reader = SafeReader(checkpoint.path)
     try:
-        _check_shapes(reader.read_metadata(), state, checkpoint.path)
-    except (pickle.UnpicklingError, EOFError) as error:
+        metadata = reader.read_metadata()
+    except (pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}/{INDEX_NAME}: refused ({error}); it was not written by torch"
+            f"{checkpoint.path}/{INDEX_NAME}: refused ({error}); it was not written by torch, or is damaged"
         ) from None
-    with _quiet_torch():
-        load_sharded(state, storage_reader=reader, no_dist=not is_distributed())
+    _check_shapes(metadata, state, checkpoint.path)
+    try:
+        with _quiet_torch():
+            load_sharded(state, storage_reader=reader, no_dist=not is_distributed())
+    except CheckpointException as error:  # torch's own, which is no Exception
+        reason = next(iter(error.failures.values()), (error, None))[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: damaged ({type(reason).__name__}: {str(reason).partition(chr(10))[0]}); delete it to "
+            "resume from the one before"
+        ) from None
     # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = state["optimizer"][name]

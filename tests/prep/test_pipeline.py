@@ -6,21 +6,23 @@ import collections
 import gzip
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from prep.pipeline import AuditError, build, count
+import prep.pipeline
+from prep.pipeline import build, count
 from prep.readers import InputError
 from prep.shard_reader import read_shard
 from prep.verification import verify
 from prep.work import WorkError
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
-from streaming_rwkv.tokenizer import HuggingFaceTokenizer, TokenBatch, load_tokenizer
+from streaming_rwkv.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 LENGTHS = [0, 1, 2, 254, 255, 256, 257, 258, 2046, 2047, 2048, 2049, 2050, 4096, 10_000]
 
@@ -376,64 +378,210 @@ def test_home_can_be_written_as_a_tilde(config, write_lines, tmp_path, monkeypat
 # --- ids ---
 
 
-def test_another_id_than_the_references_stops_the_build(config, write_lines, tmp_path, monkeypatch):
+class Altered:
+    """A fast library that differs from the reference in what `alter` does to (texts, ids, offsets)."""
+
+    def __init__(self, fast, alter):
+        self.fast, self.alter = fast, alter
+
+    def encode_batch_flat(self, texts, *options):
+        ids, offsets = (np.frombuffer(buffer, dtype).copy() for buffer, dtype in zip(
+            self.fast.encode_batch_flat(texts, *options), (np.uint32, np.int64), strict=True
+        ))  # fmt: skip
+        self.alter(texts, ids, offsets)
+        return ids, offsets
+
+
+def alter_fast(monkeypatch, alter):
+    right = HuggingFaceTokenizer.__dict__["_fast"].func
+    monkeypatch.setattr(HuggingFaceTokenizer, "_fast", property(lambda self: Altered(right(self), alter)))
+
+
+def raise_the_last_id(texts, ids, offsets):
+    ids[offsets[-2] + 1 :] += 1
+
+
+def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
+    config, write_lines, tmp_path, monkeypatch, caplog
+):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
-    right = HuggingFaceTokenizer.encode_batch
-
-    def wrong(self, texts):
-        batch = right(self, texts)
-        ids = batch.ids.copy()
-        ids[-2] += 1
-        return TokenBatch(ids=ids, offsets=batch.offsets)
-
-    monkeypatch.setattr(HuggingFaceTokenizer, "encode_batch", wrong)
-    with pytest.raises(AuditError, match=r"a\.jsonl: row 1: id 8 is \[\d+\], the reference gives \[\d+\].*'456789'"):
+    build(config(out=str(tmp_path / "right")))
+    with monkeypatch.context() as patch:
+        alter_fast(patch, raise_the_last_id)
         build(config())
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert re.search(
+        r"a\.jsonl: row 1: id 1 is \[\d+\], the reference gives \[\d+\] \(near '01234' in a text of 10 characters\); "
+        "all texts are encoded with the reference from the beginning",
+        caplog.text,
+    )
+    assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def test_after_wrong_ids_the_next_start_keeps_nothing_of_them(config, write_lines, tmp_path, monkeypatch):
+def test_units_without_a_difference_in_their_sample_are_made_again_too(config, write_lines, tmp_path, monkeypatch):
     for name in "ab":
         write_lines(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
-    right = HuggingFaceTokenizer.encode_batch
 
-    def wrong(self, texts):
-        batch = right(self, texts)
-        ids = batch.ids.copy()
+    def alter(texts, ids, offsets):
         if len(texts) > 1:
-            ids[batch.offsets[-2]] += 1  # of the last document, for which no sample has room
+            ids[offsets[-2]] += 1  # of the last document, for which no sample has room
         if texts[0].startswith("b"):
             ids[0] += 1
-        return TokenBatch(ids=ids, offsets=batch.offsets)
 
     values = {"unit_bytes": 1024, "workers": 1}
+    build(config(out=str(tmp_path / "right"), **values))
+    alter_fast(monkeypatch, alter)
+    build(config(audit_bytes=16, **values))
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "right" / "manifest.json").read_bytes()
+    assert not (tmp_path / "out" / ".prep" / "by-reference").exists()
+
+
+def test_a_kill_does_not_decide_by_which_library_ids_are_made(config, write_lines, tmp_path, monkeypatch):
+    """One that is killed when a unit is done, but before its sample was compared."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
+    build(config(out=str(tmp_path / "right")))
+    alter_fast(monkeypatch, raise_the_last_id)
     with monkeypatch.context() as patch:
-        patch.setattr(HuggingFaceTokenizer, "encode_batch", wrong)
-        with pytest.raises(AuditError, match=r"b\.jsonl: .*; nothing was published, and the next start tokenizes anew"):
-            build(config(audit_bytes=16, **values))
-    build(config(**values))
-    build(config(out=str(tmp_path / "clean"), **values))
-    assert (tmp_path / "out" / "manifest.json").read_bytes() == (tmp_path / "clean" / "manifest.json").read_bytes()
+        patch.setattr(prep.pipeline._Audit, "__call__", lambda self, sample: None)
+        patch.setattr(prep.pipeline, "plan_ranges", killed)
+        patch.setattr(Path, "mkdir", unaudited(Path.mkdir))
+        with pytest.raises(KeyboardInterrupt):
+            build(config())
+    assert list((tmp_path / "out" / ".prep" / "done" / "units").iterdir())
+    build(config())
+    assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def test_of_long_documents_the_beginning_is_compared(config, write_lines, tmp_path, monkeypatch):
+def test_after_a_kill_the_reference_is_still_used(config, write_lines, tmp_path, monkeypatch):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
+    build(config(out=str(tmp_path / "right")))
+    alter_fast(monkeypatch, raise_the_last_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(prep.pipeline, "plan_ranges", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(config())
+    assert (tmp_path / "out" / ".prep" / "by-reference").exists()
+    build(config())
+    assert content(tmp_path / "out") == content(tmp_path / "right")
+
+
+def killed(units):
+    raise KeyboardInterrupt
+
+
+def unaudited(mkdir):
+    def without(self, *arguments, **options):
+        if self.parent.name != "audited":
+            mkdir(self, *arguments, **options)
+
+    return without
+
+
+def test_of_long_documents_the_beginning_is_compared(config, write_lines, tmp_path, monkeypatch, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789" * 100])
-    right = HuggingFaceTokenizer.encode_batch
-    monkeypatch.setattr(
-        HuggingFaceTokenizer, "encode_batch", lambda self, texts: right(self, [f"x{text[1:]}" for text in texts])
-    )
-    with pytest.raises(AuditError, match=r"a\.jsonl: beginning of row 0: id 0 is"):
-        build(config(audit_bytes=64))
+
+    def alter(texts, ids, offsets):
+        ids[0] += 1
+
+    alter_fast(monkeypatch, alter)
+    build(config(audit_bytes=64))
+    assert re.search(r"a\.jsonl: beginning of row 0: id 0 is", caplog.text)
 
 
-def test_a_missing_id_stops_it_too(config, write_lines, tmp_path, monkeypatch):
-    write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789"])
-    right = HuggingFaceTokenizer.encode_batch
-    monkeypatch.setattr(
-        HuggingFaceTokenizer, "encode_batch", lambda self, texts: right(self, [text[:-1] for text in texts])
+def test_a_count_uses_the_reference_too(config, write_lines, tmp_path, monkeypatch, caplog):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["<|endoftext|>", "0123456789"])
+
+    def alter(texts, ids, offsets):
+        ids[:] = 0  # eos: each document would be rejected
+
+    alter_fast(monkeypatch, alter)
+    (record,) = count(config())
+    assert (record.documents, record.rejected) == (2, {})
+    assert "all texts are encoded with the reference" in caplog.text
+
+
+def sentencepiece_without(character: str, folder: Path) -> Path:
+    """A BPE with byte fallback as Llama 2 has it; `character` has no token of its own, so its byte stands for it."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += [chr(code) for code in range(0x21, 0x7F) if chr(code) != character]
+    made = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
     )
-    with pytest.raises(AuditError, match=r"id 9 is \[\], the reference gives \[\d+\]"):
-        build(config())
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_vocabulary_without_an_angle_bracket(config, write_lines, tmp_path, caplog, workers):
+    """fastokens 0.3.5 reads "<s>" in a text as that token, Hugging Face's library as the byte 0x3C, then "s>"."""
+    folder = sentencepiece_without("<", tmp_path / "tokenizer")
+    texts = ["The quick brown fox", "Price: <s>10</s> 8 dollars", "<0x41> <unk>"]
+    write_lines(tmp_path / "corpus" / "a.jsonl", texts)
+    built = build(config(tokenizer=str(folder), workers=workers)).manifest
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    expected = [[1, *reference.encode(text, add_special_tokens=False).ids, 2] for text in texts]
+    pieces = documents_in(tmp_path / "out", built).values()
+    assert sorted(of[0]["tokens"] for of in pieces) == sorted(expected)
+    assert expected[1][9:11] == [1 + 2 + 0x3C, 259 + 1 + ord("s") - 0x22]  # "<" as its byte, then "s"
+
+
+def test_a_tokenizer_that_loses_text_is_warned_of_with_an_example(config, write_lines, tmp_path, caplog):
+    made = Tokenizer(models.BPE({"</s>": 0, "a": 1, "b": 2, " ": 3}, []))
+    made.decoder = decoders.Fuse()
+    made.save(str(tmp_path / "tokenizer.json"))
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["a b", "a 中b"])
+    build(config(tokenizer=str(tmp_path / "tokenizer.json"), eos_token="</s>"))
+    assert re.search(
+        r"texts do not come back from their ids.*a\.jsonl: row 1: 'a 中b' comes back as 'a b'", caplog.text
+    )
+
+
+def test_a_tokenizer_that_keeps_all_text_is_not_warned_of(config, write_lines, tmp_path, caplog):
+    write_lines(tmp_path / "corpus" / "a.jsonl", HARD)
+    build(config())
+    assert "come back" not in caplog.text
+
+
+def byte_level_without_capitals(file: Path) -> Path:
+    tokens = ["</s>", *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set("ABCDEF"))]
+    made = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(file))
+    return file
+
+
+def test_documents_with_a_byte_that_has_no_token_are_left_out_for_that(config, write_lines, tmp_path, caplog):
+    file = byte_level_without_capitals(tmp_path / "tokenizer.json")
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["the fox", "the Fox", "ABBA", "中文"])
+    built = build(config(tokenizer=str(file), eos_token="</s>")).manifest
+    assert built.books["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
+    assert built.books["corpus"].documents["train"] == 2
+    assert "no token for 6 bytes (0x41, 0x42, 0x43, 0x44…)" in caplog.text
+    assert "python -m prep train-tokenizer" in caplog.text
+
+
+def test_a_byte_that_has_no_token_stops_a_strict_build(config, write_lines, tmp_path):
+    file = byte_level_without_capitals(tmp_path / "tokenizer.json")
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["the fox", "the Fox"])
+    with pytest.raises(InputError, match=r"a\.jsonl: row 1: byte 0x46 has no token"):
+        build(config(tokenizer=str(file), eos_token="</s>", on_error="stop"))
+
+
+def test_merges_that_are_dropped_by_chance_are_not(config, write_lines, tokenizer_folder, tmp_path):
+    definition = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    definition["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["the quick brown fox jumps over the lazy dog"])
+    plain = build(config(out=str(tmp_path / "plain"))).manifest
+    dropping = build(config(tokenizer=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")).manifest
+    assert [stream.shards for stream in dropping.streams] == [stream.shards for stream in plain.streams]
 
 
 def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_are_rejected(

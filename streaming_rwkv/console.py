@@ -1,0 +1,36 @@
+"""Text on a terminal: control characters are shown, and no encoding of the output ends a program."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
+_C1 = {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+# Embeddings, overrides and isolates reorder what stands beside them; the marks of ordinary Arabic and Hebrew do not.
+_BIDIRECTIONAL = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_LINE = _PICTURES | _C1 | _BIDIRECTIONAL | {0x2028: "\\u2028", 0x2029: "\\u2029"}
+_LINES = {code: shown for code, shown in _LINE.items() if code not in (ord("\n"), ord("\t"))}
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    r"""Replace control characters: ESC by ␛, C1 and bidirectional controls by \x9b, \u202e.
+
+    A text from elsewhere could otherwise clear the screen, rename the window, or type for the user.
+
+    Args:
+        lines: keep line breaks and tabs.
+    """
+    return text.translate(_LINES if lines else _LINE)
+
+
+def tolerate_any_encoding() -> None:
+    """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(error: Exception) -> None:
+    """Write an error to standard error, as all front ends do."""
+    print(f"error: {shown(str(error), lines=True)}", file=sys.stderr, flush=True)

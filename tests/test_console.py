@@ -1,0 +1,71 @@
+"""Control characters are shown, and no encoding of the output ends a program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streaming_rwkv.console import shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b[2J\x1b[31mred", "␛[2J␛[31mred"),
+        ("a\x00b\x07\r\x7f", "a␀b␇␍␡"),
+        ("\x9b31m\x85", r"\x9b31m\x85"),
+        ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
+        ("床前🎉 مرحبا\u200f", "床前🎉 مرحبا\u200f"),
+    ],
+)
+def test_controls_are_shown_and_all_else_is_kept(text, expected):
+    assert shown(text) == shown(text, lines=True) == expected
+
+
+def test_a_text_keeps_its_lines_and_a_name_has_one():
+    assert shown("a\n\tb", lines=True) == "a\n\tb"
+    assert shown("a\n\tb") == "a␊␉b"
+
+
+def run(program: str, *arguments: str | bytes, encoding: str = "ascii") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(
+        [sys.executable, "-m", program, *arguments], env=environment, capture_output=True, text=True, timeout=250
+    )
+
+
+def test_inspect_shows_controls_and_writes_in_any_encoding(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "中文 \\u001b[2J"}\n{"txt": 1}\n')
+    name = tmp_path / "in" / "b\x1b[2J.jsonl"
+    name.write_text('{"txt": 1}\n')
+    recipe = f"out: {tmp_path}/out\ntokenizer: rwkv-world\nvalidation: 0\nworkers: 1\n"
+    recipe += f"sources:\n  s: {{paths: {tmp_path}/in}}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    built = run("prep", "build", str(tmp_path / "recipe.yaml"), encoding="utf-8")
+    assert built.returncode == 0, built.stderr
+    assert "\x1b" not in built.stdout + built.stderr
+    assert "b␛[2J.jsonl: row 0" in built.stdout
+    inspected = run("prep", "inspect", str(tmp_path / "out"), encoding="utf-8")
+    assert "⟨bos⟩中文 ␛[2J⟨eos⟩" in inspected.stdout
+    ascii_only = run("prep", "inspect", str(tmp_path / "out"))
+    assert (ascii_only.returncode, ascii_only.stderr) == (0, "")
+    assert r"\u27e8bos\u27e9\u4e2d\u6587 \u241b[2J\u27e8eos\u27e9" in ascii_only.stdout
+    rebuilt = run("prep", "build", str(tmp_path / "recipe.yaml"), f"out={tmp_path}/again")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+
+
+@pytest.mark.parametrize("program", ["prep", "streaming_rwkv.generate", "streaming_rwkv.export", "streaming_rwkv.plot"])
+def test_an_error_about_a_name_with_controls_is_one_plain_line(program, tmp_path):
+    name = str(tmp_path / "中\x1b[2J")
+    given = {"prep": ["verify", name], "streaming_rwkv.export": [name, str(tmp_path / "out")]}.get(program, [name])
+    done = run(program, *given)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert r"\u4e2d\u241b[2J" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "Traceback" not in done.stderr
