@@ -17,8 +17,8 @@ from pydantic import Field, field_validator, model_validator
 
 from prep.work import WORK_FOLDER
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.shards import check_source_name
-from streaming_rwkv.storage import is_remote
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
 _NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
@@ -40,6 +40,11 @@ class SourceConfig(Config):
     @classmethod
     def _one_path_is_a_list(cls, paths: Any) -> Any:
         return [paths] if isinstance(paths, str) else paths
+
+    @field_validator("paths")
+    @classmethod
+    def _are_locations(cls, paths: list[str]) -> list[str]:
+        return [checked_location(path) for path in paths]
 
     @field_validator("filter", "transform")
     @classmethod
@@ -99,6 +104,13 @@ class PrepConfig(Config):
     audit_bytes: int = Field(default=1 << 15, ge=0)
     """Text of each unit on which the fast tokenizer is compared with the one that defines the ids; beyond 4,096 units
     of a sample of about so many."""
+
+    _location = field_validator("out")(checked_location)
+
+    @field_validator("work", "tokenizer")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        return None if path is None else checked_local(path)
 
     @field_validator("sources")
     @classmethod

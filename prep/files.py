@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.storage import StorageError, Store, is_remote, open_store
+from streaming_rwkv.location import checked_location, is_remote
+from streaming_rwkv.storage import StorageError, Store, open_store
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
@@ -41,6 +42,7 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     Raises:
         UserError: a path that is not there, or with nothing readable below it.
     """
+    paths = [checked_location(path) for path in paths]
     paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
     found: dict[str, tuple[int, int]] = {}
     for path in paths:

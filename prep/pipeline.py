@@ -60,6 +60,7 @@ from prep.work import (
     write_durably,
 )
 from streaming_rwkv.config import UserError
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import (
     FORMAT,
     MANIFEST_NAME,
@@ -71,7 +72,7 @@ from streaming_rwkv.shards import (
     StreamRecord,
     read_manifest,
 )
-from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.files import InputFile
 from prep.work import WorkError, write_durably
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
-from streaming_rwkv.storage import is_remote
 
 PLAN_NAME = "plan.json"
 _MOST_CHANGES = 8

@@ -21,7 +21,7 @@ from prep.document import Documents, document_keys
 from prep.files import InputFile, find_files, opened
 from prep.readers import Batch, Part, read_parquet_layout, read_part, without_text
 from streaming_rwkv.config import UserError
-from streaming_rwkv.storage import is_remote
+from streaming_rwkv.location import is_remote
 
 CHUNK_CHARACTERS = 4 << 20
 CHUNK_DOCUMENTS = 1 << 15

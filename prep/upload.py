@@ -25,6 +25,7 @@ from prep.verification import verify_hashes
 from prep.windows import Window, WindowRecord
 from prep.work import WorkError, done_folder
 from streaming_rwkv.config import UserError
+from streaming_rwkv.location import checked_local, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -34,7 +35,7 @@ from streaming_rwkv.shards import (
     Manifest,
     sha256_of_file,
 )
-from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,11 @@ def upload(folder: str | Path, location: str, *, observer: Observer | None = Non
         WorkError: other objects lie there, or another data set.
         StorageError: the server fails.
     """
-    folder, observer = Path(folder), observer or Observer()
-    if not is_remote(location) or is_remote(folder):
+    folder, observer = (
+        Path(checked_local(folder, remedy="an upload goes from a folder to s3://bucket/path")),
+        observer or Observer(),
+    )
+    if not is_remote(location):
         raise UserError(f"upload {folder} {location}: goes from a folder to s3://bucket/path")
     manifest = verify_hashes(folder, observer=observer)
     with contextlib.closing(open_store(location)) as store:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.remote_file import RemoteFile
 from streaming_rwkv.s3_requests import (
     STEP_BYTES,
@@ -41,7 +42,7 @@ from streaming_rwkv.s3_requests import (
     shown_endpoint,
 )
 
-__all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "is_remote", "open_store"]
+__all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,6 @@ class StoredObject:
     """When, since 1970; in whole seconds."""
 
 
-def is_remote(location: str | Path) -> bool:
-    """Whether `location` is in object storage and not a local path."""
-    return str(location).startswith("s3://")
-
-
 def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
     """The store at `s3://bucket/prefix`; nothing is asked of the server yet.
 
@@ -79,11 +75,13 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
         timeout_seconds: see the module's text.
 
     Raises:
-        StorageError: no such form of location, an endpoint that is no URL, or boto3 is not installed.
+        LocationError: a location that is refused everywhere.
+        StorageError: a local path, an endpoint that is no URL, or boto3 is not installed.
     """
-    bucket, _, prefix = location.removeprefix("s3://").partition("/")
-    if not is_remote(location) or not bucket:
+    location = checked_location(location)
+    if not is_remote(location):
         raise StorageError(f"{location}: not a place in object storage; write s3://bucket/prefix")
+    bucket, _, prefix = location.removeprefix("s3://").partition("/")
     try:
         import boto3  # noqa: F401
     except ImportError:
