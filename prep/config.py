@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
 import os
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
+from prep.hook_code import code_digest
 from prep.work import WORK_FOLDER
 from streaming_rwkv.config import Config, UserError
 from streaming_rwkv.location import checked_local, checked_location, is_remote
@@ -174,7 +174,7 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
     """Import `module:function`, the current folder included.
 
     Raises:
-        UserError: no such module or function, or no Python.
+        UserError: no such module or function, no Python, or whatever the module raises.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -187,14 +187,18 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
         raise UserError(
             f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
         ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is a user's, and may end the program too
+        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; mend it") from error
+    if not callable(hook):
+        raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
     return hook
 
 
 def _hook_identity(name: str | None) -> str | None:
-    """The hook's name and its module's content: an edited hook gives other documents."""
+    """The hook's name and the content of its module and its helpers: an edited hook gives other documents."""
     if name is None:
         return None
     load_hook(name)
-    file = sys.modules[name.partition(":")[0]].__file__
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "builtin"
-    return f"{name} (sha256 {digest[:16]})"
+    return f"{name} (sha256 {code_digest(name.partition(':')[0])[:16]})"

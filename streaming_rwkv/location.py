@@ -18,7 +18,7 @@ _S3 = "s3://"
 
 
 class LocationError(UserError):
-    """A location that cannot be used: an unknown scheme, no bucket, credentials in it, or remote where local is meant."""
+    """A location that cannot be used: an unknown scheme, no bucket, credentials in it, or not on this machine."""
 
 
 def checked_location(location: str | Path) -> str:
