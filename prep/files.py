@@ -14,11 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from streaming_rwkv.config import UserError
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.storage import StorageError, Store, open_store
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+_HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,25 @@ def _glob_pattern(path: str) -> str:
     return "".join(
         itertools.chain.from_iterable(itertools.zip_longest(map(re.escape, parts[::2]), literal, fillvalue=""))
     )
+
+
+def content_digest(file: InputFile) -> str:
+    """What tells two contents of one size apart: a hash of a local file's bytes, an object's ETag.
+
+    Raises:
+        UserError: it cannot be read, or is another than when it was listed.
+    """
+    if is_remote(file.path):
+        bucket, _, name = file.path.removeprefix("s3://").partition("/")
+        found = _bucket(bucket).find(name)
+        if found is None:
+            raise UserError(f"{file.path}: is gone since it was listed; run the command again")
+        return f"etag {found.etag}"
+    digest = xxhash.xxh3_128()
+    with opened(file) as stream:
+        while block := stream.read(_HASHED_BYTES):
+            digest.update(block)
+    return f"xxh3 {digest.hexdigest()}"
 
 
 @contextlib.contextmanager

@@ -30,10 +30,11 @@ from prep.distributions import STATISTICS_NAME, statistics_bytes
 from prep.document import Rejection
 from prep.duplicates import do_range, join_ranges, plan_ranges
 from prep.engine import Run, Task, start
+from prep.files import InputFile, content_digest
 from prep.job import Job
 from prep.observer import Observer
 from prep.place import find_manifest
-from prep.plan import check_plan, make_plan, save_plan
+from prep.plan import check_plan, file_name, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
 from prep.sources import find_sources, nothing_in, plan_units
 from prep.units import (
@@ -109,7 +110,7 @@ def build(
     files = find_sources(config.sources)
     plan = make_plan(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
-        finished = functools.partial(_finished, plan, config, store, accept_changes=accept_changes)
+        finished = functools.partial(_finished, plan, files, config, store, accept_changes=accept_changes)
         if (manifest := finished()[0]) is not None:
             if (config.work_folder / DONE_FOLDER).exists():  # killed between the manifest and the end
                 with locked(config.work_folder):
@@ -137,6 +138,7 @@ def build(
                 if config.audit_bytes:
                     tokenizer.encode_reference([])  # loads it while the workers load theirs
                 units_done, windows, windows_done = _do_all(job, run, observer, transfers)
+                save_plan(plan, work=job.work, contents=_contents(files, run, observer))
                 packed = list(zip(windows, windows_done, strict=True))
                 manifest = _assemble(job, tokenizer, units_done, packed, in_place=transfers is None)
                 if transfers is not None:
@@ -172,7 +174,12 @@ def _nothing_kept_of_wrong_ids(job: Job) -> Iterator[None]:
 
 
 def _finished(
-    plan: dict[str, Any], config: PrepConfig, store: Store | None, *, accept_changes: bool
+    plan: dict[str, Any],
+    files: dict[str, list[InputFile]],
+    config: PrepConfig,
+    store: Store | None,
+    *,
+    accept_changes: bool,
 ) -> tuple[Manifest | None, list[str]]:
     """The manifest of a finished build of the same plan, or None and the changes since an unfinished one began.
 
@@ -185,6 +192,7 @@ def _finished(
         manifest = read_manifest(config.folder) if (config.folder / MANIFEST_NAME).exists() else None
     changes = check_plan(
         plan,
+        files=files,
         out=config.out,
         folder=config.folder,
         work=config.work_folder,
@@ -246,6 +254,20 @@ def _do_all(
     on_result = ShardUploads(transfers, windows, work=job.work).packed if transfers is not None else None
     records: list[WindowRecord] = _step("packing", run, do_window, windows, sizes, observer, on_result)
     return units, windows, records
+
+
+def _contents(files: dict[str, list[InputFile]], run: Run, observer: Observer) -> dict[str, str]:
+    """The digest of each file, by the plan's names: a copy of the corpus has other times, and the same digests.
+
+    Files are read once more, as a whole: of parquet, tokenizing has read a column.
+    """
+    items = [file for of_source in files.values() for file in of_source]
+    digests = _step("hashing files", run, _digest, items, [(file.source, file.size) for file in items], observer)
+    return dict(zip(map(file_name, items), digests, strict=True))
+
+
+def _digest(job: Job, file: InputFile, report: Callable[[Any], None]) -> str:
+    return content_digest(file)
 
 
 def _step(
