@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None or error.strerror is None:  # not about a file: our own mistake
+            raise
+        print(f"error: {error.filename}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130

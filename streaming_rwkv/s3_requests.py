@@ -230,10 +230,7 @@ def _failures() -> tuple[type[Exception], ...]:
 _REPEATABLE = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout", "SlowDown", "Throttling"}
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 _ADDRESS_REMEDY = "check S3_ENDPOINT_URL, the network, and that the server runs"
-_KEYS_REMEDY = (
-    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and what they are allowed to do in this bucket; name a public one "
-    "in S3_PUBLIC_BUCKETS, one whose readers pay in S3_REQUESTER_PAYS_BUCKETS"
-)
+_KEYS_REMEDY = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and what they are allowed to do in this bucket"
 _TLS_REMEDY = "check whether S3_ENDPOINT_URL begins with http:// or https://, and the certificate (AWS_CA_BUNDLE)"
 
 
@@ -244,7 +241,7 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
         case boto.ClientError():
             return _diagnose_answer(error, answered=answered, attempt=attempt)
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
-            return _Problem(text=f"no credentials; {_KEYS_REMEDY}")
+            return _Problem(text=f"no credentials; {_KEYS_REMEDY}, or name it in S3_PUBLIC_BUCKETS if it is public")
         case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError():
             return _Problem(text=str(error))
         case boto.SSLError():
@@ -276,7 +273,8 @@ def _diagnose_answer(error: Any, *, answered: bool, attempt: int) -> _Problem:
     if status == 403:
         # A request that was damaged on its way has a wrong signature too.
         may_pass = code == "SignatureDoesNotMatch" and answered and attempt < 3
-        return _Problem(text=f"{shown}: refused; {_KEYS_REMEDY}", may_pass=may_pass)
+        payer = ", and name it in S3_REQUESTER_PAYS_BUCKETS if its readers pay" if code == "AccessDenied" else ""
+        return _Problem(text=f"{shown}: refused; {_KEYS_REMEDY}{payer}", may_pass=may_pass)
     if status == 404:
         return _Problem(text=f"{shown}: there is no such object", kind=ObjectMissing)
     if status in (412, 416):

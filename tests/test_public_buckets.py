@@ -43,7 +43,7 @@ def test_a_public_bucket_is_read_without_credentials(
 ) -> None:
     with (
         contextlib.closing(open_store(corpus)) as store,
-        pytest.raises(StorageError, match="name a public one in S3_PUB"),
+        pytest.raises(StorageError, match="or name it in S3_PUBLIC_BUCKETS"),
     ):
         store.list()
     monkeypatch.setenv("S3_PUBLIC_BUCKETS", value)

@@ -133,6 +133,51 @@ def test_what_argparse_refuses(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["build {recipe}", "verify {out}", "inspect {out}", "report {out}"])
+def test_what_the_file_system_refuses_is_named(recipe, tmp_path, capsys, command):
+    (tmp_path / "out" / "manifest.json").mkdir(parents=True)
+    assert main(command.format(recipe=recipe, out=tmp_path / "out").split()) == 1
+    expected = f"error: {tmp_path}/out/manifest.json: cannot be read or written (Is a directory)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "upload {0} s3://b/x",
+        "upload out {0}",
+        "inspect {0}",
+        "verify {0}",
+        "report {0}",
+        "report out --to {0}",
+        "convert {0} to",
+        "convert in {0}",
+        "train-tokenizer recipe.yaml --vocab-size 300 --to {0}",
+    ],
+)
+def test_arguments_that_are_no_locations_are_named_without_secrets(capsys, command):
+    for location, expected in (
+        ("gs://bucket/x", "gs://bucket/x: scheme 'gs' is not supported"),
+        ("s3://AKIA:pa55word@bucket/x", "s3://…: holds a user name or a password"),
+        ("sftp://u:pa55word@host/x", "sftp://…: holds a user name or a password"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(command.format(location).split())
+        assert caught.value.code == 2
+        shown = capsys.readouterr().err
+        assert expected in shown
+        assert "55word" not in shown
+
+
+@pytest.mark.parametrize("key", ["out", "work", "tokenizer", "sources.corpus.paths"])
+def test_settings_that_are_no_locations_are_named_without_secrets(recipe, capsys, key):
+    for location in ("gs://pa55word@bucket/x", "s3://AKIA:pa/55word@bucket/x"):
+        assert main(["build", recipe, f"{key}={location}", *(["out=s3://b/x"] if key == "work" else [])]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"error: command line: {key}: {location[:2]}://…: holds a user name or a password")
+        assert "55word" not in shown
+
+
 def test_a_hook_that_is_no_python_is_named(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hooks_with_a_slip.py").write_text("x = 1\ndef keep(record) return True\n")
     monkeypatch.syspath_prepend(tmp_path)
