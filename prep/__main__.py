@@ -26,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(error)
         return 1
+    except OSError as error:
+        if error.filename is None or error.strerror is None:  # not about a file: our own mistake
+            raise
+        print(f"error: {error.filename}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
@@ -53,9 +58,21 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _local_folder(text: str) -> str:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a local folder")
-    return text
+    from streaming_rwkv.location import LocationError, checked_local
+
+    try:
+        return checked_local(text)
+    except LocationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _location(text: str) -> str:
+    from streaming_rwkv.location import LocationError, checked_location
+
+    try:
+        return checked_location(text)
+    except LocationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,12 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     build.set_defaults(command=_build)
 
     upload = commands.add_parser("upload", help="copy a finished data set to object storage, or go on with that")
-    upload.add_argument("folder", help="the data set")
-    upload.add_argument("to", help="s3://bucket/path")
+    upload.add_argument("folder", type=_local_folder, help="the data set")
+    upload.add_argument("to", type=_location, help="s3://bucket/path")
     upload.set_defaults(command=_upload)
 
     inspect = commands.add_parser("inspect", help="show documents as the model will see them")
-    inspect.add_argument("out", help="the data set: a folder, or s3://bucket/path")
+    inspect.add_argument("out", type=_location, help="the data set: a folder, or s3://bucket/path")
     inspect.add_argument("--split", default="train", choices=["train", "validation"])
     inspect.add_argument("--source", help="one source")
     inspect.add_argument("--bucket", help="one bucket, e.g. 1-256")
@@ -90,18 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     verify = commands.add_parser("verify", help="check every shard against the manifest")
-    verify.add_argument("out", help="the data set: a folder, or s3://bucket/path")
+    verify.add_argument("out", type=_location, help="the data set: a folder, or s3://bucket/path")
     verify.set_defaults(command=_verify)
 
     report = commands.add_parser("report", help="write a page of plots and samples, and its figures as JSON")
-    report.add_argument("out", help="the data set: a folder, or s3://bucket/path")
+    report.add_argument("out", type=_location, help="the data set: a folder, or s3://bucket/path")
     report.add_argument(
         "--to", type=_local_folder, help="the folder to write into; the data set's own if not given and it is one"
     )
     report.set_defaults(command=_report)
 
     convert = commands.add_parser("convert", help="JSON files to parquet files with a text column, folder to folder")
-    convert.add_argument("folder", help="searched at any depth for files of JSON, compressed ones too")
+    convert.add_argument("folder", type=_location, help="searched at any depth for files of JSON, compressed ones too")
     convert.add_argument("to", type=_local_folder, help="the folder to write into")
     convert.add_argument("--text", default="text", help="the key that holds the text")
     convert.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1)
@@ -126,7 +143,7 @@ def _build(options: argparse.Namespace) -> int:
     from prep.pipeline import build, count
     from prep.progress import books_table, count_table, observing, stream_table
     from streaming_rwkv.config import load_config
-    from streaming_rwkv.storage import is_remote
+    from streaming_rwkv.location import is_remote
 
     config = load_config(PrepConfig, options.config, overrides=options.overrides)
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
 import os
@@ -15,10 +14,11 @@ from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
+from prep.hook_code import code_digest
 from prep.work import WORK_FOLDER
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.shards import check_source_name
-from streaming_rwkv.storage import is_remote
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
 _NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
@@ -40,6 +40,11 @@ class SourceConfig(Config):
     @classmethod
     def _one_path_is_a_list(cls, paths: Any) -> Any:
         return [paths] if isinstance(paths, str) else paths
+
+    @field_validator("paths")
+    @classmethod
+    def _are_locations(cls, paths: list[str]) -> list[str]:
+        return [checked_location(path) for path in paths]
 
     @field_validator("filter", "transform")
     @classmethod
@@ -99,6 +104,13 @@ class PrepConfig(Config):
     audit_bytes: int = Field(default=1 << 15, ge=0)
     """Text of each unit on which the fast tokenizer is compared with the one that defines the ids; beyond 4,096 units
     of a sample of about so many."""
+
+    _location = field_validator("out")(checked_location)
+
+    @field_validator("work", "tokenizer")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        return None if path is None else checked_local(path)
 
     @field_validator("sources")
     @classmethod
@@ -162,7 +174,7 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
     """Import `module:function`, the current folder included.
 
     Raises:
-        UserError: no such module or function, or no Python.
+        UserError: no such module or function, no Python, or whatever the module raises.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -175,14 +187,18 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
         raise UserError(
             f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
         ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is a user's, and may end the program too
+        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; mend it") from error
+    if not callable(hook):
+        raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
     return hook
 
 
 def _hook_identity(name: str | None) -> str | None:
-    """The hook's name and its module's content: an edited hook gives other documents."""
+    """The hook's name and the content of its module and its helpers: an edited hook gives other documents."""
     if name is None:
         return None
     load_hook(name)
-    file = sys.modules[name.partition(":")[0]].__file__
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "builtin"
-    return f"{name} (sha256 {digest[:16]})"
+    return f"{name} (sha256 {code_digest(name.partition(':')[0])[:16]})"

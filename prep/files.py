@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any
 
+import xxhash
+
 from streaming_rwkv.config import UserError
-from streaming_rwkv.storage import StorageError, Store, is_remote, open_store
+from streaming_rwkv.location import checked_location, is_remote
+from streaming_rwkv.storage import StorageError, Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ _EXPECTED = (
 _UNDERSCORE = "beginning with '_'"
 _SPECIAL = "named pipe, socket or device"
 _ENDINGS_SHOWN = 8
+_HASHED_BYTES = 1 << 20
 _LONGEST_ENDING = 12  # beyond that it is the end of a sentence
 
 
@@ -70,6 +74,7 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
     Raises:
         UserError: a path that is not there, or with nothing readable below it.
     """
+    paths = [checked_location(path) for path in paths]
     paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
     found: dict[str, tuple[int, int]] = {}
     not_read: dict[str, str] = {}
@@ -299,6 +304,25 @@ def _glob_pattern(path: str) -> str:
     return "".join(
         itertools.chain.from_iterable(itertools.zip_longest(map(re.escape, parts[::2]), literal, fillvalue=""))
     )
+
+
+def content_digest(file: InputFile) -> str:
+    """What tells two contents of one size apart: a hash of a local file's bytes, an object's ETag.
+
+    Raises:
+        UserError: it cannot be read, or is another than when it was listed.
+    """
+    if is_remote(file.path):
+        bucket, _, name = file.path.removeprefix("s3://").partition("/")
+        found = _bucket(bucket).find(name)
+        if found is None:
+            raise UserError(f"{file.path}: is gone since it was listed; run the command again")
+        return f"etag {found.etag}"
+    digest = xxhash.xxh3_128()
+    with opened(file) as stream:
+        while block := stream.read(_HASHED_BYTES):
+            digest.update(block)
+    return f"xxh3 {digest.hexdigest()}"
 
 
 @contextlib.contextmanager

@@ -31,10 +31,11 @@ from prep.distributions import STATISTICS_NAME, statistics_bytes
 from prep.document import Rejection
 from prep.duplicates import do_range, join_ranges, plan_ranges
 from prep.engine import Run, Task, start
+from prep.files import InputFile, content_digest
 from prep.job import Job
 from prep.observer import Observer
 from prep.place import find_manifest
-from prep.plan import check_plan, make_plan, save_plan
+from prep.plan import check_plan, file_name, make_plan, save_plan
 from prep.shard_writer import Shard, write_index
 from prep.sources import CutFiles, find_sources, nothing_in, plan_units
 from prep.units import (
@@ -61,6 +62,7 @@ from prep.work import (
     write_durably,
 )
 from streaming_rwkv.config import UserError
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import (
     FORMAT,
     MANIFEST_NAME,
@@ -72,7 +74,7 @@ from streaming_rwkv.shards import (
     StreamRecord,
     read_manifest,
 )
-from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def build(
     files = find_sources(config.sources)
     plan = make_plan(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
-        finished = functools.partial(_finished, plan, config, store, accept_changes=accept_changes)
+        finished = functools.partial(_finished, plan, files, config, store, accept_changes=accept_changes)
         if (manifest := finished()[0]) is not None:
             if (config.work_folder / DONE_FOLDER).exists():  # killed between the manifest and the end
                 with locked(config.work_folder):
@@ -144,7 +146,7 @@ def build(
             _save_tokenizer(tokenizer, job)
             _forget_unaudited(job)
             try:
-                manifest = _build_with(job, tokenizer, observer, store, fork=fork)
+                manifest = _build_with(job, tokenizer, observer, store, plan, files, fork=fork)
             except AuditError as error:
                 if job.by_reference:
                     raise
@@ -153,7 +155,7 @@ def build(
                 write_durably(job.work / BY_REFERENCE_NAME, str(error).encode())
                 job = replace(job, by_reference=True)
                 # Not forked: the reference has encoded something here, so it has threads.
-                manifest = _build_with(job, tokenizer, observer, store, fork=False)
+                manifest = _build_with(job, tokenizer, observer, store, plan, files, fork=False)
             if store is None:
                 _flush_all(job, manifest)
                 write_durably(job.out / MANIFEST_NAME, manifest.to_json())
@@ -173,7 +175,16 @@ def _check_out_is_no_input(config: PrepConfig) -> None:
                 )
 
 
-def _build_with(job: Job, tokenizer: Tokenizer, observer: Observer, store: Store | None, *, fork: bool) -> Manifest:
+def _build_with(
+    job: Job,
+    tokenizer: Tokenizer,
+    observer: Observer,
+    store: Store | None,
+    plan: dict[str, Any],
+    files: dict[str, list[InputFile]],
+    *,
+    fork: bool,
+) -> Manifest:
     """Do all tasks, and put together what they made.
 
     Raises:
@@ -186,6 +197,7 @@ def _build_with(job: Job, tokenizer: Tokenizer, observer: Observer, store: Store
         if job.config.audit_bytes:
             tokenizer.encode_reference([])  # loads it while the workers load theirs
         units_done, windows, windows_done = _do_all(job, run, observer, transfers)
+        save_plan(plan, work=job.work, contents=_contents(files, run, observer))
         packed = list(zip(windows, windows_done, strict=True))
         manifest = _assemble(job, tokenizer, units_done, packed, in_place=transfers is None)
         if transfers is not None:
@@ -205,7 +217,12 @@ def _warn_of_difference(error: AuditError) -> None:
 
 
 def _finished(
-    plan: dict[str, Any], config: PrepConfig, store: Store | None, *, accept_changes: bool
+    plan: dict[str, Any],
+    files: dict[str, list[InputFile]],
+    config: PrepConfig,
+    store: Store | None,
+    *,
+    accept_changes: bool,
 ) -> tuple[Manifest | None, list[str]]:
     """The manifest of a finished build of the same plan, or None and the changes since an unfinished one began.
 
@@ -218,6 +235,7 @@ def _finished(
         manifest = read_manifest(config.folder) if (config.folder / MANIFEST_NAME).exists() else None
     changes = check_plan(
         plan,
+        files=files,
         out=config.out,
         folder=config.folder,
         work=config.work_folder,
@@ -307,6 +325,20 @@ def _do_all(
 def _checks_cut_files(job: Job) -> Callable[[int, UnitRecord], None]:
     files = CutFiles(job.units)
     return lambda index, record: files.has_read(job.units[index], record.line_counts)
+
+
+def _contents(files: dict[str, list[InputFile]], run: Run, observer: Observer) -> dict[str, str]:
+    """The digest of each file, by the plan's names: a copy of the corpus has other times, and the same digests.
+
+    Files are read once more, as a whole: of parquet, tokenizing has read a column.
+    """
+    items = [file for of_source in files.values() for file in of_source]
+    digests = _step("hashing files", run, _digest, items, [(file.source, file.size) for file in items], observer)
+    return dict(zip(map(file_name, items), digests, strict=True))
+
+
+def _digest(job: Job, file: InputFile, report: Callable[[Any], None]) -> str:
+    return content_digest(file)
 
 
 def _step(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -20,7 +21,7 @@ from streaming_rwkv.shards import (
     read_manifest,
     sha256_of_file,
 )
-from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
+from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
 
 MOST_MANIFEST_BYTES = 1 << 30
@@ -50,10 +51,11 @@ class Place(Protocol):
 @contextlib.contextmanager
 def opened(location: str | Path) -> Iterator[Place]:
     """The data set at `location`."""
+    location = checked_location(location)
     if not is_remote(location):
-        yield FolderPlace(location=str(location))
+        yield FolderPlace(location=location)
         return
-    store = open_store(str(location))
+    store = open_store(location)
     with contextlib.closing(store), tempfile.TemporaryDirectory(prefix="prep-") as folder:
         yield StoredPlace(store=store, folder=Path(folder))
 

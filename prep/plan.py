@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.files import InputFile
+from prep.files import InputFile, content_digest
 from prep.work import WorkError, write_durably
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
-from streaming_rwkv.storage import is_remote
+
+logger = logging.getLogger(__name__)
 
 PLAN_NAME = "plan.json"
+_CONTENTS = "contents"
+_COMPARED_AT_ONCE = 4
 _MOST_CHANGES = 8
 _OF_UNITS = ("files/", "config.sources.")
 
 
 def make_plan(config: PrepConfig, tokenizer: TokenizerRecord, files: dict[str, list[InputFile]]) -> dict[str, Any]:
     """All that decides the output, as plain JSON values."""
-    states = {f"{file.source}/{file.name}": [file.size, file.changed_ns] for of in files.values() for file in of}
+    states = {file_name(file): [file.size, file.changed_ns] for of in files.values() for file in of}
     plan = {"format": FORMAT, "config": config.deciding(), "tokenizer": tokenizer.model_dump(), "files": states}
     loaded: dict[str, Any] = json.loads(json.dumps(plan))
     return loaded
 
 
 def check_plan(
-    plan: dict[str, Any], *, out: str, folder: Path, work: Path, manifest: Manifest | None, accept_changes: bool = False
+    plan: dict[str, Any],
+    *,
+    files: dict[str, list[InputFile]],
+    out: str,
+    folder: Path,
+    work: Path,
+    manifest: Manifest | None,
+    accept_changes: bool = False,
 ) -> list[str]:
     """Compare with what is there already.
 
+    A file of the same size with another time (copied, cloned, downloaded again) is compared by its content, where a
+    finished build noted that.
+
     Args:
+        files: of each source, as the plan was made from them.
         out: where the data set shall be, for errors.
         folder: where it is put together.
         manifest: of a finished build in `out`.
@@ -42,11 +59,13 @@ def check_plan(
 
     Raises:
         WorkError: `out` holds another build, or the folder holds other files.
+        UserError: a file that is compared by its content cannot be read.
     """
     if is_remote(out) and (folder / MANIFEST_NAME).exists():  # the end of the build would remove its shards
         raise WorkError(f"{folder}: holds a finished data set of its own; choose an empty `work=`")
     has_plan = (work / PLAN_NAME).exists()
-    earlier = json.loads((work / PLAN_NAME).read_bytes()) if has_plan else plan
+    earlier = _read_plan(work / PLAN_NAME) if has_plan else plan
+    earlier = _with_states_of_equal_files(earlier, plan, files)
     if manifest is not None:  # somebody else's, perhaps, or copied here without its work: input cannot be compared
         earlier = earlier | {"config": manifest.config, "tokenizer": manifest.tokenizer.model_dump()}
     elif not has_plan:
@@ -72,8 +91,48 @@ def check_plan(
     return changes
 
 
-def save_plan(plan: dict[str, Any], *, work: Path) -> None:
-    write_durably(work / PLAN_NAME, json.dumps(plan, indent=1, sort_keys=True).encode())
+def save_plan(plan: dict[str, Any], *, work: Path, contents: dict[str, str] | None = None) -> None:
+    """Write the plan; `contents` has each file's digest, once the build has read it all."""
+    noted = plan if contents is None else plan | {_CONTENTS: contents}
+    write_durably(work / PLAN_NAME, json.dumps(noted, indent=1, sort_keys=True).encode())
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise WorkError(f"{file}: not valid JSON ({error}); restore it, or remove the folder to build anew") from None
+    if not (isinstance(plan, dict) and isinstance(plan.get("files"), dict)):
+        raise WorkError(f"{file}: no plan of a build; restore it, or remove the folder to build anew")
+    return plan
+
+
+def file_name(file: InputFile) -> str:
+    """What a plan calls a file."""
+    return f"{file.source}/{file.name}"
+
+
+def _with_states_of_equal_files(
+    earlier: dict[str, Any], plan: dict[str, Any], files: dict[str, list[InputFile]]
+) -> dict[str, Any]:
+    """The earlier plan, in which files of the same content are as they are now."""
+    contents = earlier.get(_CONTENTS, {})
+    earlier = {key: value for key, value in earlier.items() if key != _CONTENTS}
+    before, now = earlier["files"], plan["files"]
+    touched = [
+        file
+        for of_source in files.values()
+        for file in of_source
+        if (name := file_name(file)) in contents and before[name] != now[name] and before[name][0] == now[name][0]
+    ]
+    if not touched:
+        return earlier
+    logger.info("comparing %d files of another time by their content", len(touched))
+    with ThreadPoolExecutor(_COMPARED_AT_ONCE) as pool:
+        digests = list(pool.map(content_digest, touched))
+    names = map(file_name, touched)
+    equal = {name: now[name] for name, digest in zip(names, digests, strict=True) if digest == contents[name]}
+    return earlier | {"files": before | equal}
 
 
 def _changes(earlier: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -6,8 +6,11 @@ is an `InputError`, since silently going on with half a file is how corpora shri
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
@@ -30,6 +33,10 @@ _MOST_LINE_BYTES = 1 << 28
 _MOST_ARRAY_BYTES = 1 << 30
 _ARRAY_RECORDS = 1 << 10  # of a JSON array at a time; the array itself is read as a whole
 _BEGIN_BYTES = 60  # of a file that is something else, shown to say what it is
+_ENCRYPTED_MAGIC = b"PARE"  # ends parquet with an encrypted footer, in place of PAR1
+_FOOTER_LENGTH = struct.Struct("<I")  # before that
+_FOOTER_READ_BYTES = 1 << 16  # as pyarrow reads: of an object the same request serves both
+_SIGNATURE_BYTES = 12 + 16  # nonce and tag
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 INVALID_UTF8 = "invalid UTF-8"
@@ -180,15 +187,20 @@ def _apply(select: _Select, records: Sequence[Any], *, file: InputFile, rows: ND
     for row, record in zip(rows.tolist(), records, strict=True):
         try:
             value = record if isinstance(record, _Broken) else select(record)
-            if isinstance(value, str):
-                value.encode()
-        except UnicodeEncodeError:
-            value = _Broken(INVALID_UTF8)
-        except Exception as error:  # whatever a user's hook raises, the user wants to know where
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        # Whatever a user's hook raises, the user wants to know where: sys.exit and a Rust library's panic too.
+        except BaseException as error:
             raise InputError(
                 f"{file.path}: row {row}: a hook of `sources.{file.source}` raised {type(error).__name__}: {error}; "
                 "mend it, or let it return False or None for such a document"
             ) from error
+        if isinstance(value, str):
+            value = str.__str__(value)  # of a subclass (numpy's, an HTML parser's) the plain text
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                value = _Broken(INVALID_UTF8)
         values.append(value)
     return values
 
@@ -414,7 +426,7 @@ def read_parquet_layout(file: InputFile, *, text: str) -> list[tuple[int, int]]:
     Raises:
         InputError: not a parquet file.
     """
-    with opened(file) as raw:
+    with opened(file) as raw, _naming(file, "cannot be read as parquet"):
         metadata = _open_parquet(raw, file).metadata
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         return [(_text_bytes(group, text), group.num_rows) for group in groups]
@@ -426,11 +438,51 @@ def _text_bytes(row_group: Any, text: str) -> int:
     return sum(part.total_uncompressed_size for part in wanted or parts)
 
 
-def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
+# Beside pyarrow's own errors its bindings raise Python's: KeyError, OverflowError, UnicodeDecodeError, …
+_PYARROW_ERRORS = (
+    pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, MemoryError
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _naming(file: InputFile, problem: str) -> Iterator[None]:
+    """Turn what pyarrow raises into an error that names the file.
+
+    Raises:
+        InputError: anything but a UserError was raised.
+    """
     try:
-        return pq.ParquetFile(raw, buffer_size=_READ_BYTES)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file.path}: cannot be read as parquet ({error}); download it again") from None
+        yield
+    except UserError:  # the file system's, of the file below pyarrow
+        raise
+    except MemoryError as error:
+        raise InputError(f"{file.path}: {problem} ({_reason_of(error)}); it is damaged, or memory is short") from error
+    except _PYARROW_ERRORS as error:
+        raise InputError(f"{file.path}: {problem} ({_reason_of(error)}); download it again") from error
+
+
+def _reason_of(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
+    """The file, of which every page that carries a checksum is compared with it when it is read.
+
+    Raises:
+        InputError: not parquet, or encrypted.
+    """
+    raw.seek(max(0, file.size - _FOOTER_READ_BYTES))
+    tail = raw.read()[-len(_ENCRYPTED_MAGIC) - _FOOTER_LENGTH.size :]
+    is_encrypted = tail.endswith(_ENCRYPTED_MAGIC)
+    if not is_encrypted:
+        with _naming(file, "cannot be read as parquet"):
+            parquet = pq.ParquetFile(raw, buffer_size=_READ_BYTES, page_checksum_verification=True)
+            # A plain footer of an encrypted file is signed. Asked for an encrypted column, pyarrow aborts the process.
+            signed_bytes = _FOOTER_LENGTH.unpack_from(tail)[0] - parquet.metadata.serialized_size
+            is_encrypted = signed_bytes == _SIGNATURE_BYTES
+    if is_encrypted:
+        raise InputError(f"{file.path}: is encrypted parquet; decrypt it, or take it out of the source")
+    return parquet
 
 
 def _read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
@@ -438,7 +490,9 @@ def _read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np
     select, has_hooks = _selector(config), _has_hooks(config)
     with opened(file) as raw:
         parquet = _open_parquet(raw, file)
-        _check_text_column(parquet.schema_arrow, file, config)
+        with _naming(file, "cannot be read as parquet"):
+            schema = parquet.schema_arrow
+        _check_text_column(schema, file, config)
         groups = list(part.row_groups or ())
         metadata = parquet.metadata
         rows = sum(metadata.row_group(index).num_rows for index in groups)
@@ -449,19 +503,25 @@ def _read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np
             columns=None if has_hooks else [config.text],
             use_threads=False,
         )
-        try:
-            for batch in batches:
-                numbers = np.arange(row, row + batch.num_rows)
-                row += batch.num_rows
-                if has_hooks:
-                    yield numbers, _apply(select, _records(batch), file=file, rows=numbers)
-                else:
-                    yield numbers, _strings(batch.column(0))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file.path}: broken parquet after row {row} ({error}); download it again") from None
+        while True:
+            with _naming(file, f"broken parquet after row {row}"):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                values = _records(batch) if has_hooks else _strings(batch.column(0))
+            numbers = np.arange(row, row + batch.num_rows)
+            row += batch.num_rows
+            yield numbers, _apply(select, values, file=file, rows=numbers) if has_hooks else values
 
 
 def _check_text_column(schema: pa.Schema, file: InputFile, config: SourceConfig) -> None:
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice and (_has_hooks(config) or config.text in twice):  # a hook's record has one value of each name
+        name = config.text if config.text in twice else twice[0]
+        raise InputError(
+            f"{file.path}: has {schema.names.count(name)} columns {name!r}, and which one is meant cannot be told; "
+            "write it with other names"
+        )
     if config.transform is not None:
         return
     if config.text not in schema.names:
@@ -490,10 +550,38 @@ def _records(batch: pa.RecordBatch) -> list[Any]:
     """A dict, or _Broken if one of its strings is no UTF-8, for each row."""
     try:
         return list(batch.to_pylist())
+    except _PYARROW_ERRORS:  # a value that Python cannot hold, somewhere
+        columns = [[_value(value, name) for value in batch[name]] for name in batch.schema.names]
+    records = (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
+    return [next((value for value in of.values() if isinstance(value, _Broken)), of) for of in records]
+
+
+def _value(scalar: pa.Scalar, column: str) -> Any:
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [_Broken(INVALID_UTF8)]
-        return [record for row in range(batch.num_rows) for record in _records(batch.slice(row, 1))]
+        return _Broken(INVALID_UTF8)
+    except _PYARROW_ERRORS as error:
+        return UnreadableValue(f"column {column!r} holds a {scalar.type} that Python cannot hold ({_reason_of(error)})")
+
+
+class UnreadableValue:
+    """A value beside the text that Python cannot hold: a time with nanoseconds, a date beyond the year 9999.
+
+    A hook that leaves it alone works; one that uses it raises the error that names it.
+    """
+
+    def __init__(self, problem: str) -> None:
+        object.__setattr__(self, "_problem", problem)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise InputError(object.__getattribute__(self, "_problem"))
+
+    __str__ = __repr__ = __format__ = __bool__ = __len__ = __iter__ = __int__ = __float__ = __index__ = _refuse
+    __getattr__ = __getitem__ = __contains__ = __call__ = __hash__ = __setattr__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __neg__ = __abs__ = _refuse
 
 
 def _strings(column: pa.Array) -> list[Any]:

@@ -16,8 +16,8 @@ from prep.place import Place, opened
 from prep.plots import PALETTE, bars, grouped_bars, histogram, legend
 from streaming_rwkv.config import UserError
 from streaming_rwkv.folders import make_folder
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
-from streaming_rwkv.storage import is_remote
 
 REPORT_NAME = "report"
 _SAMPLES_PER_SOURCE = 2

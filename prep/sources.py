@@ -23,7 +23,7 @@ from prep.files import LINES_SUFFIXES, InputFile, find_files, opened
 from prep.line_check import LineCounts, add_counts
 from prep.readers import Batch, Part, check_lines, read_parquet_layout, read_part, without_text
 from streaming_rwkv.config import UserError
-from streaming_rwkv.storage import is_remote
+from streaming_rwkv.location import is_remote
 
 CHUNK_CHARACTERS = 4 << 20
 CHUNK_DOCUMENTS = 1 << 15

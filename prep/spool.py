@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from prep.ragged import offsets_of
-from prep.work import FileRecord
+from prep.work import FileRecord, WorkError
 
 PIECES_NAME = "pieces.bin"
 HASHES_NAME = "hashes.bin"
@@ -31,6 +31,7 @@ COLUMNS: dict[str, Any] = {
     "documents": np.uint32,
     "keys": np.uint64,
 }
+_BYTES_PER_HASH = 2 * 8 + 4
 _BYTES_PER_PIECE = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
 
 
@@ -83,16 +84,28 @@ def write_blocks(stretch: Sequence[SortedPieces], file: HashedFile) -> list[Bloc
 
 
 def read_block(file: IO[bytes], block: Block, *, tokens_into: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """The columns of a block; its tokens are read into `tokens_into` (block.tokens,)."""
+    """The columns of a block; its tokens are read into `tokens_into` (block.tokens,).
+
+    Raises:
+        WorkError: the file ends before the block does.
+    """
     file.seek(block.offset)
     content = file.read(block.pieces * _BYTES_PER_PIECE)
+    read = file.readinto(tokens_into.data.cast("B"))  # type: ignore[attr-defined]
+    if (len(content), read) != (block.pieces * _BYTES_PER_PIECE, tokens_into.nbytes):
+        raise _cut_off(file.name)
     columns, at = {}, 0
     for name, dtype in COLUMNS.items():
         columns[name] = np.frombuffer(content, dtype, block.pieces, offset=at)
         at += columns[name].nbytes
-    read = file.readinto(tokens_into.data.cast("B"))  # type: ignore[attr-defined]
-    assert read == tokens_into.nbytes
     return columns
+
+
+def _cut_off(file: str | Path) -> WorkError:
+    return WorkError(
+        f"{file}: is shorter than when it was written; does another program write or delete here? Run the same command "
+        "again: what is damaged is done anew"
+    )
 
 
 def write_hashes(hashes: NDArray[np.uint64], documents: NDArray[np.uint32], file: HashedFile) -> int:
@@ -104,11 +117,17 @@ def write_hashes(hashes: NDArray[np.uint64], documents: NDArray[np.uint32], file
 
 
 def read_hashes(file: Path, runs: Sequence[int]) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint32]]]:
-    """(N, 2) hashes and (N,) documents of each run, mapped into memory: only what is touched is read."""
-    offset = 0
+    """(N, 2) hashes and (N,) documents of each run, mapped into memory: only what is touched is read.
+
+    Raises:
+        WorkError: the file ends before the last run does.
+    """
+    offset, size = 0, file.stat().st_size
     for count in runs:
         if not count:
             continue
+        if offset + count * _BYTES_PER_HASH > size:
+            raise _cut_off(file)
         hashes = np.memmap(file, np.uint64, "r", offset=offset, shape=(count, 2))
         documents = np.memmap(file, np.uint32, "r", offset=offset + hashes.nbytes, shape=(count,))
         offset += hashes.nbytes + documents.nbytes

@@ -7,9 +7,12 @@ manifest is there, nobody takes the rest for a data set.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -19,12 +22,14 @@ from pathlib import Path
 from prep.distributions import STATISTICS_NAME
 from prep.observer import Observer
 from prep.place import find_manifest
+from prep.report import REPORT_NAME
 from prep.shard_writer import Shard
 from prep.units import REJECTED_NAME
 from prep.verification import verify_hashes
 from prep.windows import Window, WindowRecord
 from prep.work import WorkError, done_folder
 from streaming_rwkv.config import UserError
+from streaming_rwkv.location import checked_local, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -32,14 +37,14 @@ from streaming_rwkv.shards import (
     TOKENIZER_FOLDER,
     DataError,
     Manifest,
-    sha256_of_file,
 )
-from streaming_rwkv.storage import Store, is_remote, open_store
+from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES
 
 logger = logging.getLogger(__name__)
 
 _FILES_AT_ONCE = 8
+_PAGES = tuple(f"{REPORT_NAME}.{ending}" for ending in ("html", "json"))
 _OURS = re.compile(
     rf"({'|'.join(SPLITS)})/[^/]+/\d+-\d+/({re.escape(INDEX_NAME)}|shard\.\d+\.mds\.zstd)|"
     rf"{TOKENIZER_FOLDER}/({'|'.join(map(re.escape, sorted(set().union(*SAVED_FILES.values()))))})|"
@@ -67,12 +72,16 @@ def upload(folder: str | Path, location: str, *, observer: Observer | None = Non
 
     Raises:
         DataError: the local data set is not whole.
-        WorkError: other objects lie there, or another data set.
+        WorkError: the folder holds links or unexpected files; other objects lie there, or another data set.
         StorageError: the server fails.
     """
-    folder, observer = Path(folder), observer or Observer()
-    if not is_remote(location) or is_remote(folder):
+    folder, observer = (
+        Path(checked_local(folder, remedy="an upload goes from a folder to s3://bucket/path")),
+        observer or Observer(),
+    )
+    if not is_remote(location):
         raise UserError(f"upload {folder} {location}: goes from a folder to s3://bucket/path")
+    _check_files(folder)
     manifest = verify_hashes(folder, observer=observer)
     with contextlib.closing(open_store(location)) as store:
         if (there := find_manifest(store)) is not None:
@@ -87,6 +96,41 @@ def upload(folder: str | Path, location: str, *, observer: Observer | None = Non
             transfers.wait(observer)
             publish(folder, manifest, transfers)
     return Uploaded(manifest=manifest, was_there=False)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder with anything in it but a data set: archives and clones keep links, and a link can lead anywhere.
+
+    Hidden files and folders are passed over, since they are never sent; so are the pages that `report` writes.
+
+    Raises:
+        WorkError: a link, a file that is no regular one, or one that a data set does not have.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return  # no data set, as `verify_hashes` says
+    unexpected: list[str] = []
+    for above, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        for name in sorted(name for name in [*folders, *files] if not name.startswith(".")):
+            path = Path(above) / name
+            within = path.relative_to(folder).as_posix()
+            mode = path.lstat().st_mode
+            if stat.S_ISDIR(mode):
+                continue
+            is_known = within in (MANIFEST_NAME, *_PAGES) or _OURS.fullmatch(within)
+            if not stat.S_ISREG(mode):
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+                raise WorkError(f"{path}: is {kind}, and an upload sends regular files; remove it, or copy its content")
+            if not is_known:
+                unexpected.append(within)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    if unexpected:
+        raise WorkError(
+            f"{folder}: holds files that are no part of a data set ({', '.join(unexpected[:3])}); move them away"
+        )
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise WorkError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
 
 
 def check_free(store: Store) -> None:
@@ -208,11 +252,12 @@ def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
         StorageError: the server fails.
     """
     store = transfers.store
-    described = [f"{TOKENIZER_FOLDER}/{file.name}" for file in sorted((folder / TOKENIZER_FOLDER).iterdir())]
-    described += [name for name in (STATISTICS_NAME, REJECTED_NAME) if (folder / name).exists()]
+    saved = [f"{TOKENIZER_FOLDER}/{name}" for name in SAVED_FILES[manifest.tokenizer.kind]]
+    described = [name for name in (*sorted(saved), STATISTICS_NAME, REJECTED_NAME) if (folder / name).exists()]
     expected = {name: (folder / name).stat().st_size for name in described}
     for name in described:
-        transfers.put(folder / name, name, sha256=sha256_of_file(folder / name))
+        # No manifest has their hashes: the upload compares what it reads with what was read here, which is no link's.
+        transfers.put(folder / name, name, sha256=_sha256_of_regular(folder / name))
     transfers.wait()
     for stream in manifest.streams:
         name = f"{stream.path}/{INDEX_NAME}"
@@ -224,6 +269,25 @@ def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
         check_same(there, manifest, where=store.location)
     _check_there(store, expected)
     store.put_bytes(manifest.to_json(), MANIFEST_NAME)
+
+
+def _sha256_of_regular(file: Path) -> str:
+    """The sha256 of a file, without following a link or waiting for a pipe.
+
+    Raises:
+        WorkError: no regular file, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:  # ELOOP: a link
+        raise WorkError(f"{file}: cannot be read as a regular file ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise WorkError(f"{file}: is no regular file; remove it, or build again")
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def _check_there(store: Store, expected: Mapping[str, int]) -> None:

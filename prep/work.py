@@ -152,7 +152,7 @@ def explained_write_errors(out: Path) -> Iterator[None]:
     """Turn a full or closed disk into advice.
 
     Raises:
-        WorkError: no space left, quota exceeded, or no permission.
+        WorkError: no space left, quota exceeded, no permission, or whatever else the file system answers.
     """
     try:
         yield
@@ -161,8 +161,13 @@ def explained_write_errors(out: Path) -> Iterator[None]:
             raise WorkError(
                 f"{error.filename or out}: cannot be written ({error.strerror}); choose another `out=`"
             ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno is None or isinstance(error, ConnectionError):  # not the file system's
             raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise WorkError(
+                f"{error.filename or out}: cannot be read or written ({error.strerror}); finished work is kept, run "
+                "the same command again when it can be"
+            ) from error
         raise WorkError(
             f"{out}: no space left on the disk ({error.strerror}); make space (unfinished work needs about five bytes "
             "for each token, beside the shards), then run the same command again: finished work is kept"

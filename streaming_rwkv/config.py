@@ -24,6 +24,11 @@ class ConfigError(UserError):
     """A configuration file or an override that cannot be used."""
 
 
+def without_credentials(text: str) -> str:
+    """Return `text` with what may be secret in its URLs cut out: user information and queries (signatures)."""
+    return re.sub(r"://[^\s'\"]*[@?][^\s'\"]*", "://…", text)
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, and an unknown key is an error."""
 
@@ -41,10 +46,13 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
     Raises:
         ConfigError: unreadable file, malformed override, unknown key, or a value of the wrong kind.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):
+        raise ConfigError(f"{without_credentials(str(path))}: configurations are read from local files; copy it here")
     path = Path(path)
     malformed = [override for override in overrides if "=" not in override or override.startswith("=")]
     if malformed:
-        raise ConfigError(f"command line: {malformed[0]!r} is not an override; write key=value, e.g. seed=17")
+        shown = without_credentials(malformed[0])
+        raise ConfigError(f"command line: {shown!r} is not an override; write key=value, e.g. seed=17")
     try:
         merged = OmegaConf.load(path)
         for override in overrides:
@@ -67,9 +75,11 @@ def _apply(config: Any, override: str) -> None:
     try:
         OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
     except YAMLError as error:
-        raise ConfigError(f"command line: {override!r}: the value is not valid YAML: {error}") from error
+        shown, why = without_credentials(override), without_credentials(str(error))
+        raise ConfigError(f"command line: {shown!r}: the value is not valid YAML: {why}") from error
     except (OmegaConfBaseException, TypeError, IndexError) as error:  # a list's index that is none, or too large
-        raise ConfigError(f"command line: {override!r} leads nowhere in the file: {error}") from error
+        shown, why = without_credentials(override), without_credentials(str(error))
+        raise ConfigError(f"command line: {shown!r} leads nowhere in the file: {why}") from error
 
 
 def validate(
@@ -116,7 +126,8 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
             text = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
             return f"{key}: {text}" if key else text
         case _:
-            return f"{key}: found {problem['input']!r}; {problem['msg']}"
+            found = without_credentials(repr(problem["input"]))
+            return f"{key}: found {found}; {problem['msg']}"
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:

@@ -27,6 +27,7 @@ from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batche
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
 from streaming_rwkv.folders import make_folder
 from streaming_rwkv.generate import find_device, find_tokenizer
+from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.plot import validation_rows
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict[str, float]:
     device = find_device(options.device)
     if options.cache is not None:
-        make_folder(Path(options.cache), what="data cache", remedy="name another with `--cache FOLDER`")
+        make_folder(Path(checked_local(options.cache)), what="data cache", remedy="name another with `--cache FOLDER`")
     with TemporaryDirectory(prefix="evaluate-") as temporary, local_checkpoint(options.checkpoint) as checkpoint:
         shard_set = open_shard_set(
             options.data,

@@ -17,8 +17,8 @@ import torch
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 from streaming_rwkv.generate import find_tokenizer
+from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.checkpoint import read_state, write_huggingface, write_pth
-from streaming_rwkv.storage import is_remote
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.mirror import local_checkpoint
 
@@ -85,9 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _local_out(name: str) -> Path:
-    if is_remote(name):
-        raise UserError(f"{name}: exports are written to a disk; give a local path, and copy from there")
-    out = Path(name)
+    out = Path(checked_local(name, remedy="exports are written to a disk: give a local path, and copy from there"))
     if out.suffix == ".pth" and out.is_dir():
         raise UserError(f"{out}: is a folder; a .pth is one file, give another name")
     if out.suffix != ".pth" and out.exists() and not out.is_dir():

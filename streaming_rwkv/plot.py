@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.location import checked_local
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -450,9 +451,11 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path) -> None:
         runs: save folders.
         to: a .html or .png file.
     Raises:
+        LocationError: a run or `to` that is not on this machine's disks.
         PlotError: see the class.
     """
-    to = Path(to)
+    runs = [checked_local(run, remedy="copy its metrics.jsonl to this machine") for run in runs]
+    to = Path(checked_local(to))
     if to.suffix not in SUFFIXES:
         raise PlotError(f"{to}: found suffix {to.suffix!r}, expected {' or '.join(SUFFIXES)}")
     history = History(runs=[read_run(run) for run in runs])
@@ -472,10 +475,10 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m streaming_rwkv.plot", description="Draw a run, or several.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="save folders, in the order in which they were trained")
-    parser.add_argument("--to", type=Path, metavar="FILE", help=".html or .png (default: plot.html in the last RUN)")
+    parser.add_argument("--to", metavar="FILE", help=".html or .png (default: plot.html in the last RUN)")
     options = parser.parse_args(arguments)
     tolerate_any_encoding()
-    to = options.to or Path(options.runs[-1]) / "plot.html"
+    to = options.to or f"{options.runs[-1].rstrip('/')}/plot.html"
     try:
         write_plot(options.runs, to=to)
     except UserError as error:

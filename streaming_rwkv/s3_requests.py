@@ -71,9 +71,23 @@ def shown_endpoint(endpoint: str | None) -> str:
 class Connection:
     """boto3's client, made on first use in each process: its sockets must not be shared after a fork."""
 
-    def __init__(self, *, endpoint: str | None, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        *,
+        endpoint: str | None,
+        timeout_seconds: float,
+        is_unsigned: bool = False,
+        requester_pays: bool = False,
+    ) -> None:
+        """
+        Args:
+            is_unsigned: send no credentials, as to a bucket that anybody may read.
+            requester_pays: tell the server that its owner pays for no request of ours.
+        """
         self.endpoint = endpoint
         self.timeout_seconds = timeout_seconds
+        self.is_unsigned = is_unsigned
+        self.requester_pays = requester_pays
         self._answered = False
         self._client: Any = None
         self._process = 0
@@ -132,6 +146,7 @@ class Connection:
 
     def _make_client(self) -> Any:
         import boto3
+        from botocore import UNSIGNED
         from botocore.config import Config
 
         session = boto3.session.Session()
@@ -145,16 +160,25 @@ class Connection:
             response_checksum_validation="when_required",
             # Bodies carry a Content-MD5, and that is signed: to hash them once more costs as much as to send them.
             s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
+            **({"signature_version": UNSIGNED} if self.is_unsigned else {}),
         )
         # Servers other than Amazon's take any region, but a signature needs one.
         region = session.region_name or ("us-east-1" if self.endpoint else None)
-        return session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
+        client = session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
+        if self.requester_pays:
+            client.meta.events.register("before-call.s3", _add_requester_pays)
+        return client
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"endpoint": self.endpoint, "timeout_seconds": self.timeout_seconds}
+        names = ("endpoint", "timeout_seconds", "is_unsigned", "requester_pays")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # what cannot be pickled is made anew
+
+
+def _add_requester_pays(params: dict[str, Any], **_: Any) -> None:
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 class _Stalled(Exception):
@@ -217,7 +241,7 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
         case boto.ClientError():
             return _diagnose_answer(error, answered=answered, attempt=attempt)
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
-            return _Problem(text=f"no credentials; {_KEYS_REMEDY}")
+            return _Problem(text=f"no credentials; {_KEYS_REMEDY}, or name it in S3_PUBLIC_BUCKETS if it is public")
         case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError():
             return _Problem(text=str(error))
         case boto.SSLError():
@@ -249,7 +273,8 @@ def _diagnose_answer(error: Any, *, answered: bool, attempt: int) -> _Problem:
     if status == 403:
         # A request that was damaged on its way has a wrong signature too.
         may_pass = code == "SignatureDoesNotMatch" and answered and attempt < 3
-        return _Problem(text=f"{shown}: refused; {_KEYS_REMEDY}", may_pass=may_pass)
+        payer = ", and name it in S3_REQUESTER_PAYS_BUCKETS if its readers pay" if code == "AccessDenied" else ""
+        return _Problem(text=f"{shown}: refused; {_KEYS_REMEDY}{payer}", may_pass=may_pass)
     if status == 404:
         return _Problem(text=f"{shown}: there is no such object", kind=ObjectMissing)
     if status in (412, 416):

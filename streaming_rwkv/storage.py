@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from streaming_rwkv.location import LocationError, checked_location, is_remote
 from streaming_rwkv.remote_file import RemoteFile
 from streaming_rwkv.s3_requests import (
     STEP_BYTES,
@@ -41,7 +42,7 @@ from streaming_rwkv.s3_requests import (
     shown_endpoint,
 )
 
-__all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "is_remote", "open_store"]
+__all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,26 +65,25 @@ class StoredObject:
     """When, since 1970; in whole seconds."""
 
 
-def is_remote(location: str | Path) -> bool:
-    """Whether `location` is in object storage and not a local path."""
-    return str(location).startswith("s3://")
-
-
 def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
     """The store at `s3://bucket/prefix`; nothing is asked of the server yet.
 
     The environment decides where that is, as for Streaming and Composer: S3_ENDPOINT_URL (none: AWS), and boto3's
-    chain for the rest: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, profiles, roles.
+    chain for the rest: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, profiles, roles. Of the buckets
+    that S3_PUBLIC_BUCKETS names (with commas) no credentials are asked, and those in S3_REQUESTER_PAYS_BUCKETS are told
+    that we pay for the requests.
 
     Args:
         timeout_seconds: see the module's text.
 
     Raises:
-        StorageError: no such form of location, an endpoint that is no URL, or boto3 is not installed.
+        LocationError: a location that is refused everywhere.
+        StorageError: a local path, an endpoint that is no URL, or boto3 is not installed.
     """
-    bucket, _, prefix = location.removeprefix("s3://").partition("/")
-    if not is_remote(location) or not bucket:
+    location = checked_location(location)
+    if not is_remote(location):
         raise StorageError(f"{location}: not a place in object storage; write s3://bucket/prefix")
+    bucket, _, prefix = location.removeprefix("s3://").partition("/")
     try:
         import boto3  # noqa: F401
     except ImportError:
@@ -95,8 +95,29 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
         raise StorageError(
             f"S3_ENDPOINT_URL: {shown_endpoint(endpoint)!r} is no address; write http://HOST:PORT or https://HOST"
         )
-    connection = Connection(endpoint=endpoint, timeout_seconds=timeout_seconds)
+    connection = Connection(
+        endpoint=endpoint,
+        timeout_seconds=timeout_seconds,
+        is_unsigned=bucket in _named_buckets("S3_PUBLIC_BUCKETS"),
+        requester_pays=bucket in _named_buckets("S3_REQUESTER_PAYS_BUCKETS"),
+    )
     return Store(bucket=bucket, prefix=prefix.strip("/"), timeout_seconds=timeout_seconds, _connection=connection)
+
+
+def _named_buckets(variable: str) -> set[str]:
+    """The buckets that an environment variable names, also as s3://bucket.
+
+    Raises:
+        StorageError: something else among them.
+    """
+    names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
+    try:
+        names = {checked_location(name).removeprefix("s3://").removesuffix("/") for name in names}
+    except LocationError as error:
+        raise StorageError(f"{variable}: {error}") from None
+    if wrong := sorted(name for name in names if "/" in name or name == "*"):
+        raise StorageError(f"{variable}: found {wrong[0]!r}; write names of buckets, with commas between them")
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from streaming_rwkv.location import checked_local
 from streaming_rwkv.shards import TokenizerRecord, sha256_of_file
 from streaming_rwkv.tokenizer_json import (
     LLAMA3_BOS,
@@ -172,8 +173,9 @@ def load_tokenizer(
 
     Raises:
         TokenizerError: nothing readable there, no eos, or files that are not what their record says.
+        LocationError: in object storage, or with a scheme.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(checked_local(name_or_path, remedy="copy the tokenizer's folder to this machine")).expanduser()
     if str(name_or_path) == WORLD_NAME:
         import pyrwkv_tokenizer
 

@@ -25,6 +25,8 @@ from typing import Any
 from tests.ports import free_ports
 
 ACCESS_KEY = "test-access-key"
+PUBLIC_BUCKET = "public"
+"""Once it is made, anybody may list and read it, without credentials."""
 SECRET_KEY = "test-secret-key-that-no-log-may-show"
 _SECONDS_TO_START = 60
 _LIBC = ctypes.CDLL(None)  # not between fork and exec, where another thread's lock may never be released
@@ -69,9 +71,10 @@ class S3Server:
         identities = self.folder / "identities.json"
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identities.write_text(
-            json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": actions}]})
-        )
+        readers = [f"{action}:{PUBLIC_BUCKET}" for action in ("Read", "List")]
+        anybody = {"name": "anonymous", "actions": readers}
+        owner = {"name": "tests", "credentials": credentials, "actions": actions}
+        identities.write_text(json.dumps({"identities": [owner, anybody]}))
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -106,8 +109,10 @@ class S3Server:
             time.sleep(0.1)
 
     def create_bucket(self, name: str) -> None:
-        with self.client() as client, contextlib.suppress(client.exceptions.BucketAlreadyExists):
-            client.create_bucket(Bucket=name)
+        with self.client() as client:
+            there = client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
+            with contextlib.suppress(*there):
+                client.create_bucket(Bucket=name)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Any]:

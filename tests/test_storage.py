@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from streaming_rwkv import storage
-from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, is_remote, open_store
+from streaming_rwkv.location import LocationError
+from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import ACCESS_KEY, S3Server
 
@@ -106,12 +107,6 @@ def unfinished(server: S3Server, store: Store) -> int:
 
 
 # --- what goes up comes down ---
-
-
-def test_what_is_remote() -> None:
-    assert is_remote("s3://bucket/data")
-    assert not is_remote("/data")
-    assert not is_remote(Path("s3:/bucket"))
 
 
 def test_bytes_go_up_and_come_down(store: Store) -> None:
@@ -290,9 +285,11 @@ def test_an_upload_that_fails_leaves_nothing(
 
 
 def test_other_places_and_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StorageError, match="gs://bucket/x: not a place in object storage; write s3://bucket/prefix"):
+    with pytest.raises(LocationError, match="gs://bucket/x: scheme 'gs' is not supported"):
         open_store("gs://bucket/x")
-    with pytest.raises(StorageError, match="s3:///x: not a place"):
+    with pytest.raises(StorageError, match="bucket/x: not a place in object storage; write s3://bucket/prefix"):
+        open_store("bucket/x")
+    with pytest.raises(LocationError, match="s3:///x: not a place"):
         open_store("s3:///x")
     monkeypatch.setenv("S3_ENDPOINT_URL", "localhost:8333")
     with pytest.raises(StorageError, match=r"S3_ENDPOINT_URL: .* is no address; write http://HOST:PORT"):

@@ -25,6 +25,7 @@ from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage.download import CloudDownloader
 
 from streaming_rwkv.folders import FolderLock, lock_folder
+from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -36,7 +37,7 @@ from streaming_rwkv.shards import (
     parse_manifest,
     sha256_of_file,
 )
-from streaming_rwkv.storage import ObjectMissing, StorageError, Store, is_remote, open_store
+from streaming_rwkv.storage import ObjectMissing, StorageError, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ def open_shard_set(
 
     Raises:
         DataError: no data set there, or one that is not what it says.
+        LocationError: neither a local folder nor s3://bucket/prefix.
         UserError: another run is using the cache.
     """
-    location = str(location).rstrip("/")
-    if "://" not in location:
+    location = checked_location(location).rstrip("/")
+    if not is_remote(location):
         location = str(Path(location).resolve())
     store = open_store(location, timeout_seconds=timeout_seconds) if is_remote(location) else None
     cache = Path(cache).resolve()
@@ -129,8 +131,6 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
     if shard_set.store is not None:
         for split in sorted({record.split for record in records}):
             found |= shard_set.store.list(f"{split}/")
-    elif "://" in shard_set.location:
-        return  # Streaming's own clients list nothing
     else:
         for record in records:
             found |= _sizes(shard_set.location, record.path)
@@ -185,8 +185,8 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
     try:
         if store is not None:
             fresh.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
-        elif "://" in location or Path(remote).exists():
-            CloudDownloader.get(remote if "://" in remote else None).download(remote, str(fresh), timeout_seconds)
+        elif Path(remote).exists():
+            CloudDownloader.get(None).download(remote, str(fresh), timeout_seconds)
         else:
             raise ObjectMissing(remote)
     except ObjectMissing:

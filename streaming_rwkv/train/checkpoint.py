@@ -207,7 +207,7 @@ def save_checkpoint(
     barrier()
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
-        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not isis_distributed())
+        save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not is_distributed())
     # Each rank vouches for the files that it wrote, which no other may be able to see.
     written = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}

@@ -20,8 +20,8 @@ from pydantic import (
 
 from streaming_rwkv.config import Config
 from streaming_rwkv.data.mixture import StageConfig
+from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.model.config import Preset
-from streaming_rwkv.storage import is_remote
 
 
 class OptimizerConfig(Config):
@@ -85,9 +85,16 @@ class DataConfig(Config):
     fetch_ahead: PositiveInt = 64
     """Packs that each worker looks ahead for shards to download."""
     download_attempts: PositiveInt = 3
-    """For paths other than s3://, for which attempts are counted by time alone."""
+    """For a data set in a folder; for s3:// attempts are counted by time alone."""
     timeout_seconds: PositiveFloat = 120.0
     """Stop the run when a download got nowhere for so long."""
+
+    _location = field_validator("path")(checked_location)
+
+    @field_validator("cache")
+    @classmethod
+    def _local(cls, folder: str | None) -> str | None:
+        return None if folder is None else checked_local(folder)
 
     @field_validator("cache_limit", mode="before")
     @classmethod
@@ -133,6 +140,11 @@ class ModelConfig(Config):
     """So many tokens' logits exist at once when the loss is computed."""
     init_from: str | None = None
     """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training run or checkpoint, also on s3://."""
+
+    @field_validator("init_from")
+    @classmethod
+    def _location(cls, location: str | None) -> str | None:
+        return None if location is None else checked_location(location)
 
 
 class EvaluationConfig(Config):
@@ -228,9 +240,18 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @field_validator("save_folder")
+    @classmethod
+    def _local(cls, folder: str) -> str:
+        return checked_local(
+            folder, remedy="name the run's place in object storage with `save_remote`, beside a local `save_folder`"
+        )
+
     @field_validator("save_remote")
     @classmethod
     def _in_object_storage(cls, location: str | None) -> str | None:
-        if location is not None and not is_remote(location):
+        if location is None:
+            return None
+        if not is_remote(location):
             raise ValueError(f"found {location!r}; expected s3://bucket/prefix (`save_folder` is the local folder)")
-        return location
+        return checked_location(location)

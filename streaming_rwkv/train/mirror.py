@@ -48,10 +48,11 @@ from streaming_rwkv.distributed import (
     run_on_local_rank_zero,
     run_on_rank_zero,
 )
+from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.checkpoint import CheckpointError
 from streaming_rwkv.model.sharded import MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
-from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
+from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.train.checkpoint import (
     NAME,
     WRITING,
@@ -456,6 +457,7 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
         location: anything local; or s3://… of a run, for its newest checkpoint, or of one of its checkpoints.
     Raises:
         CheckpointError: nothing is there, or no whole checkpoint.
+        LocationError: neither a local path nor s3://bucket/prefix.
         StorageError: the store cannot be read, or damages what it gives.
     """
     if not is_remote(location):
@@ -486,7 +488,7 @@ def node_checkpoint(location: str, folder: Path) -> Path:
 @contextmanager
 def _run_of(location: str | Path) -> Iterator[tuple[Store, str | None]]:
     """The store that a run's checkpoints are in, and the one that is named, if one is."""
-    run = str(location).rstrip("/")
+    run = checked_location(location).rstrip("/")
     before, _, last = run.rpartition(f"/{CHECKPOINTS}/")
     name = last if before and NAME.fullmatch(last) else None
     store = open_store(before if name else run)

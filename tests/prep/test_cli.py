@@ -120,8 +120,8 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
         ("inspect out --skip -1", "argument --skip: found '-1', expected a whole number, at least 0"),
         ("inspect out --count x", "argument --count: found 'x', expected a whole number, at least 0"),
         ("convert in out --workers 0", "argument --workers: found '0', expected a whole number, at least 1"),
-        ("convert in s3://b/out", "argument to: found 's3://b/out', expected a local folder"),
-        ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local folder"),
+        ("convert in s3://b/out", "argument to: found 's3://b/out', expected a local path"),
+        ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local path"),
         ("train-tokenizer x.yaml --vocab-size 300 --to s3://b/t", "argument --to: found 's3://b/t', expected a local"),
         ("train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 0", "argument --most-bytes: found '0', expected"),
     ],
@@ -131,6 +131,51 @@ def test_what_argparse_refuses(capsys, arguments, message):
         main(arguments.split())
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build {recipe}", "verify {out}", "inspect {out}", "report {out}"])
+def test_what_the_file_system_refuses_is_named(recipe, tmp_path, capsys, command):
+    (tmp_path / "out" / "manifest.json").mkdir(parents=True)
+    assert main(command.format(recipe=recipe, out=tmp_path / "out").split()) == 1
+    expected = f"error: {tmp_path}/out/manifest.json: cannot be read or written (Is a directory)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "upload {0} s3://b/x",
+        "upload out {0}",
+        "inspect {0}",
+        "verify {0}",
+        "report {0}",
+        "report out --to {0}",
+        "convert {0} to",
+        "convert in {0}",
+        "train-tokenizer recipe.yaml --vocab-size 300 --to {0}",
+    ],
+)
+def test_arguments_that_are_no_locations_are_named_without_secrets(capsys, command):
+    for location, expected in (
+        ("gs://bucket/x", "gs://bucket/x: scheme 'gs' is not supported"),
+        ("s3://AKIA:pa55word@bucket/x", "s3://…: holds a user name or a password"),
+        ("sftp://u:pa55word@host/x", "sftp://…: holds a user name or a password"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(command.format(location).split())
+        assert caught.value.code == 2
+        shown = capsys.readouterr().err
+        assert expected in shown
+        assert "55word" not in shown
+
+
+@pytest.mark.parametrize("key", ["out", "work", "tokenizer", "sources.corpus.paths"])
+def test_settings_that_are_no_locations_are_named_without_secrets(recipe, capsys, key):
+    for location in ("gs://pa55word@bucket/x", "s3://AKIA:pa/55word@bucket/x"):
+        assert main(["build", recipe, f"{key}={location}", *(["out=s3://b/x"] if key == "work" else [])]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"error: command line: {key}: {location[:2]}://…: holds a user name or a password")
+        assert "55word" not in shown
 
 
 def test_a_hook_that_is_no_python_is_named(recipe, tmp_path, capsys, monkeypatch):

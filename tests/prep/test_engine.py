@@ -79,6 +79,7 @@ def test_progress_reaches_the_observer(config, corpus, engine):
         "tokenizing": {"corpus": 0},
         "finding duplicates": {"all sources": 0},
         "packing": {"corpus": 0},
+        "hashing files": {"corpus": 0},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -247,6 +248,53 @@ def test_a_damaged_data_set_is_not_uploaded(local, store, tmp_path):
     with pytest.raises(DataError, match=f"{shard.name}: sha256 .*, the manifest says"):
         upload(damaged, store.location)
     assert store.list() == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rejected.jsonl", "statistics.json", "manifest.json", "tokenizer/README", "tokenizer/record.json", "notes"],
+)
+def test_a_link_is_not_followed_by_an_upload(local, store, tmp_path, name):
+    (tmp_path / "secret").write_text("a secret")
+    received = shutil.copytree(local, tmp_path / "received")
+    (received / name).unlink(missing_ok=True)
+    (received / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(WorkError) as raised:
+        upload(received, store.location)
+    assert str(raised.value).startswith(f"{received}/{name}: is a symbolic link, and an upload sends regular files")
+    assert store.list() == {}
+
+
+def test_a_linked_folder_and_a_pipe_are_not_uploaded(local, store, tmp_path):
+    received = shutil.copytree(local, tmp_path / "received")
+    (received / "tokenizer").rename(tmp_path / "elsewhere")
+    (received / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WorkError, match="received/tokenizer: is a symbolic link"):
+        upload(received, store.location)
+    (received / "tokenizer").unlink()
+    (tmp_path / "elsewhere").rename(received / "tokenizer")
+    (received / "rejected.jsonl").unlink()
+    os.mkfifo(received / "rejected.jsonl")
+    with pytest.raises(WorkError, match=r"rejected.jsonl: is no regular file"):
+        upload(received, store.location)
+    assert store.list() == {}
+
+
+@pytest.mark.parametrize("name", ["thesis.pdf", "tokenizer/id_rsa", "train/corpus/1-32/notes.txt"])
+def test_unexpected_files_are_not_uploaded(local, store, tmp_path, name):
+    received = shutil.copytree(local, tmp_path / "received")
+    (received / name).write_text("mine")
+    with pytest.raises(WorkError, match=rf"holds files that are no part of a data set \({name}\); move them away"):
+        upload(received, store.location)
+    assert store.list() == {}
+
+
+def test_pages_and_hidden_files_stay_here(local, store, tmp_path):
+    received = shutil.copytree(local, tmp_path / "received")
+    for name in ("report.html", "report.json", ".DS_Store", "tokenizer/.DS_Store"):
+        (received / name).write_text("mine")
+    upload(received, store.location)
+    assert objects_of(store) == files_of(local)
 
 
 def test_another_data_set_is_not_overwritten_by_an_upload(local, store, recipe, tmp_path):

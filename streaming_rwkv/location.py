@@ -1,0 +1,76 @@
+"""Locations in settings and arguments: a local path, or `s3://bucket/prefix`.
+
+Anything else with a scheme is refused by name: as a path it would become a folder `gs:/` beside the program. Names and
+passwords within a location are refused too, and never shown: locations are saved with runs and data sets, and logged.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from streaming_rwkv.config import UserError, without_credentials
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ONE_SLASH = re.compile(r"s3:(?!//)", re.IGNORECASE)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_S3 = "s3://"
+
+
+class LocationError(UserError):
+    """A location that cannot be used: an unknown scheme, no bucket, credentials in it, or not on this machine."""
+
+
+def checked_location(location: str | Path) -> str:
+    """Return `location`, its scheme in lower case.
+
+    Raises:
+        LocationError: neither a local path nor s3://bucket/prefix, or with user information in it.
+    """
+    text = str(location)
+    found = _SCHEME.match(text)
+    if found is None:
+        if _ONE_SLASH.match(text):
+            raise LocationError(f"{without_credentials(text)}: not a location; write s3://bucket/prefix")
+        return text
+    scheme, rest = found[1].lower(), text[found.end() :]
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    # A secret key may hold slashes: s3://KEY:SE/CRET@bucket has no '@' before its first one, but no bucket has a colon.
+    if "@" in authority or (scheme == "s3" and ":" in authority):
+        remedy = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if scheme == "s3" else "the environment"
+        raise LocationError(
+            f"{scheme}://…: holds a user name or a password, and locations are saved and logged; write "
+            f"s3://bucket/prefix and give credentials by {remedy}"
+        )
+    if scheme == "file":
+        raise LocationError(f"{without_credentials(text)}: write a local path without file://")
+    if scheme != "s3":
+        raise LocationError(
+            f"{without_credentials(text)}: scheme {scheme!r} is not supported; give a local path or s3://bucket/prefix "
+            "(S3_ENDPOINT_URL for servers other than AWS)"
+        )
+    if not _BUCKET.fullmatch(authority):
+        raise LocationError(
+            f"{without_credentials(_S3 + rest)}: not a place in object storage; write s3://bucket/prefix"
+        )
+    return _S3 + rest
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether `location` is in object storage and not a local path.
+
+    Raises:
+        LocationError: it is neither.
+    """
+    return checked_location(location).startswith(_S3)
+
+
+def checked_local(location: str | Path, *, remedy: str = "give a local path") -> str:
+    """Return `location`, a local path.
+
+    Raises:
+        LocationError: it is in object storage, or no location at all.
+    """
+    if is_remote(location):
+        raise LocationError(f"found {checked_location(location)!r}, expected a local path; {remedy}")
+    return str(location)
