@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prep.work import WORK_FOLDER
 from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
 from streaming_rwkv.storage import is_remote
 
@@ -148,8 +149,7 @@ class PrepConfig(Config):
 
     @property
     def worker_count(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or cores
+        return self.workers or usable_cores()
 
     def deciding(self) -> dict[str, Any]:
         """The part that decides the output: what a manifest records, and what must not change under a build."""

@@ -31,6 +31,7 @@ from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
@@ -255,7 +256,7 @@ def begin(config: RunConfig) -> Begun | None:
     device = _find_device(config)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+        torch.set_num_threads(max(1, usable_cores() // dist.get_local_world_size()))
     dist.initialize_dist(device, timeout=max(300.0, 4 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
 
