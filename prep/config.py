@@ -16,7 +16,7 @@ from urllib.parse import quote
 from pydantic import Field, field_validator, model_validator
 
 from prep.work import WORK_FOLDER
-from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.config import Config, LoadedConfig, UserError
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
 from streaming_rwkv.storage import is_remote
@@ -55,7 +55,7 @@ class SourceConfig(Config):
         return self.model_dump(exclude={"paths"}) | hooks
 
 
-class PrepConfig(Config):
+class PrepConfig(LoadedConfig):
     """One data set."""
 
     out: str
@@ -155,7 +155,7 @@ class PrepConfig(Config):
         """The part that decides the output: what a manifest records, and what must not change under a build."""
         values = self.model_dump(exclude=_NOT_DECIDING)
         values["sources"] = {name: source.deciding() for name, source in sorted(self.sources.items())}
-        return values
+        return self.with_interpolations(values)
 
 
 def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:

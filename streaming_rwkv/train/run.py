@@ -19,7 +19,6 @@ from composer.core import Callback, Evaluator, Precision
 from composer.devices import Device
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
-from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.config import ConfigError, validate
@@ -290,7 +289,7 @@ def begin(config: RunConfig) -> Begun | None:
     shard_set = prepared.shard_set
     run_together((lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER)) if is_leader() else None)
     if is_leader():
-        write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
+        write_durably(save_folder / "config.yaml", config.to_yaml().encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
         show(
@@ -429,7 +428,9 @@ def fit(run: Begun) -> int:
         autoresume=False,
     )
     for tracker in trackers:
-        tracker.log_hyperparameters(flat_settings(config.model_dump(mode="json", exclude_none=True)))
+        tracker.log_hyperparameters(
+            flat_settings(config.with_interpolations(config.model_dump(mode="json", exclude_none=True)))
+        )
     _average_gradients(network)
     if checkpoint is not None:
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)
