@@ -218,7 +218,10 @@ class PackDataset(StreamingDataset):
         sample = super().get_item(sample_id, retry)
         stream = int(np.searchsorted(self._first_pack, sample_id, side="right")) - 1
         check_pack(
-            sample, pack_tokens=self.manifest.pack_tokens, where=f"{self.streams[stream].remote}, pack {sample_id}"
+            sample,
+            pack_tokens=self.manifest.pack_tokens,
+            vocab_size=self.manifest.tokenizer.vocab_size,
+            where=f"{self.streams[stream].remote}, pack {sample_id - int(self._first_pack[stream])}",
         )
         sample["stream"] = stream
         return sample

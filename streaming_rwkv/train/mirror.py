@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.model.checkpoint import CheckpointError
-from streaming_rwkv.model.sharded import MARK_NAME
+from streaming_rwkv.model.completion_mark import LARGEST_MARK_BYTES, MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import ObjectMissing, Store, is_remote, open_store
 from streaming_rwkv.train.checkpoint import (
@@ -70,7 +70,6 @@ LOGS = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip
 FETCH_THREADS = 4
-LARGEST_MARK_BYTES = 1 << 26
 LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
 

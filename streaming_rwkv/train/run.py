@@ -341,7 +341,8 @@ def fit(run: Begun) -> int:
     network = RWKV7(prepared.model)
     if checkpoint is None and start is not None:
         assert start.weights is not None  # no mark anywhere, or `restore` would have found its checkpoint
-        load_state(network, read_state(start.weights), where=str(config.model.init_from))
+        weights = start.weights
+        run_together(lambda: load_state(network, read_state(weights), where=str(config.model.init_from)))
         dist.barrier()
         _remove(save_folder / "init_from")
     elif checkpoint is None:
