@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.shards import sha256_of_file
@@ -32,30 +32,35 @@ class MarkedFile(Config):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+_FOR_RESUMING = ("tokens", "samples", "seconds", "consumed")
+
+
 class RunIdentity(Config):
     """The settings that decided the steps already taken."""
 
-    data: str
-    tokenizer: str
-    mixture: list[dict[str, Any]]
-    batch_packs: PositiveInt
-    order: dict[str, Any]
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
+    model_config = ConfigDict(extra="allow")  # `check_same_settings` names those that differ
+
+    data: str | None = None
+    tokenizer: str | None = None
+    mixture: list[dict[str, Any]] = Field(default=[])
+    batch_packs: PositiveInt | None = None
+    order: dict[str, Any] = Field(default={})
+    model: dict[str, Any] = Field(default={})
+    optimizer: dict[str, Any] = Field(default={})
 
 
 class CompletionMark(Config):
-    """What a completion mark must hold."""
+    """What a completion mark may hold; to resume from it takes more than to read its weights: see `check_resumable`."""
 
     format: Literal["streaming-rwkv-checkpoint/1"]
     step: int = Field(ge=0, le=_LARGEST_COUNT)
-    tokens: int = Field(ge=0, le=_LARGEST_COUNT)
-    samples: int = Field(ge=0, le=_LARGEST_COUNT)
+    tokens: int = Field(default=0, ge=0, le=_LARGEST_COUNT)
+    samples: int = Field(default=0, ge=0, le=_LARGEST_COUNT)
     slots: int | None = Field(default=None, ge=0, le=_LARGEST_COUNT)
     """Missing in marks of an earlier version, where a batch never changed its size."""
-    seconds: NonNegativeFloat
+    seconds: NonNegativeFloat = 0.0
     steps_skipped: NonNegativeInt = 0
-    consumed: dict[str, NonNegativeFloat]
+    consumed: dict[str, NonNegativeFloat] = Field(default={})
     run: RunIdentity
     files: dict[str, MarkedFile] = Field(min_length=1)
 
@@ -110,6 +115,22 @@ def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
         return validate(CompletionMark, mark, where=where).model_dump(exclude_unset=True)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def check_resumable(mark: dict[str, Any], *, where: str) -> None:
+    """Refuse a mark that lacks what a run needs to continue from it.
+
+    Raises:
+        CheckpointError: names each field that is missing.
+    """
+    missing = [name for name in _FOR_RESUMING if name not in mark]
+    if "slots" not in mark and "batch_packs" not in mark["run"]:
+        missing.append("slots")
+    if missing:
+        raise CheckpointError(
+            f"{where}: its completion mark has no {', '.join(missing)}; a run cannot resume from it: move it away to "
+            "resume from the checkpoint before it"
+        )
 
 
 def check_files(folder: Path, files: dict[str, Any]) -> None:

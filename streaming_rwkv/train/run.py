@@ -27,6 +27,7 @@ from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_p
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, copy_tokenizer, open_shard_set
 from streaming_rwkv.folders import FolderLock, lock_folder
 from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
+from streaming_rwkv.model.completion_mark import check_resumable
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -180,7 +181,7 @@ def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     mark = by_leader(lambda: newest_mark(root, store))
     if mark is not None:
         _remove(copy)
-        return Start(shape=mark["run"]["model"], weights=None)
+        return Start(shape=mark["run"].get("model", {}), weights=None)
     weights = node_checkpoint(location, copy)
     return Start(shape=by_leader(lambda: _shape_of(weights, where=location)), weights=weights)
 
@@ -276,6 +277,7 @@ def begin(config: RunConfig) -> Begun | None:
         mirror.take_over()  # before the newest is looked for: from here on nobody else adds one
     checkpoint, in_store = restore(store, save_folder)
     if checkpoint is not None:
+        check_resumable(checkpoint.mark, where=str(checkpoint.path))
         check_same_run(checkpoint, prepared.identity, allow=allow)
         plan = plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))
         prepared = replace(prepared, plan=plan)
