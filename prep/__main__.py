@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from streaming_rwkv.processes import usable_cores
+
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 
 
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", type=_location, help="searched at any depth for files of JSON, compressed ones too")
     convert.add_argument("to", type=_local_folder, help="the folder to write into")
     convert.add_argument("--text", default="text", help="the key that holds the text")
-    convert.add_argument("--workers", type=_at_least(1), default=os.cpu_count() or 1)
+    convert.add_argument("--workers", type=_at_least(1), default=usable_cores())
     convert.set_defaults(command=_convert)
 
     train = commands.add_parser("train-tokenizer", help="train a byte-level BPE on the sources of a configuration")

@@ -16,8 +16,9 @@ from pydantic import Field, field_validator, model_validator
 
 from prep.hook_code import code_digest
 from prep.work import WORK_FOLDER
-from streaming_rwkv.config import Config, UserError
+from streaming_rwkv.config import Config, LoadedConfig, UserError
 from streaming_rwkv.location import checked_local, checked_location, is_remote
+from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
@@ -59,7 +60,7 @@ class SourceConfig(Config):
         return self.model_dump(exclude={"paths"}) | hooks
 
 
-class PrepConfig(Config):
+class PrepConfig(LoadedConfig):
     """One data set."""
 
     out: str
@@ -160,14 +161,13 @@ class PrepConfig(Config):
 
     @property
     def worker_count(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.workers or cores
+        return self.workers or usable_cores()
 
     def deciding(self) -> dict[str, Any]:
         """The part that decides the output: what a manifest records, and what must not change under a build."""
         values = self.model_dump(exclude=_NOT_DECIDING)
         values["sources"] = {name: source.deciding() for name, source in sorted(self.sources.items())}
-        return values
+        return self.with_interpolations(values)
 
 
 def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from prep.place import Place, opened
 from prep.shard_reader import read_shard
 from streaming_rwkv.console import shown
-from streaming_rwkv.shards import DataError, Manifest, StreamRecord, piece_bounds
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) 
     tokenizer = place.tokenizer(manifest)
     for stream in streams:
         for number, pack in enumerate(_packs(place, stream)):
+            where = f"{place.location}/{stream.path}, pack {number}"
+            check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
             bounds = piece_bounds(pack["lengths"])
             for piece in range(len(pack["lengths"])):
                 tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]

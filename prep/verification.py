@@ -92,7 +92,7 @@ def _verify_stream(place: Place, stream: StreamRecord, manifest: Manifest) -> No
     for shard, file in zip(stream.shards, place.files(names), strict=True):
         for number, pack in enumerate(read_shard(file, shard, where=f"{folder}/{shard.basename}")):
             where = f"{folder}/{shard.basename}: pack {number}"
-            check_pack(pack, pack_tokens=manifest.pack_tokens, where=where)
+            check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
             inputs = pack["lengths"].astype("int64") - 1
             if inputs.min() < stream.lower or inputs.max() > stream.upper:
                 raise DataError(

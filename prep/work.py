@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from typing import TypeVar
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
-from streaming_rwkv.folders import make_folder
+from streaming_rwkv.folders import make_folder, try_flock, warn_without_flock
 
 WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
@@ -130,10 +129,9 @@ def locked(work: Path) -> Iterator[None]:
     work.mkdir(exist_ok=True)
     with (work / "lock").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+            if not try_flock(lock.fileno()):
+                warn_without_flock(work, what="work folder")
+        except BlockingIOError:
             lock.seek(0)
             raise WorkError(
                 f"{work.parent}: another build (process {lock.read().strip() or 'unknown'}) is working here; wait for "

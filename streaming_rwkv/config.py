@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from yaml import YAMLError
 
 from streaming_rwkv.errors import UserError
+
+Location: TypeAlias = tuple[int | str, ...]
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that no backslash makes text
 
 
 class ConfigError(UserError):
@@ -35,13 +39,34 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-__all__ = ["Config", "ConfigError", "UserError", "configs_within", "load_config", "validate"]
+__all__ = ["Config", "ConfigError", "LoadedConfig", "UserError", "configs_within", "load_config", "validate"]
+
+
+class LoadedConfig(Config):
+    """Base of what a YAML file holds as a whole; it remembers which values were interpolations."""
+
+    _interpolations: dict[Location, str] = PrivateAttr(default_factory=dict)
+    """The text of each value that an interpolation gave, by its place."""
+
+    def with_interpolations(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`values`, a dump of this configuration or of a part of it, as they may be saved or published.
+
+        An interpolation may have brought in a secret of the environment: it is kept in place of its value.
+        """
+        return _replaced(values, self._interpolations)
+
+    def to_yaml(self) -> str:
+        """YAML that `load_config` reads as this configuration again, with its interpolations unresolved."""
+        return OmegaConf.to_yaml(_replaced(_escaped(self.model_dump(mode="json")), self._interpolations))
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path`, apply `key=value` overrides (dots for nesting), validate.
+
+    Where a field is a string, the text of an override is its value as it is; elsewhere it is read as YAML.
 
     Raises:
         ConfigError: unreadable file, malformed override, unknown key, or a value of the wrong kind.
@@ -51,42 +76,180 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
     path = Path(path)
     malformed = [override for override in overrides if "=" not in override or override.startswith("=")]
     if malformed:
-        shown = without_credentials(malformed[0])
-        raise ConfigError(f"command line: {shown!r} is not an override; write key=value, e.g. seed=17")
+        shown_override = without_credentials(malformed[0])
+        raise ConfigError(f"command line: {shown_override!r} is not an override; write key=value, e.g. seed=17")
+    interpolations: dict[Location, str] = {}
     try:
-        merged = OmegaConf.load(path)
+        merged = OmegaConf.create(_read_yaml(path))
         for override in overrides:
-            _apply(merged, override)
+            _apply(merged, override, config_type)
+        interpolations = _find_interpolations(OmegaConf.to_container(merged, resolve=False))
         values = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
     except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        shown = {".".join(str(part) for part in place): text for place, text in interpolations.items()}
+        if interpolations:  # OmegaConf's text may show a value of the environment
+            raise ConfigError(
+                f"{path}: {key}: {shown.get(key) or ', '.join(shown.values())} cannot be resolved "
+                f"({type(error).__name__}); check the names in it, and that each environment variable is set"
+            ) from None
         raise ConfigError(f"{path}: {error}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
-    return validate(config_type, values, where=str(path), overrides=overrides)
+    config = validate(config_type, values, where=str(path), overrides=overrides, secrets=interpolations)
+    if isinstance(config, LoadedConfig):
+        config._interpolations = interpolations
+    return config
 
 
-def _apply(config: Any, override: str) -> None:
-    """Put one override in its place; merging them all at once cannot reach into lists (data.stages.0.tokens=…)."""
-    key, _, value = override.partition("=")
+def _read_yaml(path: Path) -> str:
+    """The text of a YAML file, once it has been parsed without an error.
+
+    Raises:
+        ConfigError: not there, not readable, not text, or not YAML.
+    """
     try:
-        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+        text = path.read_bytes().decode()
+        OmegaConf.create(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except YAMLError as error:
-        shown, why = without_credentials(override), without_credentials(str(error))
-        raise ConfigError(f"command line: {shown!r}: the value is not valid YAML: {why}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:  # Python reads no integers of more than 4,300 digits
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    return text
+
+
+def _apply(config: Any, override: str, config_type: type[Config]) -> None:
+    """Put one override in its place; merging them all at once cannot reach into lists (data.stages.0.tokens=…)."""
+    key, _, text = override.partition("=")
+    place = without_credentials(_short(override))
+    try:
+        OmegaConf.update(config, key, _read_value(text, _types_at(config_type, key)), merge=True)
+    except YAMLError as error:
+        raise ConfigError(f"command line: {place}: the value is not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"command line: {place}: the value is not valid YAML: nested too deeply") from None
     except (OmegaConfBaseException, TypeError, IndexError) as error:  # a list's index that is none, or too large
-        shown, why = without_credentials(override), without_credentials(str(error))
-        raise ConfigError(f"command line: {shown!r} leads nowhere in the file: {why}") from error
+        raise ConfigError(f"command line: {place} leads nowhere in the file: {error}") from error
+    except ValueError as error:  # Python reads no integers of more than 4,300 digits
+        raise ConfigError(f"command line: {place}: the value is not valid YAML: {error}") from None
+
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+def _read_value(text: str, types: Sequence[Any]) -> Any:
+    """The value of an override for a field of these types: the text as it is for a string, otherwise YAML."""
+    if type(None) in types and text in _NULLS:
+        return None
+    containers = [kind for kind in types if kind not in (str, type(None))]
+    is_text = str in types and (not containers or not text.lstrip().startswith(("[", "{")))
+    # A field of strings takes one as well, where its validator does: `paths=/corpus/web`.
+    is_only_entry = any(str in _entry_types([kind]) for kind in containers) and not text.lstrip().startswith(("[", "{"))
+    if is_text or (is_only_entry and text not in _NULLS):
+        return _escaped(text)
+    return _literal(_parsed(text), types)
+
+
+def _parsed(text: str) -> Any:
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    assert isinstance(value, dict)
+    return value["value"]
+
+
+def _literal(value: Any, types: Sequence[Any]) -> Any:
+    """`value` with each text that is a string field's escaped, so that nothing in it is an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(entry, _types_below(types, str(key))) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_literal(entry, _entry_types(types)) for entry in value]
+    return _escaped(value) if isinstance(value, str) and str in types else value
+
+
+def _types_at(config_type: type[Config], key: str) -> list[Any]:
+    """The types that the field of an override's key may have; none where there is no such field."""
+    types: list[Any] = [config_type]
+    for part in re.findall(r"[^.\[\]]+", key):
+        types = _types_below(types, part)
+    return types
+
+
+def _types_below(types: Sequence[Any], part: str) -> list[Any]:
+    fields = [
+        kind.model_fields[part].annotation
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, Config) and part in kind.model_fields
+    ]
+    return [member for field in fields for member in _members(field)] + _entry_types(types)
+
+
+def _entry_types(types: Sequence[Any]) -> list[Any]:
+    """The types of the entries of lists, and of the values of mappings."""
+    entries = [get_args(kind)[-1] for kind in types if get_origin(kind) in (list, tuple, dict) and get_args(kind)]
+    return [member for entry in entries for member in _members(entry)]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, each without its constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in _members(argument)]
+    return [annotation]
+
+
+def _escaped(value: Any) -> Any:
+    """Plain values with each `${` written so that OmegaConf takes it as text."""
+    if isinstance(value, dict):
+        return {key: _escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_escaped(entry) for entry in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _find_interpolations(plain: Any, location: Location = ()) -> dict[Location, str]:
+    """Each value that OmegaConf would resolve, by its place."""
+    if isinstance(plain, str) and _INTERPOLATION.search(plain):
+        return {location: plain}
+    entries = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    return {
+        place: text for key, entry in entries for place, text in _find_interpolations(entry, (*location, key)).items()
+    }
+
+
+def _replaced(values: Any, by_location: Mapping[Location, str], location: Location = ()) -> Any:
+    """Plain values with others at some places; a list that one place became has it as well."""
+    if location in by_location:
+        return by_location[location]
+    if isinstance(values, dict):
+        return {key: _replaced(entry, by_location, (*location, key)) for key, entry in values.items()}
+    if isinstance(values, list):
+        return [_replaced(entry, by_location, (*location, i)) for i, entry in enumerate(values)]
+    return values
 
 
 def validate(
-    config_type: type[ConfigT], values: dict[str, Any], *, where: str, overrides: Sequence[str] = ()
+    config_type: type[ConfigT],
+    values: dict[str, Any],
+    *,
+    where: str,
+    overrides: Sequence[str] = (),
+    secrets: Mapping[Location, str] | None = None,
 ) -> ConfigT:
     """Build `config_type` from plain values; every problem becomes one line of the error.
 
+    Args:
+        secrets: the interpolations whose values must not be shown, by their place.
     Raises:
         ConfigError: one line for each unknown, missing or wrong key.
     """
@@ -100,8 +263,32 @@ def validate(
             key = ".".join(str(part) for part in location)
             text = _explain(config_type, location, key, problem)
             place = "command line" if any(_is_about(text, key, override) for override in overridden) else where
-            lines.append(f"{place}: {text}")
+            lines.append(f"{place}: {_hidden(text, values, secrets or {})}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:
+    """`text` with the interpolation of each value that one gave in its place."""
+    shown: dict[str, str] = {}
+    for location, interpolation in secrets.items():
+        value = values
+        for part in location:
+            value = value[part]
+        for form in (str(value), repr(value), repr(value)[1:-1] if isinstance(value, str) else ""):
+            if form:
+                shown[form] = interpolation
+    for form in sorted(shown, key=len, reverse=True):
+        text = text.replace(form, shown[form])
+    return text
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return "an integer of more than 4,300 digits"
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _is_about(text: str, key: str, override: str) -> bool:
@@ -126,8 +313,7 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
             text = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
             return f"{key}: {text}" if key else text
         case _:
-            found = without_credentials(repr(problem["input"]))
-            return f"{key}: found {found}; {problem['msg']}"
+            return f"{key}: found {without_credentials(_short(problem['input']))}; {problem['msg']}"
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:

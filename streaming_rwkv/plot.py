@@ -82,7 +82,7 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     file = path / METRICS_NAME if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise PlotError(f"{file}: cannot be read ({error.strerror}); give a run's save_folder") from None
     rows: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -36,6 +37,24 @@ def die_with_parent(parent: int | None = None) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_launcher(seconds: float = 60.0) -> None:
+    """Wait for the launcher's SIGTERM in a rank that fails for the same reason as local rank 0 of its node.
+
+    The launcher polls its ranks. As soon as one has failed, it sends SIGTERM to the others and then reports the status
+    of the first that failed by rank. If this rank left earlier than local rank 0, that one would be killed before it
+    could say what is wrong.
+
+    Args:
+        seconds: the longest wait, in case local rank 0 did not fail.
+    """
+    time.sleep(seconds)
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use; all of the machine's where the system cannot tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with(main: Callable[[], int | None]) -> NoReturn:

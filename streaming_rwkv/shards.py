@@ -23,6 +23,7 @@ This module imports neither torch nor streaming: `prep`'s workers and training b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 
@@ -93,10 +94,10 @@ class ShardRecord(Config):
     """One shard file: the compressed bytes as they lie on disk, and what they expand to."""
 
     basename: str
-    bytes: int
+    bytes: PositiveInt
     sha256: str
-    raw_bytes: int
-    packs: int
+    raw_bytes: PositiveInt
+    packs: PositiveInt
 
     @field_validator("basename")
     @classmethod
@@ -130,17 +131,26 @@ class StreamRecord(Config):
 
     split: Split
     source: str
-    lower: int
-    upper: int
-    documents: int  # that begin here: a long document is counted with its first piece
-    pieces: int
-    targets: int  # = inputs: the tokens that a model is trained on
-    bytes: int
-    packs: int
+    lower: PositiveInt
+    upper: PositiveInt
+    documents: NonNegativeInt  # that begin here: a long document is counted with its first piece
+    pieces: PositiveInt
+    targets: PositiveInt  # = inputs: the tokens that a model is trained on
+    bytes: NonNegativeInt
+    packs: PositiveInt
     index_sha256: str
     shards: list[ShardRecord]
 
     _named = field_validator("source")(check_source_name)
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> StreamRecord:
+        if self.lower > self.upper:
+            raise ValueError(f"{self.path}: lower is {self.lower}, above upper {self.upper}")
+        # The order of packs is planned with the stream's number, and read with those of its shards.
+        if (packs := sum(shard.packs for shard in self.shards)) != self.packs:
+            raise ValueError(f"{self.path}: found {self.packs} packs, but its shards have {packs} in all")
+        return self
 
     @property
     def bucket(self) -> str:
@@ -161,22 +171,29 @@ class TokenizerRecord(Config):
     kind: Literal["huggingface", "rwkv-world"]
     name: str
     sha256: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
+    vocab_size: int = Field(ge=1, le=1 << 32)
+    bos_id: NonNegativeInt
+    eos_id: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _within_vocabulary(self) -> TokenizerRecord:
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name}: found {getattr(self, name)}, but vocab_size is {self.vocab_size}")
+        return self
 
 
 class SourceBooks(Config):
     """Where every document and every target of a source went; `targets` counts text tokens and ends."""
 
-    documents_read: int
-    documents: dict[Split, int]
-    duplicates: int
-    rejected: dict[str, int]  # by reason
-    targets_read: int  # of the documents that were tokenized and not rejected
-    targets: dict[Split, int]
-    targets_duplicate: int = 0  # of the duplicates
-    targets_cut: int  # by `long_documents: truncate`; 0 otherwise
+    documents_read: NonNegativeInt
+    documents: dict[Split, NonNegativeInt]
+    duplicates: NonNegativeInt
+    rejected: dict[str, NonNegativeInt]  # by reason
+    targets_read: NonNegativeInt  # of the documents that were tokenized and not rejected
+    targets: dict[Split, NonNegativeInt]
+    targets_duplicate: NonNegativeInt = 0  # of the duplicates
+    targets_cut: NonNegativeInt  # by `long_documents: truncate`; 0 otherwise
 
     def imbalance(self) -> str | None:
         """What does not add up, or None."""
@@ -193,12 +210,33 @@ class Manifest(Config):
     """What a data set holds. Written last: where it stands, the data set is whole."""
 
     format: str
-    pack_tokens: int
-    edges: list[int]
+    pack_tokens: PositiveInt
+    edges: list[PositiveInt] = Field(min_length=1)
     tokenizer: TokenizerRecord
     config: dict[str, Any]  # the prep configuration, as far as it decides the output
     books: dict[str, SourceBooks]  # by source
     streams: list[StreamRecord]
+
+    @field_validator("edges")
+    @classmethod
+    def _rising(cls, edges: list[int]) -> list[int]:
+        if any(left >= right for left, right in itertools.pairwise(edges)):
+            raise ValueError(f"found {edges[:10]}, expected rising lengths such as [256, 512, 1024]")
+        return edges
+
+    @model_validator(mode="after")
+    def _each_stream_once(self) -> Manifest:
+        paths: set[str] = set()
+        for stream in self.streams:
+            if stream.path in paths:
+                raise ValueError(f"streams: found {stream.path} twice; each stream has one entry")
+            paths.add(stream.path)
+            if stream.targets > stream.packs * self.pack_tokens:
+                raise ValueError(
+                    f"streams: {stream.path} has {stream.targets} targets, but {stream.packs} packs of at most "
+                    f"{self.pack_tokens} inputs"
+                )
+        return self
 
     def to_json(self) -> bytes:
         """The canonical bytes: equal manifests are equal files."""
@@ -221,7 +259,8 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
     """
     try:
         values = json.loads(content)
-    except ValueError as error:
+        json.dumps(values, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # half a surrogate pair is no text
         raise DataError(
             f"{where}: not valid JSON ({error}); rebuild the data set with `python -m prep build`"
         ) from None
@@ -270,11 +309,12 @@ def piece_bounds(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, where: str) -> None:
+def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, vocab_size: int, where: str) -> None:
     """Refuse a pack that breaks the contract: its numbers would reach the model as noise.
 
     Raises:
-        DataError: columns of different length, lengths that do not add up, a piece without a target, too many inputs.
+        DataError: columns of different length, lengths that do not add up, a piece without a target, too many inputs,
+            an id beyond the vocabulary.
     """
     lengths, tokens = sample["lengths"], sample["tokens"]
     pieces = len(lengths)
@@ -284,3 +324,8 @@ def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, where: str) -> No
         raise DataError(f"{where}: lengths {lengths.tolist()} do not describe {len(tokens)} stored tokens")
     if len(tokens) - pieces > pack_tokens:
         raise DataError(f"{where}: {len(tokens) - pieces} inputs in a pack, the manifest allows {pack_tokens}")
+    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+        raise DataError(
+            f"{where}: found token id {largest}, but the tokenizer has {vocab_size} ids; the data set was changed or "
+            "damaged: rebuild it with `python -m prep build`"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -80,3 +81,14 @@ def test_a_shorter_process_number_leaves_nothing_of_a_longer_one(tmp_path: Path)
     lock = lock_folder(tmp_path, what="save folder", remedy="take another")
     assert (tmp_path / ".lock").read_text() == str(os.getpid())
     lock.release()
+
+
+def test_a_file_system_without_locks_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)  # no such file system can be mounted here
+    lock_folder(tmp_path, what="save folder", remedy="take another").release()
+    assert f"{tmp_path}: the file system has no locks (flock)" in caplog.text

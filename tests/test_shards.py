@@ -158,7 +158,7 @@ def pack(lengths: list[int], tokens: int, **changes: object) -> dict[str, object
 
 
 def test_a_pack_by_the_contract():
-    check_pack(pack([2, 4], 6), pack_tokens=4, where="here")
+    check_pack(pack([2, 4], 6), pack_tokens=4, vocab_size=97, where="here")
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,10 @@ def test_a_pack_by_the_contract():
 )
 def test_a_pack_that_breaks_the_contract_is_refused(broken, message):
     with pytest.raises(DataError, match=f"^here: {message}"):
-        check_pack(broken, pack_tokens=4, where="here")
+        check_pack(broken, pack_tokens=4, vocab_size=97, where="here")
+
+
+def test_an_id_beyond_the_vocabulary_is_refused():
+    broken = pack([2, 4], 6) | {"tokens": np.array([0, 1, 97, 3, 4, 5], np.uint16)}
+    with pytest.raises(DataError, match=r"^here: found token id 97, but the tokenizer has 97 ids"):
+        check_pack(broken, pack_tokens=4, vocab_size=97, where="here")

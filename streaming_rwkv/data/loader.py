@@ -15,10 +15,13 @@ What is replaced, and why (mosaicml-streaming 0.13.0, pinned in pyproject):
 from __future__ import annotations
 
 import atexit
-import fcntl
+import errno
+import hashlib
 import logging
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import tempfile
 import time
@@ -26,7 +29,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
 from streaming.base.world import World
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_tokens, finish, join, split_batch
@@ -48,6 +52,7 @@ from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
 from streaming_rwkv.distributed import barrier
+from streaming_rwkv.folders import has_flock, try_flock
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
 
@@ -105,7 +110,7 @@ class PackDataset(StreamingDataset):
         if batch_packs % self.num_ranks:
             raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
         self._first_pack = self.sample_offset_per_stream
-        self._cache_filelock_path = str(shard_set.cache / f".{records[0].split}.lock")
+        self._cache_filelock_path = str(_lock_path(shard_set.cache / f".{records[0].split}.lock"))
         if self._unique_rank_world.is_local_leader:
             self._verified[:] = 0
         self._blank = blank_pack(self.manifest.tokenizer.bos_id, token_dtype(self.manifest.tokenizer.vocab_size))
@@ -213,10 +218,31 @@ class PackDataset(StreamingDataset):
         sample = super().get_item(sample_id, retry)
         stream = int(np.searchsorted(self._first_pack, sample_id, side="right")) - 1
         check_pack(
-            sample, pack_tokens=self.manifest.pack_tokens, where=f"{self.streams[stream].remote}, pack {sample_id}"
+            sample,
+            pack_tokens=self.manifest.pack_tokens,
+            vocab_size=self.manifest.tokenizer.vocab_size,
+            where=f"{self.streams[stream].remote}, pack {sample_id - int(self._first_pack[stream])}",
         )
         sample["stream"] = stream
         return sample
+
+
+def _lock_path(path: Path) -> Path:
+    """`path`, or a file outside the cache where the cache's file system has no `flock`: Streaming needs one.
+
+    Raises:
+        UserError: neither the cache nor the folder for temporary files has `flock`.
+    """
+    if has_flock(path.parent):
+        return path
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if folder.is_dir() and os.access(folder, os.W_OK) and has_flock(folder):
+            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+            return folder / f"streaming-rwkv-{os.geteuid()}-{name}.lock"
+    raise UserError(
+        f"{path.parent}: loader processes share this data cache, but its file system has no locks (flock), and neither "
+        f"has that of {tempfile.gettempdir()}; set `data.cache` or TMPDIR to a folder on a local disk"
+    )
 
 
 @contextmanager
@@ -226,11 +252,40 @@ def _recorded_shared_memory() -> Iterator[list[SharedMemory]]:
 
     class Recorded(SharedMemory):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            opened.append(self)
+            try:
+                super().__init__(*args, **kwargs)
+                opened.append(self)
+                if self.created_shms:
+                    _reserve(self)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                    raise
+                _close_shared_memory(opened)
+                raise _no_shared_memory(error) from None
 
     with patch.object(prefix, "SharedMemory", Recorded), patch.object(array, "SharedMemory", Recorded):
         yield opened
+
+
+def _reserve(memory: SharedMemory) -> None:
+    """Have the pages of new shared memory allocated before anything is written to them.
+
+    It is made as a file with a hole. Where /dev/shm is full, the first write into the hole is SIGBUS.
+    """
+    descriptor = memory.shm._fd  # the standard library gives no other way to it
+    if hasattr(os, "posix_fallocate") and descriptor >= 0:
+        os.posix_fallocate(descriptor, 0, memory.shm.size)
+
+
+def _no_shared_memory(error: OSError) -> UserError:
+    free = ""
+    with suppress(OSError):
+        status = os.statvfs("/dev/shm")
+        free = f", {status.f_bavail * status.f_frsize:,} of {status.f_blocks * status.f_frsize:,} bytes are free"
+    return UserError(
+        f"/dev/shm: no room for the shared memory of the data loader ({error.strerror}{free}); remove what other "
+        "programs left there, or make it larger (docker run --shm-size=1g; mount -o remount,size=1g /dev/shm)"
+    )
 
 
 def _take_name(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
@@ -251,7 +306,7 @@ def _names_locked() -> Iterator[None]:
         give_up = time.monotonic() + START_SECONDS
         while True:
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_flock(folder)  # without locks as after the wait: see below
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:  # go on without: it matters only to runs that start at this moment
@@ -299,14 +354,41 @@ def training_batches(plan: Plan) -> tuple[Batches, int]:
     return plan.packs, plan.steps
 
 
+class _WorkerIterator(_MultiProcessingDataLoaderIter):
+    """torch's, which raises another error in its destructor where a worker could not be started."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_workers_status"):  # set once all have been started
+            super().__del__()
+
+
 class PackLoader(DataLoader[Any]):
     """Workers read and join packs; the training process makes the batch of them, a fraction of a millisecond."""
 
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return _WorkerIterator(self)
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own iterator class is no part of its use
         with _stop_signals_blocked():
-            batches = super().__iter__()
+            before = set(multiprocessing.active_children())
+            try:
+                batches = super().__iter__()
+            except (OSError, RuntimeError) as error:
+                reason = explain_resource(error)
+                if reason is None:
+                    raise
+                started = set(multiprocessing.active_children()) - before
+                _kill(started)  # at once: torch's iterator, half made, forgets them
+                raise UserError(
+                    f"data.workers: loader process {len(started) + 1} of {self.num_workers} could not be started: "
+                    f"{reason}"
+                ) from None
+            finally:
+                _WORKERS.update(set(multiprocessing.active_children()) - before)
             workers = getattr(batches, "_workers", [])
-            _WORKERS.update(workers)
         try:
             yield from map(finish, batches)
         except UserError as error:  # of a worker; torch wraps the text into a traceback of that process
@@ -314,7 +396,7 @@ class PackLoader(DataLoader[Any]):
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         except RuntimeError as error:
             if "timed out" not in str(error):
-                raise
+                raise explain_dead_worker(error) or error from None
             assert isinstance(self.dataset, PackDataset)
             raise DataError(
                 f"{self.dataset.location}: no batch in {self.timeout:.0f} s; check the storage and the network, give "
@@ -346,6 +428,59 @@ def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> 
         split_batch=split_batch,
         get_num_samples_in_batch=count_packs,
         get_num_tokens_in_batch=count_tokens,
+    )
+
+
+def explain_resource(error: OSError | RuntimeError) -> str | None:
+    """The resource that a new process or thread lacked, its limit, and the remedy; None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        number = errno.EAGAIN  # what Python made of it
+    fewer = "set `data.workers` lower"
+    match number:
+        case errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return f"this process may open {limit} files (ulimit -n), and has; raise that limit, or {fewer}"
+        case errno.ENFILE:
+            return f"the machine's limit of open files is reached (sysctl fs.file-max); raise that limit, or {fewer}"
+        case errno.EAGAIN:
+            limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+            user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
+            return (
+                f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}); raise "
+                f"that limit, or {fewer}"
+            )
+        case errno.ENOMEM:
+            return f"no memory is left for another process; give the job more memory, or {fewer}"
+        case errno.ENOSPC:
+            return f"/dev/shm has no room for the semaphores of its queues; make it larger, or {fewer}"
+    return None
+
+
+def _read_pids_max() -> str:
+    """The container's own limit of processes, where its control group shows one."""
+    for file in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
+        with suppress(OSError):
+            return f"pids.max is {Path(file).read_text().strip()}"
+    return "pids.max is unknown"
+
+
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\.|exited)")
+
+
+def explain_dead_worker(error: RuntimeError) -> DataError | None:
+    """An error for a loader process that something ended from outside, by torch's words; None for another error.
+
+    torch raises these wherever the training process is when it hears of it, not only in the loader.
+    """
+    found = _DEAD_WORKER.search(str(error))
+    if found is None:
+        return None
+    how = f"by signal {found[2]}" if found[2] else "from outside"
+    return DataError(
+        f"data.workers: loader process {found[1]} was ended {how}; most often the machine or the container ran out of "
+        "memory (see dmesg): give the job more, or set `data.workers` or `data.fetch_ahead` lower; the same command "
+        "resumes from the newest checkpoint"
     )
 
 

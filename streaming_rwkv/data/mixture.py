@@ -208,6 +208,11 @@ def make_plan(
         ConfigError: a name that is not there or not given, shares that no data can meet, a window without buckets.
     """
     streams = list(streams)
+    if not streams:
+        raise ConfigError(
+            "data.path: the data set has no packs to train on, all of them are for validation; build it from more "
+            "documents, or with a smaller `validation`"
+        )
     packs = np.array([stream.packs for stream in streams], np.int64)
     targets = np.array([stream.targets for stream in streams], np.float64)
     resolved: list[Stage] = []

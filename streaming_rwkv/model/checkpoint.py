@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from streaming_rwkv.config import UserError
+from streaming_rwkv.model.completion_mark import CheckpointError as CheckpointError
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
 from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
@@ -48,10 +48,6 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the old kind
 _LAYER_NORM_EPS = 1e-5  # torch's default, and what every RWKV has
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model it is to be loaded into."""
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:

@@ -7,7 +7,6 @@ reads it. Here every global that a pickle names must be on a list.
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import pickle
 import warnings
@@ -24,10 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
-from streaming_rwkv.shards import sha256_of_file
+from streaming_rwkv.model.completion_mark import MARK_NAME, check_files, read_mark
 
 INDEX_NAME = ".metadata"
-MARK_NAME = "complete.json"  # our training writes one beside its shards, with the sha256 of each
 
 # What a Composer file holds beside tensors and plain values: times, versions, and NumPy's random state.
 SAFE_GLOBALS: list[Any] = [
@@ -139,8 +137,5 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_hashes(folder: Path) -> None:
-    if not (folder / MARK_NAME).is_file():
-        return
-    for name, record in json.loads((folder / MARK_NAME).read_bytes())["files"].items():
-        if sha256_of_file(folder / name) != record["sha256"]:
-            raise ValueError(f"{name} is not what was written")
+    if (folder / MARK_NAME).is_symlink() or (folder / MARK_NAME).exists():
+        check_files(folder, read_mark(folder)["files"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
+from pathlib import Path
 
 from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
-from streaming_rwkv.processes import die_with_parent, end_with
+from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,10 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the run and one batch, and stop")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="with --dry-run: show a run on so many")
-    options = parser.parse_intermixed_args(arguments)  # options may stand between settings
-    if options.processes < 1:
-        parser.error(f"--processes: found {options.processes}, expected 1 or more")
+    is_reporting = is_local_rank_zero()  # what all ranks refuse, one of each node reports
     tolerate_any_encoding()
+    try:
+        with contextlib.nullcontext() if is_reporting else contextlib.redirect_stderr(io.StringIO()):
+            options = parser.parse_intermixed_args(arguments)  # options may stand between settings
+            if options.processes < 1:
+                parser.error(f"--processes: found {options.processes}, expected 1 or more")
+    except SystemExit as ending:
+        if ending.code and not is_reporting:
+            wait_for_launcher()
+        raise
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
@@ -33,17 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
+        from streaming_rwkv.train.faults import explained_faults
         from streaming_rwkv.train.run import begin, fit
 
         if options.dry_run:
             return dry_run(config, processes=options.processes)
-        run = begin(config)
+        with explained_faults(Path(config.save_folder)):
+            run = begin(config)
     except UserError as error:
-        if is_local_rank_zero():  # all ranks have met it: one of each node says so
+        if is_reporting:
             print_error(error)
+        else:
+            wait_for_launcher()
         return 1
     try:
-        return fit(run) if run is not None else 0
+        with explained_faults(Path(config.save_folder)):
+            return fit(run) if run is not None else 0
     except UserError as error:
         print_error(error)
         return 1

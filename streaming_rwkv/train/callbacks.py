@@ -372,25 +372,34 @@ class JSONLines(LoggerDestination):
     def flush(self, step: int) -> None:
         if self.writes and self.pending:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **self.pending}) + "\n")
+                file.write(json.dumps(_finite_only({"step": step, **self.pending}), allow_nan=False) + "\n")
         self.pending = {}
+
+
+def _finite_only(value: Any) -> Any:
+    """Plain values with None for numbers that JSON does not have: a loss that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite_only(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite_only(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def forget_lines_after(path: Path, step: int) -> None:
     """Keep the lines of JSON up to `step`, in one move; a line that a kill tore goes too."""
     if not path.exists():
         return
-    # Not splitlines(): text may carry line separators of Unicode's that JSON leaves as they are.
-    kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _step_of(line) <= step]
+    # Bytes: after a loss of power there may be some that are no UTF-8, and lines that are whole stay as they are.
+    kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     partial.replace(path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf  # torn by a kill
 
 

@@ -48,12 +48,14 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.model.checkpoint import CheckpointError
-from streaming_rwkv.model.sharded import INDEX_NAME, MARK_NAME, SafeReader
+from streaming_rwkv.model.completion_mark import FORMAT, MARK_NAME, find_file_problem
+from streaming_rwkv.model.completion_mark import parse_mark as parse_mark
+from streaming_rwkv.model.completion_mark import read_mark as read_mark
+from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
 from streaming_rwkv.shards import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "streaming-rwkv-checkpoint/1"
 WRITING = ".writing"
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -118,46 +120,8 @@ def find_problem(path: Path) -> str | None:
         mark = read_mark(path)
     except CheckpointError as error:
         return str(error)
-    for name, record in mark["files"].items():
-        try:
-            size = (path / name).stat().st_size
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if size != record["bytes"]:
-            return f"{name} has {size} bytes instead of {record['bytes']}"
-    return None
-
-
-def read_mark(path: Path) -> dict[str, Any]:
-    """The completion mark of a checkpoint.
-
-    Raises:
-        CheckpointError: none there, or not one of this format.
-    """
-    try:
-        content = (path / MARK_NAME).read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
-        ) from None
-    return parse_mark(content, where=str(path / MARK_NAME))
-
-
-def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
-    """Check a completion mark's form.
-
-    Raises:
-        CheckpointError: not JSON, of another format, or naming a file outside its folder.
-    """
-    try:
-        mark = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(mark, dict) or mark.get("format") != FORMAT:
-        raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
-    if outside := [name for name in mark["files"] if Path(name).name != name]:
-        raise CheckpointError(f"{where}: names a file outside its folder, {outside[0]!r}")
-    return mark
+    problems = (find_file_problem(path / name, record) for name, record in mark["files"].items())
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
@@ -320,14 +284,15 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
-    """Each rank compares its part of the files; together they compare all."""
-    world = world_size()
-    for name, record in sorted(checkpoint.mark["files"].items())[rank() :: world]:
-        if sha256_of_file(checkpoint.path / name) != record["sha256"]:
-            raise CheckpointError(
-                f"{checkpoint.path / name}: its content is not what was written; move {checkpoint.path} away to go on "
-                "from the checkpoint before it"
-            )
+    """Each rank compares its part of the files, together they compare all; what one finds, all refuse."""
+    mine = sorted(checkpoint.mark["files"].items())[rank() :: world_size()]
+    changed = (name for name, record in mine if sha256_of_file(checkpoint.path / name) != record["sha256"])
+    found = [name for name in all_gather_object(next(changed, None)) if name is not None]
+    if found:
+        raise CheckpointError(
+            f"{checkpoint.path / found[0]}: its content is not what was written; move {checkpoint.path} away to go on "
+            "from the checkpoint before it"
+        )
 
 
 def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Path) -> None:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from streaming_rwkv.config import Config
+from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.data.mixture import StageConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.model.config import Preset
@@ -217,7 +217,7 @@ class LogConfig(Config):
     progress_bar: bool = False
 
 
-class RunConfig(Config):
+class RunConfig(LoadedConfig):
     save_folder: str
     """Folder for checkpoints, metrics and logs; a run that is started again with it goes on."""
     save_remote: str | None = None

@@ -50,7 +50,7 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.checkpoint import CheckpointError
-from streaming_rwkv.model.sharded import MARK_NAME
+from streaming_rwkv.model.completion_mark import LARGEST_MARK_BYTES, MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.train.checkpoint import (
@@ -77,7 +77,6 @@ LOGS = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip
 FETCH_THREADS = 4
-LARGEST_MARK_BYTES = 1 << 26
 LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
 

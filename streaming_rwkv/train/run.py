@@ -19,7 +19,6 @@ from composer.core import Callback, Evaluator, Precision
 from composer.devices import Device
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
-from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.config import ConfigError, validate
@@ -39,9 +38,11 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.folders import FolderLock, lock_folder
 from streaming_rwkv.model.checkpoint import CheckpointError, infer_config, load_state, read_state
+from streaming_rwkv.model.completion_mark import check_resumable
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, StreamRecord, TokenizerRecord
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train import callbacks as cb
@@ -187,7 +188,7 @@ def _find_start(location: str, save_folder: Path, store: Store | None) -> Start:
     mark = result_of_rank_zero(lambda: newest_mark(root, store))
     if mark is not None:
         _remove(copy)
-        return Start(shape=mark["run"]["model"], weights=None)
+        return Start(shape=mark["run"].get("model", {}), weights=None)
     weights = node_checkpoint(location, copy)
     return Start(shape=result_of_rank_zero(lambda: _shape_of(weights, where=location)), weights=weights)
 
@@ -262,7 +263,7 @@ def begin(config: RunConfig) -> Begun | None:
     device = _find_device(config)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Each process would otherwise take all cores, and they would mostly wait for each other's threads.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
     dist.initialize_dist(device, timeout=max(300.0, 4 * config.data.timeout_seconds))
     save_folder = Path(config.save_folder)
 
@@ -283,6 +284,7 @@ def begin(config: RunConfig) -> Begun | None:
         mirror.take_over()  # before the newest is looked for: from here on nobody else adds one
     checkpoint, in_store = restore(store, save_folder)
     if checkpoint is not None:
+        check_resumable(checkpoint.mark, where=str(checkpoint.path))
         check_same_run(checkpoint, prepared.identity, allow=allow)
         plan = plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))
         prepared = replace(prepared, plan=plan)
@@ -296,7 +298,7 @@ def begin(config: RunConfig) -> Begun | None:
     shard_set = prepared.shard_set
     run_on_rank_zero(lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER))
     if is_rank_zero():
-        write_durably(save_folder / "config.yaml", OmegaConf.to_yaml(config.model_dump(mode="json")).encode())
+        write_durably(save_folder / "config.yaml", config.to_yaml().encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
         show(
@@ -348,7 +350,8 @@ def fit(run: Begun) -> int:
     network = RWKV7(prepared.model)
     if checkpoint is None and start is not None:
         assert start.weights is not None  # no mark anywhere, or `restore` would have found its checkpoint
-        load_state(network, read_state(start.weights), where=str(config.model.init_from))
+        weights = start.weights
+        run_on_all(lambda: load_state(network, read_state(weights), where=str(config.model.init_from)))
         barrier()
         _remove(save_folder / "init_from")
     elif checkpoint is None:
@@ -435,7 +438,9 @@ def fit(run: Begun) -> int:
         autoresume=False,
     )
     for tracker in trackers:
-        tracker.log_hyperparameters(flat_settings(config.model_dump(mode="json", exclude_none=True)))
+        tracker.log_hyperparameters(
+            flat_settings(config.with_interpolations(config.model_dump(mode="json", exclude_none=True)))
+        )
     _average_gradients(network)
     if checkpoint is not None:
         load_checkpoint(checkpoint, model=network, optimizer=optimizer)

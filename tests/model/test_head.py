@@ -85,7 +85,11 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
     x, weight, targets = inputs()
     loss = head_cross_entropy(x, weight, targets, chunk_tokens=8).sum() / 20
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), first, rtol=1e-13, atol=0)
+    for again, before in zip(torch.autograd.grad(loss, (x, weight)), first, strict=True):
+        # A float64 sum of n terms may differ by n roundings of its terms where threads split it anew; each entry is a
+        # sum over tokens or the vocabulary, some of them near zero by cancellation, so the largest is the measure.
+        rounding = max(TOKENS, VOCABULARY) * torch.finfo(torch.float64).eps
+        assert float((again - before).abs().max()) <= rounding * float(before.abs().max())
 
 
 def test_a_sum_costs_three_products_and_evaluation_one() -> None:

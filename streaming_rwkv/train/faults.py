@@ -1,0 +1,90 @@
+"""Faults of the machine during a run: a full disk, a folder that is gone, a limit, a loader process that was killed."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.data.loader import explain_dead_worker, explain_resource
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_GONE = (errno.ENOENT, errno.ENOTDIR)
+_RESUME = "the same command resumes from the newest checkpoint"
+
+
+class MachineFault(UserError):
+    """The machine stopped the run: a disk, a limit or memory."""
+
+
+@contextmanager
+def explained_faults(save_folder: Path) -> Iterator[None]:
+    """Raise a fault of the machine as one line with its remedy; let any other error pass.
+
+    Raises:
+        UserError: the disk is full, the save folder is gone or cannot be written, a limit of the system is reached, or
+            a loader process was killed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:
+        explained = explain_fault(error, save_folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
+    """The fault of the machine behind an error, or None where there is no such fault."""
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, UserError):
+            return link
+        if isinstance(link, OSError) and (explained := _explain_os_error(link, save_folder)):
+            return explained
+        if isinstance(link, RuntimeError) and (dead := explain_dead_worker(link)):
+            return dead
+    if any("unexpected pos" in str(link) for link in chain):  # torch's words for a write that was cut short
+        return MachineFault(f"{save_folder}: a checkpoint was not written whole; make space on its disk; {_RESUME}")
+    return None
+
+
+def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
+    place = error.filename if isinstance(error.filename, str) else str(save_folder)
+    if error.errno in _FULL:
+        return MachineFault(f"{place}: no space left on the disk ({error.strerror}); make space; {_RESUME}")
+    if error.errno in _UNWRITABLE:
+        return MachineFault(
+            f"{place}: cannot be read or written any more ({error.strerror}); check the mount and its permissions; "
+            f"{_RESUME}"
+        )
+    if error.errno in _GONE and Path(place).absolute().is_relative_to(save_folder.absolute()):
+        return MachineFault(
+            f"{place}: gone while the run was using it ({error.strerror}); check what removes files in {save_folder}; "
+            "the same command resumes from the newest checkpoint that is left"
+        )
+    if (reason := explain_resource(error)) is not None:
+        return MachineFault(f"{error.strerror}: {reason}; {_RESUME}")
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what each rank reported in it, and what led to each."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        link = waiting.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        if isinstance(link, CheckpointException):
+            waiting += [failure[0] for failure in link.failures.values()]
+        waiting += [before for before in (link.__cause__, link.__context__) if before is not None]

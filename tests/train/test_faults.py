@@ -1,0 +1,66 @@
+"""Faults of the machine become one line with a remedy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.data import loader
+from streaming_rwkv.train.callbacks import JSONLines, forget_lines_after
+from streaming_rwkv.train.faults import explained_faults
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/a"), "/x/a: no space left on the disk"),
+        (OSError(errno.EROFS, "Read-only file system", "/x/a"), "/x/a: cannot be read or written any more"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/runs/a/metrics.jsonl"), "gone while the run was using it"),
+        (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "loader process 7 was ended by signal",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "loader process 7, 8 was ended"),
+        (RuntimeError("unexpected pos 704 vs 598"), "a checkpoint was not written whole"),
+        (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), "no space left on the disk"),  # type: ignore[dict-item]
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line(error: BaseException, text: str) -> None:
+    with pytest.raises(UserError, match=text) as caught, explained_faults(Path("/runs/a")):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_passes() -> None:
+    for error in (RuntimeError("shape"), FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere")):
+        with pytest.raises(type(error)), explained_faults(Path("/runs/a")):
+            raise error
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
+def test_shared_memory_that_does_not_fit_is_refused_before_it_is_used() -> None:
+    with pytest.raises(UserError, match=r"^/dev/shm: no room for the shared memory"), loader._recorded_shared_memory():
+        loader.prefix.SharedMemory(name=f"streaming-rwkv-test-{os.getpid()}", create=True, size=1 << 50)
+    assert not Path(f"/dev/shm/streaming-rwkv-test-{os.getpid()}").exists()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    lines = JSONLines(tmp_path / "metrics.jsonl")
+    lines.log_metrics({"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    lines.flush(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": null, "norm": null, "lr": 0.5}\n'
+
+
+def test_damaged_lines_of_metrics_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step}).encode() for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([whole[0], b"\xff\xfe" + b"\0" * 300, b"[1]", b'{"step": NaN}', *whole[1:], b""]))
+    forget_lines_after(path, 2)
+    assert path.read_bytes() == whole[0] + b"\n" + whole[1] + b"\n"
