@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prep.shard_reader import read_shard
+from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.shards import piece_bounds, read_manifest
 
 HERE = Path(__file__).parent

@@ -57,7 +57,7 @@ from streaming_rwkv.shards import (
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.train.run import PEAK_FLOPS
+from streaming_rwkv.train.fit import PEAK_FLOPS
 
 ROOT = Path(__file__).parents[1]
 EDGES = range(256, LONGEST_PIECE + 1, 256)

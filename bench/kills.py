@@ -22,20 +22,20 @@ from pathlib import Path
 
 import torch
 
-from prep.bpe import train_tokenizer
+from prep.build import build
+from prep.commands.train_tokenizer import train_tokenizer
 from prep.config import PrepConfig, SourceConfig
-from prep.pipeline import build
 from streaming_rwkv.data.loader import PackDataset, data_spec
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
-from streaming_rwkv.model.checkpoint import read_state
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.storage import Store
-from streaming_rwkv.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.checkpoints.local import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.checkpoints.uploader import Mirror, restore
 from streaming_rwkv.train.config import OptimizerConfig
-from streaming_rwkv.train.mirror import Mirror, restore
 from streaming_rwkv.train.optimizer import build_optimizer
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from prep.place import StoredPlace
-from prep.upload import Transfers
+from prep.dataset.finished import StoredPlace
+from prep.dataset.upload import Transfers
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import Store, open_store
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, running

@@ -141,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 def _build(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from prep.build import build, count
     from prep.config import PrepConfig
-    from prep.pipeline import build, count
-    from prep.progress import books_table, count_table, observing, stream_table
+    from prep.execution.progress import books_table, count_table, observing, stream_table
     from streaming_rwkv.config import load_config
     from streaming_rwkv.location import is_remote
 
@@ -177,8 +177,8 @@ def _build(options: argparse.Namespace) -> int:
 def _upload(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prep.progress import observing
-    from prep.upload import upload
+    from prep.dataset.upload import upload
+    from prep.execution.progress import observing
 
     started = time.monotonic()
     with observing(Console(width=None if sys.stdout.isatty() else 140)) as observer:
@@ -195,7 +195,7 @@ def _upload(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from prep.inspection import show
+    from prep.commands.inspect import show
 
     try:
         show(
@@ -214,7 +214,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from prep.verification import verify
+    from prep.dataset.verification import verify
 
     manifest = verify(options.out)
     packs = sum(stream.packs for stream in manifest.streams)
@@ -223,14 +223,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from prep.report import write_report
+    from prep.commands.report import write_report
 
     print(write_report(options.out, to=options.to))
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from prep.conversion import convert
+    from prep.commands.convert import convert
     from streaming_rwkv.console import shown
 
     for file in convert(options.folder, options.to, text=options.text, workers=options.workers):
@@ -240,7 +240,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> int:
-    from prep.bpe import train_tokenizer
+    from prep.commands.train_tokenizer import train_tokenizer
     from prep.config import PrepConfig
     from streaming_rwkv.config import load_config
 

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
-from prep.hook_code import code_digest
-from prep.work import WORK_FOLDER
+from prep.execution.task_store import WORK_FOLDER
+from prep.inputs.hook_code import code_digest
 from streaming_rwkv.config import Config, LoadedConfig, UserError
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.processes import usable_cores

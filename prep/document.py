@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from prep.line_check import LineCounts
+from prep.inputs.line_check import LineCounts
 
 
 @dataclass(frozen=True, kw_only=True)

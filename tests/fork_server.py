@@ -261,11 +261,11 @@ def _serve(listener: socket.socket) -> None:
     """Fork a program for each connection and report its end, until this process is killed."""
     import streaming  # noqa: F401
 
-    import streaming_rwkv.evaluate
-    import streaming_rwkv.export
-    import streaming_rwkv.generate
+    import streaming_rwkv.inference.evaluate
+    import streaming_rwkv.inference.export
+    import streaming_rwkv.inference.generate
     import streaming_rwkv.train.dry_run
-    import streaming_rwkv.train.run  # noqa: F401
+    import streaming_rwkv.train.fit  # noqa: F401
 
     while True:
         connection, _ = listener.accept()

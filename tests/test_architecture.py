@@ -23,7 +23,7 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "prep.__main__", "prep.pipeline", "prep.config", "streaming_rwkv.config", "streaming_rwkv.shards",
+        "prep.__main__", "prep.build", "prep.config", "streaming_rwkv.config", "streaming_rwkv.shards",
         "streaming_rwkv.tokenizer", "streaming_rwkv.processes", "streaming_rwkv.train.__main__",
     ],
 )  # fmt: skip

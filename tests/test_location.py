@@ -9,8 +9,8 @@ import pytest
 from streaming_rwkv.config import ConfigError, load_config, validate
 from streaming_rwkv.location import LocationError, checked_local, checked_location, is_remote
 from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.mirror import local_checkpoint
 
 SECRET = "wJalr/XUtn+FEMI"
 WITH_SECRETS = [

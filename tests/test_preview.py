@@ -17,8 +17,8 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
+from streaming_rwkv.train.fit import prepare
 from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, show, state_bytes
-from streaming_rwkv.train.run import prepare
 
 CONFIG = """
 save_folder: {run}

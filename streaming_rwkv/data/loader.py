@@ -52,7 +52,7 @@ from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.folders import has_flock, try_flock
+from streaming_rwkv.filesystem import has_flock, try_flock
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
 

@@ -24,7 +24,7 @@ from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage.download import CloudDownloader
 
-from streaming_rwkv.folders import FolderLock, lock_folder
+from streaming_rwkv.filesystem import FolderLock, lock_folder
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,

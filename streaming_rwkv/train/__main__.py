@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
         from streaming_rwkv.train.faults import explained_faults
-        from streaming_rwkv.train.run import begin, fit
+        from streaming_rwkv.train.fit import begin, fit
 
         if options.dry_run:
             return dry_run(config, processes=options.processes)

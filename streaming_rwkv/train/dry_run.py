@@ -13,15 +13,15 @@ from pathlib import Path
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import data_spec, training_batches
 from streaming_rwkv.data.shard_set import copy_tokenizer
-from streaming_rwkv.folders import make_folder
+from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoint import check_same_settings, newest_checkpoint, plan_from
+from streaming_rwkv.train.checkpoints.local import check_same_settings, newest_checkpoint, plan_from
 from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.fit import Prepared, newest_mark, open_packs, prepare
 from streaming_rwkv.train.optimizer import lr_multiplier
 from streaming_rwkv.train.preview import batch_table, mixture_table, show, summary_table
-from streaming_rwkv.train.run import Prepared, newest_mark, open_packs, prepare
 
 
 def dry_run(config: RunConfig, *, processes: int) -> int:

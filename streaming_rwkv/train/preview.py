@@ -19,7 +19,7 @@ from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # the run shows the mixture table as well
-    from streaming_rwkv.train.run import Prepared
+    from streaming_rwkv.train.fit import Prepared
 
 GB, MB = 1e9, 1e6
 # What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from streaming_rwkv.model.checkpoint import load_model
+from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.processes import end_with
 
 

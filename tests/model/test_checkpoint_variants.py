@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from streaming_rwkv.model.checkpoint import (
+from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.weights import (
     CheckpointError,
     load_model,
     load_state,
@@ -24,7 +25,6 @@ from streaming_rwkv.model.checkpoint import (
     write_huggingface,
     write_pth,
 )
-from streaming_rwkv.model.rwkv7 import RWKV7
 
 Build = Callable[..., RWKV7]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streaming_rwkv.model.completion_mark import FORMAT, CheckpointError, parse_mark, read_mark
-from streaming_rwkv.train.checkpoint import newest_checkpoint
+from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 
 RECORD = {"bytes": 1, "sha256": "0" * 64}
 

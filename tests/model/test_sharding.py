@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from streaming_rwkv.model.checkpoint import model_state, write_pth
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.weights import model_state, write_pth
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:

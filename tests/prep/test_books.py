@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prep.pipeline import build
-from prep.verification import verify
+from prep.build import build
+from prep.dataset.verification import verify
 from streaming_rwkv.shards import SourceBooks
 from streaming_rwkv.tokenizer import load_tokenizer
 

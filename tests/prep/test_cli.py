@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from prep.__main__ import _parse, main
+from prep.build import build
 from prep.config import PrepConfig
-from prep.pipeline import build
 from streaming_rwkv.config import load_config
 from streaming_rwkv.tokenizer import load_tokenizer
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
     (tmp_path / "folder").mkdir()
     for file in (tmp_path / "folder" / "tokenizer_config.json", tmp_path / "file"):
         file.write_text('{"eos_token": "</s>"}')
-    monkeypatch.setattr("prep.bpe.read_unit", None)  # it is said before anything is read
+    monkeypatch.setattr("prep.commands.train_tokenizer.read_unit", None)  # it is said before anything is read
     assert main(["train-tokenizer", recipe, "--vocab-size", "260", "--to", str(tmp_path / name)]) == 1
     assert f"{tmp_path / name}: {why}" in capsys.readouterr().err
     assert (tmp_path / "folder" / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
@@ -211,7 +211,7 @@ def test_the_yamls_that_come_with_the_project_are_valid(name):
 def test_workers_import_nothing_heavy():
     """`import streaming` alone would cost each of them 5 seconds and 600 MB."""
     program = (
-        "import sys, prep.pipeline, prep.engine, prep.progress, prep.__main__\n"
+        "import sys, prep.build, prep.execution.engine, prep.execution.progress, prep.__main__\n"
         "heavy = {'torch', 'streaming', 'composer', 'transformers', 'datasets', 'pandas'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

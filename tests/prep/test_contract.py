@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prep.pipeline import build
-from prep.shard_reader import read_shard
+from prep.build import build
+from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.tokenizer import load_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prep import files
-from prep.pipeline import build
-from prep.work import WorkError
+from prep.build import build
+from prep.execution.task_store import WorkError
+from prep.inputs import files
 from streaming_rwkv.storage import open_store
 
 
@@ -45,7 +45,7 @@ def test_the_same_size_with_another_content_is_a_change(config, corpus):
 def test_files_are_hashed_only_where_size_is_equal_and_time_is_not(config, corpus, monkeypatch, write_lines):
     build(config())
     compared = []
-    monkeypatch.setattr("prep.plan.content_digest", lambda file: compared.append(file.name))
+    monkeypatch.setattr("prep.execution.resume.content_digest", lambda file: compared.append(file.name))
     assert build(config()).was_finished
     write_lines(corpus / "a.jsonl", ["a longer text"])
     with pytest.raises(WorkError, match=r"files/corpus/a\.jsonl"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prep.config import SourceConfig, load_hook
-from prep.hook_code import code_digest
+from prep.inputs.hook_code import code_digest
 from streaming_rwkv.config import UserError
 
 FILES = {

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prep.build import build
 from prep.config import PrepConfig
-from prep.pipeline import build
-from prep.units import UnitRecord
-from prep.verification import verify
-from prep.work import WorkError, done_folder, load_done, locked
+from prep.dataset.verification import verify
+from prep.execution.task_store import WorkError, done_folder, load_done, locked
+from prep.stages.tokenization import UnitRecord
 from streaming_rwkv.shards import MANIFEST_NAME
 from tests.prep.processes import kill, members, started, wait_for, workers
 
@@ -129,10 +129,10 @@ class Stop(Exception):
 
 def interrupted_after(units: int, config: PrepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a build in this process until so many units are done."""
-    import prep.pipeline
+    import prep.build
 
     done = 0
-    original = prep.pipeline.do_unit
+    original = prep.build.do_unit
 
     def counting(*arguments: object) -> object:
         nonlocal done
@@ -142,7 +142,7 @@ def interrupted_after(units: int, config: PrepConfig, monkeypatch: pytest.Monkey
         return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(prep.pipeline, "do_unit", counting)
+        patched.setattr(prep.build, "do_unit", counting)
         with pytest.raises(Stop):
             build(config)
 
@@ -159,7 +159,7 @@ def test_finished_units_are_not_done_again(small, tmp_path, monkeypatch):
     records = sorted((tmp_path / "out" / ".prep" / "done" / "units").glob("*/record.json"))
     times = {file: file.stat().st_mtime_ns for file in records}
     assert len(times) == 3
-    monkeypatch.setattr("prep.pipeline._clear", lambda work: None)
+    monkeypatch.setattr("prep.build._clear", lambda work: None)
     build(small())
     assert {file: file.stat().st_mtime_ns for file in records} == times
 
@@ -210,7 +210,7 @@ def test_accepted_changes_of_the_input_cost_the_units_that_changed(small, tmp_pa
     (tmp_path / "out" / "train" / "corpus" / "shard.99999.mds.zstd").write_bytes(b"old")
     kept = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
 
-    monkeypatch.setattr("prep.pipeline._clear", lambda work: None)
+    monkeypatch.setattr("prep.build._clear", lambda work: None)
     build(small(), accept_changes=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     now = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
@@ -268,7 +268,7 @@ def test_a_manifest_that_was_being_written_leaves_nothing(small, tmp_path, monke
 
 def test_work_left_behind_a_finished_data_set_is_cleared(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("prep.pipeline._clear", lambda work: None)  # killed just before it
+        patched.setattr("prep.build._clear", lambda work: None)  # killed just before it
         build(small())
     assert (tmp_path / "out" / ".prep" / "done").exists()
     assert build(small()).was_finished

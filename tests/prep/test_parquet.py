@@ -13,8 +13,8 @@ import pytest
 from pyarrow.parquet import encryption
 
 from prep.config import SourceConfig
-from prep.readers import InputError
-from prep.sources import plan_units, read_unit
+from prep.inputs.readers import InputError
+from prep.inputs.units import plan_units, read_unit
 
 HOOKS = """
 class Text(str):

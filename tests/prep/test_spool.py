@@ -7,8 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prep.spool import COLUMNS, HashedFile, SortedPieces, read_block, read_hashes, write_blocks, write_hashes
-from prep.work import WorkError
+from prep.execution.intermediate import (
+    COLUMNS,
+    HashedFile,
+    SortedPieces,
+    read_block,
+    read_hashes,
+    write_blocks,
+    write_hashes,
+)
+from prep.execution.task_store import WorkError
 
 
 def test_a_block_comes_back_and_a_short_file_is_named(tmp_path: Path) -> None:

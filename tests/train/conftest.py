@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from prep.build import build
 from prep.config import PrepConfig
-from prep.pipeline import build
 from streaming_rwkv.config import validate
 
 EDGES = [256, 512, 768, 1024, 1280, 1536, 1792, 2048]

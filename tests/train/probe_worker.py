@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import end_with
-from streaming_rwkv.train.probing import largest_that_fits, probe_microbatch
+from streaming_rwkv.train.microbatch import largest_that_fits, probe_microbatch
 
 
 def main(limit: int) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data import loader
-from streaming_rwkv.train.callbacks import JSONLines, forget_lines_after
+from streaming_rwkv.train.callbacks.callbacks import JSONLines, forget_lines_after
 from streaming_rwkv.train.faults import explained_faults
 
 

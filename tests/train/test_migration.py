@@ -13,11 +13,11 @@ import pytest
 from composer.core import Event, Timestamp
 
 from streaming_rwkv.config import load_config
-from streaming_rwkv.train import callbacks as cb
 from streaming_rwkv.train.__main__ import main
+from streaming_rwkv.train.callbacks import callbacks as cb
 from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.fit import Prepared, prepare
 from streaming_rwkv.train.optimizer import lr_multiplier
-from streaming_rwkv.train.run import Prepared, prepare
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv import export
-from streaming_rwkv.model.checkpoint import read_state
+from streaming_rwkv.inference import export
+from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main

@@ -26,9 +26,9 @@ import psutil
 import pytest
 import torch
 
-from streaming_rwkv import evaluate
-from streaming_rwkv.model.checkpoint import read_state
-from streaming_rwkv.train.checkpoint import newest_checkpoint
+from streaming_rwkv.inference import evaluate
+from streaming_rwkv.model.weights import read_state
+from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from tests.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streaming_rwkv.model.checkpoint import load_model
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 

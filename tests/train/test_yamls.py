@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from prep.config import PrepConfig
-from streaming_rwkv import export
 from streaming_rwkv.config import load_config
-from streaming_rwkv.generate import generate
-from streaming_rwkv.model.checkpoint import load_model, read_state
+from streaming_rwkv.inference import export
+from streaming_rwkv.inference.generate import generate
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.weights import load_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.run import prepare
+from streaming_rwkv.train.fit import prepare
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,14 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, P
     # What was trained, exported, goes on in BlinkDL's package as it does in ours.
     assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
     tokenizer_json = tmp_path / "stage2" / "tokenizer" / "tokenizer.json"
-    worker = [ROOT / "tests" / "rwkv_worker.py", tmp_path / "model.pth", tokenizer_json, 0, "abc de", tmp_path / "out"]
+    worker = [
+        ROOT / "tests" / "inference" / "rwkv_worker.py",
+        tmp_path / "model.pth",
+        tokenizer_json,
+        0,
+        "abc de",
+        tmp_path / "out",
+    ]
     subprocess.run([sys.executable, *map(str, worker)], check=True, capture_output=True, timeout=200)
     their_ids, their_text = json.loads((tmp_path / "out").read_text())
     tokenizer = load_tokenizer(tmp_path / "stage2" / "tokenizer")

@@ -1,0 +1,1 @@
+"""The commands beside `build`: inspect, convert, report, train-tokenizer."""

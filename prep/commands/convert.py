@@ -1,0 +1,132 @@
+"""`convert`: a folder of JSON files to a folder of parquet files with one column, `text`.
+
+`build` reads JSON as well; parquet is smaller, is read faster, and can be cut into units.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.config import SourceConfig
+from prep.inputs.files import InputFile, find_files
+from prep.inputs.readers import Part, read_part, without_text
+from streaming_rwkv.config import UserError
+
+_ROW_GROUP_CHARACTERS = 16 << 20
+_SCHEMA = pa.schema([("text", pa.large_string())])
+_ORIGIN_KEY = "streaming-rwkv.origin"  # of a parquet file's metadata: what it was made of
+_REJECTED_KEY = "streaming-rwkv.rejected"
+_Task = tuple[InputFile, Path, SourceConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What became of one file."""
+
+    name: str
+    documents: int
+    rejected: dict[str, int]
+    was_there: bool = False
+
+
+def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[Converted]:
+    """Convert every JSON file below `folder`; names are kept, `.json.gz` and the like become `.parquet`.
+
+    A file whose parquet is there, made of the same file by the same key, is left alone, so an interrupted conversion
+    goes on. By one process at a time for each folder.
+
+    Raises:
+        UserError: nothing to convert, two files with one name to be, a broken file; at the end, if there was no text.
+    """
+    files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
+    if not files:
+        raise UserError(f"{folder}: no JSON file below it; parquet needs no conversion")
+    places = {file: Path(to) / f"{file.stem}.parquet" for file in files}
+    for place, count in Counter(places.values()).items():
+        if count > 1:
+            names = ", ".join(file.name for file in files if places[file] == place)
+            raise UserError(f"{folder}: {names} would all become {place}; convert them one folder at a time")
+    config = SourceConfig(paths=[folder], text=text)
+    tasks = [(file, place, config) for file, place in places.items()]
+    documents = 0
+    rejected: Counter[str] = Counter()
+    for converted in _in_processes(tasks, workers):
+        documents += converted.documents
+        rejected.update(converted.rejected)
+        yield converted
+    if not documents and (without := rejected[without_text(config)]):
+        raise UserError(
+            f"{folder}: of {rejected.total()} documents {without} have no {text!r}; name the key with --text"
+        )
+
+
+def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
+    if workers == 1:
+        yield from map(_convert_file, tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_convert_file, tasks)
+
+
+def _convert_file(task: _Task) -> Converted:
+    file, place, config = task
+    origin: dict[str, str | int] = {"text": config.text, "bytes": file.size, "changed_ns": file.changed_ns}
+    if (converted := _converted(place, file, origin)) is not None:
+        return converted
+    rejected: Counter[str] = Counter()
+    documents = 0
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.writing")  # always the same: what a kill left is taken over
+    try:
+        # Open files: of a name with a colon pyarrow would make a URI.
+        with temporary.open("wb") as opened, pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer:
+            for texts in _row_groups(_texts(file, config, rejected)):
+                documents += len(texts)
+                writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
+            writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Converted(name=file.name, documents=documents, rejected=dict(rejected))
+
+
+def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Converted | None:
+    """What lies in `place` if it was made of `origin`."""
+    try:
+        with place.open("rb") as opened:
+            metadata = pq.read_metadata(opened)
+    except (OSError, pa.ArrowInvalid):
+        return None
+    notes = metadata.metadata or {}
+    if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
+        return None
+    rejected = json.loads(notes[_REJECTED_KEY.encode()])
+    return Converted(name=file.name, documents=metadata.num_rows, rejected=rejected, was_there=True)
+
+
+def _texts(file: InputFile, config: SourceConfig, rejected: Counter[str]) -> Iterator[list[str]]:
+    for batch in read_part(Part(file=file), config):
+        rejected.update(rejection.reason for rejection in batch.rejections)
+        yield batch.texts
+
+
+def _row_groups(batches: Iterable[list[str]]) -> Iterator[list[str]]:
+    texts: list[str] = []
+    characters = 0
+    for batch in batches:
+        texts += batch
+        characters += sum(map(len, batch))
+        if characters >= _ROW_GROUP_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts

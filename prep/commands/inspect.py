@@ -1,0 +1,99 @@
+"""`inspect`: documents as the model will see them, one after another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from prep.dataset.finished import Place, opened
+from prep.dataset.shard_reader import read_shard
+from streaming_rwkv.console import shown
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPiece:
+    """One piece of a document, decoded."""
+
+    stream: str
+    pack: int  # within the stream
+    key: int
+    start: int
+    targets: int
+    bytes: int
+    begins: bool  # with bos
+    ends: bool  # with eos
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.stream} pack {self.pack} document {self.key:016x}"
+        head = f"── {where}: inputs {self.start}…{self.start + self.targets - 1}, {self.bytes} bytes ──"
+        return f"{head}\n{'⟨bos⟩' if self.begins else '…'}{self.text}{'⟨eos⟩' if self.ends else '…'}"
+
+
+def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
+    """All pieces of `streams` in stored order. A character that is cut between two pieces shows as U+FFFD."""
+    tokenizer = place.tokenizer(manifest)
+    for stream in streams:
+        for number, pack in enumerate(_packs(place, stream)):
+            where = f"{place.location}/{stream.path}, pack {number}"
+            check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
+            bounds = piece_bounds(pack["lengths"])
+            for piece in range(len(pack["lengths"])):
+                tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]
+                start = int(pack["starts"][piece])
+                yield ShownPiece(
+                    stream=stream.path,
+                    pack=number,
+                    key=int(pack["keys"][piece]),
+                    start=start,
+                    targets=len(tokens) - 1,
+                    bytes=int(pack["bytes"][piece]),
+                    begins=start == 0,
+                    ends=int(tokens[-1]) == tokenizer.eos_id,
+                    text=tokenizer.decode(tokens),
+                )
+
+
+def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
+    names = [f"{stream.path}/{shard.basename}" for shard in stream.shards]
+    for name, shard in zip(names, stream.shards, strict=True):  # one by one: seldom is more than the first wanted
+        for file in place.files([(name, None)]):
+            yield from read_shard(file, shard, where=f"{place.location}/{name}")
+
+
+def selected(
+    manifest: Manifest, *, split: str, source: str | None, bucket: str | None, where: str
+) -> list[StreamRecord]:
+    """The streams that match.
+
+    Raises:
+        DataError: none does.
+    """
+    streams = [
+        stream
+        for stream in manifest.streams
+        if stream.split == split and source in (None, stream.source) and bucket in (None, stream.bucket)
+    ]
+    if not streams:
+        of_split = [stream for stream in manifest.streams if stream.split == split]
+        sources = ", ".join(dict.fromkeys(stream.source for stream in of_split)) or "none"
+        buckets = ", ".join(dict.fromkeys(stream.bucket for stream in of_split)) or "none"
+        raise DataError(
+            f"{where}: no stream {split}/{source or '*'}/{bucket or '*'}; {split} has the sources {sources} and the "
+            f"buckets {buckets}"
+        )
+    return streams
+
+
+def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: int, count: int) -> None:
+    """Print `count` pieces."""
+    with opened(out) as place:
+        manifest = place.manifest()
+        streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
+        for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
+            print(shown(str(piece), lines=True))

@@ -1,0 +1,1 @@
+"""A finished data set: writing and reading its shards, opening, verifying and uploading it."""

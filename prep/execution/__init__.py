@@ -1,0 +1,1 @@
+"""How stages are run: processes or Ray, records of finished work, intermediate files, resume, progress."""

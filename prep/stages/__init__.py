@@ -1,0 +1,1 @@
+"""The stages from documents to packs: tokenization, deduplication, packing."""

@@ -1,0 +1,97 @@
+"""Weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
+
+OUT with the ending .pth is BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a Hugging Face
+folder with its tokenizer (`fla`, `rwkv7_hf`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.inference.generate import find_tokenizer
+from streaming_rwkv.location import checked_local
+from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
+from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    """Write the weights of any checkpoint that `read_state` reads; the tokenizer's files go into a folder only.
+
+    Raises:
+        CheckpointError: unreadable, or a head size that the Hugging Face implementations do not have.
+    """
+    state = read_state(checkpoint)
+    if out.suffix == ".pth":
+        write_pth(state, out, dtype=dtype)
+        return
+    if tokenizer is None:
+        write_huggingface(state, out, dtype=dtype)
+    else:
+        tokenizer.save(out)
+        if tokenizer.kind == "rwkv-world":
+            _write_world_for_transformers(out)
+        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+def _write_world_for_transformers(folder: Path) -> None:
+    """The code by which `AutoTokenizer` reads RWKV World's vocabulary; a tokenizer.json cannot give its ids exactly."""
+    name = "tokenization_rwkv_world"
+    shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    end = "<|endoftext|>"
+    config = {
+        "tokenizer_class": "RWKVWorldTokenizer",
+        "auto_map": {"AutoTokenizer": [f"{name}.RWKVWorldTokenizer", None]},
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "unk_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
+    parser.add_argument("out", help="NAME.pth, or a folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
+    options = parser.parse_args(arguments)
+    tolerate_any_encoding()
+    try:
+        out = _local_out(options.out)
+        with local_checkpoint(options.checkpoint) as checkpoint:
+            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
+    except UserError as error:
+        print_error(error)
+        return 1
+    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none lies with it"
+    print(f"wrote {shown(str(out))}{without}")
+    return 0
+
+
+def _local_out(name: str) -> Path:
+    out = Path(checked_local(name, remedy="exports are written to a disk: give a local path, and copy from there"))
+    if out.suffix == ".pth" and out.is_dir():
+        raise UserError(f"{out}: is a folder; a .pth is one file, give another name")
+    if out.suffix != ".pth" and out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give NAME.pth, or a folder")
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,500 @@
+"""Object storage: S3 and what speaks its protocol (AWS, MinIO, Cloudflare R2, SeaweedFS), for preparation and training.
+
+Nothing that goes up or comes down is believed before it was compared:
+
+- Uploads carry a Content-MD5 for each request, so a server refuses a damaged one, and the whole file's sha256 as
+  metadata. Afterwards the ETag, which is the MD5 of what arrived, is compared with the file's; where a server's ETag is
+  something else (encryption by KMS), the object is read back.
+- Downloads are compared with the sha256, and appear under their name when they are whole.
+
+How often a request is repeated and when it is given up is `s3_requests`' matter: an operation fails when
+`timeout_seconds` have gone by without a step forward, and a quarter of that for the attempt that is under way.
+
+boto3 comes with the extra `s3` and is imported on first use.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
+
+from streaming_rwkv.location import LocationError, checked_location, is_remote
+from streaming_rwkv.storage.remote_file import RemoteFile
+from streaming_rwkv.storage.requests import (
+    STEP_BYTES,
+    Connection,
+    FaultyAnswer,
+    Moved,
+    ObjectMissing,
+    StorageError,
+    UploadMissing,
+    shown_endpoint,
+)
+
+__all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 1 << 24
+"""Larger files go up in parts of this size; R2 wants all but the last equal, AWS at least 5 MiB and at most 10,000."""
+_MOST_PARTS = 10_000
+_PARTS_AT_ONCE = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """What a store says of an object."""
+
+    size: int
+    sha256: str | None  # as its writer noted it; None if that was not this module
+    etag: str
+    written_ns: int = field(default=0, compare=False)
+    """When, since 1970; in whole seconds."""
+
+
+def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
+    """The store at `s3://bucket/prefix`; nothing is asked of the server yet.
+
+    The environment decides where that is, as for Streaming and Composer: S3_ENDPOINT_URL (none: AWS), and boto3's
+    chain for the rest: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, profiles, roles. Of the buckets
+    that S3_PUBLIC_BUCKETS names (with commas) no credentials are asked, and those in S3_REQUESTER_PAYS_BUCKETS are told
+    that we pay for the requests.
+
+    Args:
+        timeout_seconds: see the module's text.
+
+    Raises:
+        LocationError: a location that is refused everywhere.
+        StorageError: a local path, an endpoint that is no URL, or boto3 is not installed.
+    """
+    location = checked_location(location)
+    if not is_remote(location):
+        raise StorageError(f"{location}: not a place in object storage; write s3://bucket/prefix")
+    bucket, _, prefix = location.removeprefix("s3://").partition("/")
+    try:
+        import boto3  # noqa: F401
+    except ImportError:
+        raise StorageError(
+            f"{location}: boto3 is not installed; pip install 'streaming-rwkv[s3]' for object storage"
+        ) from None
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or None
+    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname):
+        raise StorageError(
+            f"S3_ENDPOINT_URL: {shown_endpoint(endpoint)!r} is no address; write http://HOST:PORT or https://HOST"
+        )
+    connection = Connection(
+        endpoint=endpoint,
+        timeout_seconds=timeout_seconds,
+        is_unsigned=bucket in _named_buckets("S3_PUBLIC_BUCKETS"),
+        requester_pays=bucket in _named_buckets("S3_REQUESTER_PAYS_BUCKETS"),
+    )
+    return Store(bucket=bucket, prefix=prefix.strip("/"), timeout_seconds=timeout_seconds, _connection=connection)
+
+
+def _named_buckets(variable: str) -> set[str]:
+    """The buckets that an environment variable names, also as s3://bucket.
+
+    Raises:
+        StorageError: something else among them.
+    """
+    names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
+    try:
+        names = {checked_location(name).removeprefix("s3://").removesuffix("/") for name in names}
+    except LocationError as error:
+        raise StorageError(f"{variable}: {error}") from None
+    if wrong := sorted(name for name in names if "/" in name or name == "*"):
+        raise StorageError(f"{variable}: found {wrong[0]!r}; write names of buckets, with commas between them")
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Objects below a prefix of a bucket; names are relative to it. Safe to share among threads, pickle, and fork.
+
+    Every method raises StorageError, within the time that the module's text states.
+    """
+
+    bucket: str
+    prefix: str
+    timeout_seconds: float
+    _connection: Connection = field(repr=False, compare=False)
+
+    @property
+    def location(self) -> str:
+        return self.url().rstrip("/")
+
+    def url(self, name: str = "") -> str:
+        return f"s3://{self.bucket}/{self._key(name)}"
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Name → bytes of all objects whose names begin with `prefix`, sorted."""
+        return {name: size for name, size, _ in sorted(self.walk(prefix))}
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+        """(name, bytes, when it was written in ns since 1970) of all objects whose names begin with `prefix`."""
+        more: dict[str, str] = {}
+        while True:
+            page = self._page("list_objects_v2", self._key(prefix), more)
+            for entry in page.get("Contents", []):
+                yield entry["Key"][len(self._key("")) :], entry["Size"], _written_ns(entry)
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def find(self, name: str) -> StoredObject | None:
+        """What lies there, or None. A bucket that does not exist gives None too; `list` tells the difference."""
+        try:
+            return self._stored(name)
+        except ObjectMissing:
+            return None
+
+    def check_writable(self) -> None:
+        """Find out whether objects may be written here, without one being seen: begin an upload, and abort it."""
+        name = ".write-check"
+        begun = self._ask("write", name, lambda client, _: client.create_multipart_upload(**self._at(name)))
+        self._abort(self._key(name), begun["UploadId"])
+
+    def put_file(self, path: str | Path, name: str, *, sha256: str) -> bool:
+        """Upload a file and compare what arrived; False if the same content lay there already.
+
+        Args:
+            sha256: the file's, as known from elsewhere: a file that was damaged since is not uploaded.
+        """
+        content = _content_of_file(Path(path))
+        if content.sha256 != sha256:
+            raise StorageError(
+                f"{path}: sha256 {content.sha256} is not the expected {sha256}: the file was changed or damaged "
+                "on this machine; build it again"
+            )
+        return self._put(content, name)
+
+    def put_bytes(self, content: bytes, name: str) -> bool:
+        """Upload some bytes, likewise."""
+        return self._put(_content(len(content), lambda at, size: content[at : at + size]), name)
+
+    def get_bytes(self, name: str, *, most: int, sha256: str | None = None) -> bytes:
+        """The content of an object of at most `most` bytes, compared as `get_file` compares it."""
+        content = io.BytesIO()
+        self._get(name, content, sha256=sha256, most=most)
+        return content.getvalue()
+
+    def get_file(self, name: str, path: str | Path, *, sha256: str | None = None) -> None:
+        """Download an object to `path`, which is replaced when all is there and has the sha256.
+
+        Args:
+            sha256: the expected one; without it, the one that the object's writer noted, if any.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("w+b") as file:
+                self._get(name, file, sha256=sha256, most=None)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def open(self, name: str, *, listed: tuple[int, int] | None = None) -> IO[bytes]:
+        """An object as a seekable file, of which only what is read is fetched: see `RemoteFile`.
+
+        It stays the object that it is now: when another has taken its place, reading raises StorageError.
+
+        Args:
+            listed: its bytes and when it was written, as `walk` gave them; any other object is an error now.
+        """
+        found = self._stored(name)
+        if listed not in (None, (found.size, found.written_ns)):
+            raise StorageError(f"{self.url(name)}: was replaced since it was listed; run the command again")
+
+        def fetch(begin: int, end: int) -> bytearray:
+            content = bytearray()
+            self._fetch(name, content.extend, of=found, begin=begin, end=end)
+            return content
+
+        return io.BufferedReader(RemoteFile(fetch, size=found.size))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; one that is not there is no error."""
+        # Not DeleteObjects: it needs a checksum that older servers do not know.
+        with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+            list(pool.map(self._delete, names))
+
+    def abort_unfinished(self, prefix: str = "") -> int:
+        """Abort the multipart uploads that killed programs left below `prefix`; returns how many those were.
+
+        A running program's would be aborted too: for use by the one that writes here. MinIO lists unfinished uploads
+        by the full name of the object only; it clears them itself after a day.
+        """
+        return self._abort_unfinished(self._key(prefix))
+
+    def close(self) -> None:
+        """Close idle connections; the store can be used again."""
+        self._connection.close()
+
+    # --- uploads ---
+
+    def _put(self, content: _Content, name: str) -> bool:
+        if self._holds(content, name):
+            return False
+        for attempt in ("first", "second"):
+            if len(content.md5s) == 1:
+                answer = self._put_part(content, 0, name, "put_object", Metadata={"sha256": content.sha256})
+            else:
+                answer = self._put_parts(content, name)
+            if _etag(answer) == content.etag or self._holds(content, name):
+                return True
+            logger.warning("%s: not what was uploaded, on the %s attempt", self.url(name), attempt)
+        raise StorageError(
+            f"{self.url(name)}: uploaded twice, and what lies there still differs from what was sent (checksum); the "
+            "server or something before it damages or replaces objects"
+        )
+
+    def _holds(self, content: _Content, name: str) -> bool:
+        found = self.find(name)
+        if found is None or (found.size, found.sha256) != (content.size, content.sha256):
+            return False
+        return found.etag == content.etag or self._read_back(name) == content.sha256
+
+    def _read_back(self, name: str) -> str:
+        digest = hashlib.sha256()
+        self._fetch(name, digest.update)
+        return digest.hexdigest()
+
+    def _put_parts(self, content: _Content, name: str) -> Any:
+        key = self._key(name)
+        self._abort_unfinished(key)  # of an earlier run: nobody else writes this object now
+        begun = self._ask(
+            "upload",
+            name,
+            lambda client, _: client.create_multipart_upload(**self._at(name), Metadata={"sha256": content.sha256}),
+        )
+        upload = {"UploadId": begun["UploadId"]}
+        try:
+            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+                try:
+                    numbers = range(len(content.md5s))
+                    parts = pool.map(
+                        lambda n: self._put_part(content, n, name, "upload_part", PartNumber=n + 1, **upload), numbers
+                    )
+                    etags = [part["ETag"] for part in parts]
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            whole = {"Parts": [{"ETag": etag, "PartNumber": n + 1} for n, etag in enumerate(etags)]}
+            try:
+                return self._ask(
+                    "complete",
+                    name,
+                    lambda client, _: client.complete_multipart_upload(
+                        **self._at(name), **upload, MultipartUpload=whole
+                    ),
+                )
+            except UploadMissing:  # completed already, and the answer was lost
+                return {}
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                self._abort(key, begun["UploadId"])
+            raise
+
+    def _put_part(self, content: _Content, number: int, name: str, operation: str, **arguments: Any) -> Any:
+        body = content.read(number * content.part_bytes, content.part_bytes)
+        arguments |= self._at(name)
+        arguments["ContentMD5"] = base64.b64encode(content.md5s[number]).decode()
+
+        def attempt(client: Any, moved: Moved) -> Any:
+            return getattr(client, operation)(Body=_Counted(body, moved), **arguments)
+
+        return self._ask("upload", name, attempt)
+
+    def _delete(self, name: str) -> None:
+        with contextlib.suppress(ObjectMissing):
+            self._ask("delete", name, lambda client, _: client.delete_object(**self._at(name)))
+
+    def _abort_unfinished(self, key_prefix: str) -> int:
+        aborted = 0
+        more: dict[str, str] = {}
+        while True:
+            page = self._page("list_multipart_uploads", key_prefix, more)
+            for upload in page.get("Uploads", []):
+                self._abort(upload["Key"], upload["UploadId"])
+                aborted += 1
+            if not page.get("IsTruncated"):
+                return aborted
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        with contextlib.suppress(UploadMissing):
+            self._ask(
+                "abort an upload of",
+                "",
+                lambda client, _: client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id),
+            )
+
+    # --- downloads ---
+
+    def _get(self, name: str, file: IO[bytes], *, sha256: str | None, most: int | None) -> None:
+        for attempt in ("first", "second"):
+            file.seek(0)
+            file.truncate()
+            digest = hashlib.sha256()
+
+            def write(block: bytes, digest: Any = digest) -> None:
+                file.write(block)
+                digest.update(block)
+
+            found = self._fetch(name, write, most=most)
+            expected = sha256 or found.sha256
+            if expected in (None, digest.hexdigest()):
+                return
+            logger.warning("%s: damaged on the %s attempt (%d bytes)", self.url(name), attempt, found.size)
+        raise StorageError(
+            f"{self.url(name)}: fetched twice, and its checksum (sha256) is not the expected {expected}; the object is "
+            "damaged: restore it, or write it again"
+        )
+
+    def _fetch(
+        self,
+        name: str,
+        write: Callable[[bytes], Any],
+        *,
+        of: StoredObject | None = None,
+        begin: int = 0,
+        end: int | None = None,
+        most: int | None = None,
+    ) -> StoredObject:
+        """Hand an object's bytes to `write` as they come; after a break, from there on. Returns what it is.
+
+        Args:
+            of: the object that is there is this one, or it is an error; needed for a part.
+            begin, end: the part of it to read; by default all.
+        """
+        at = begin
+
+        def attempt(client: Any, moved: Moved) -> StoredObject:
+            nonlocal at, of
+            last = "" if end is None else end - 1
+            part = {"Range": f"bytes={at}-{last}", "IfMatch": f'"{of.etag}"'} if of else {}
+            answer = client.get_object(**self._at(name), **part)
+            with contextlib.closing(answer["Body"]) as body:
+                if of is not None and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                    raise FaultyAnswer("the whole object came where a part was asked for")
+                found = of or _stored(answer)
+                if most is not None and found.size > most:
+                    raise StorageError(f"{self.url(name)}: {found.size:,} bytes; at most {most:,} are expected here")
+                stop = found.size if end is None else end
+                while block := body.read(STEP_BYTES):
+                    with moved.lock:
+                        if moved.abandoned:  # the next attempt goes on in its place
+                            raise FaultyAnswer("given up")
+                        write(block)
+                        at, of = at + len(block), found
+                        moved.bytes += len(block)
+            if at != stop:
+                raise FaultyAnswer(f"{at - begin:,} of {stop - begin:,} bytes came")
+            return found
+
+        return self._ask("read", name, attempt, gained=lambda: at)
+
+    # --- requests ---
+
+    def _stored(self, name: str) -> StoredObject:
+        return _stored(self._ask("look for", name, lambda client, _: client.head_object(**self._at(name))))
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._key(name)}
+
+    def _page(self, operation: str, key_prefix: str, more: dict[str, str]) -> Any:
+        """One answer of those that a listing comes in."""
+        arguments = {"Bucket": self.bucket, "Prefix": key_prefix, **more}
+        return self._ask("list", "", lambda client, _: getattr(client, operation)(**arguments))
+
+    def _ask(
+        self, verb: str, name: str, call: Callable[[Any, Moved], T], *, gained: Callable[[], int] = lambda: 0
+    ) -> T:
+        return self._connection.ask(call, url=self.url(name).rstrip("/"), verb=verb, gained=gained)
+
+
+# --- content that goes up, and what comes down ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """Something to upload, and its checksums: as a whole, and as the parts that it goes up in."""
+
+    size: int
+    sha256: str
+    part_bytes: int
+    md5s: list[bytes]
+    read: Callable[[int, int], bytes]
+
+    @property
+    def etag(self) -> str:
+        """What S3 servers make of it: the MD5, or that of the parts' MD5s and how many those are."""
+        if len(self.md5s) == 1:
+            return self.md5s[0].hex()
+        return f"{hashlib.md5(b''.join(self.md5s), usedforsecurity=False).hexdigest()}-{len(self.md5s)}"
+
+
+def _content(size: int, read: Callable[[int, int], bytes]) -> _Content:
+    part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
+    sha256 = hashlib.sha256()
+    md5s = []
+    for at in range(0, max(size, 1), part_bytes):
+        part = read(at, part_bytes)
+        sha256.update(part)
+        md5s.append(hashlib.md5(part, usedforsecurity=False).digest())
+    return _Content(size=size, sha256=sha256.hexdigest(), part_bytes=part_bytes, md5s=md5s, read=read)
+
+
+def _content_of_file(path: Path) -> _Content:
+    def read(at: int, size: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(at)
+            return file.read(size)
+
+    return _content(path.stat().st_size, read)
+
+
+class _Counted(io.BytesIO):
+    """A body that is sent block by block: with bytes, one socket timeout would hold for the whole of it."""
+
+    def __init__(self, content: bytes, moved: Moved) -> None:
+        super().__init__(content)
+        self._moved = moved
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        block = super().read(size)
+        self._moved.bytes += len(block)
+        return block
+
+
+def _stored(answer: Any) -> StoredObject:
+    return StoredObject(
+        size=answer["ContentLength"],
+        sha256=answer["Metadata"].get("sha256"),
+        etag=_etag(answer),
+        written_ns=_written_ns(answer),
+    )
+
+
+def _written_ns(answer: Any) -> int:
+    return int(answer["LastModified"].timestamp()) * 10**9  # listings tell fractions of a second, other answers do not
+
+
+def _etag(answer: Any) -> str:
+    return str(answer.get("ETag", "")).strip('"')

@@ -1,0 +1,1 @@
+"""Checkpoints on disk and in object storage: saving, finding, fetching, restoring, pruning."""

@@ -1,0 +1,182 @@
+"""How many packs a microbatch may have: tried out before training, on a model of the same shape that is thrown away.
+
+Composer's own `auto` does not work with FSDP2. Here each trial builds the network anew with zeros for weights, sharded
+as it will be trained, takes the room of its optimizer, and runs forward and backward over packs that are full. What
+does not fit leaves nothing behind: no half-gathered weights, no gradients, no random number drawn.
+
+Ranks must agree, and must fail together: one that runs out of memory alone would leave the others waiting in a
+collective. So all are held to the same number of bytes, the least that any of them has, and do the same allocations
+under it. Should they still part at the very edge, the collectives' timeout ends the run; a number in the
+configuration avoids the trial.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from composer.core import Precision, get_precision_context
+from composer.distributed.prepare_distributed import parallelize_composer_model
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.data.batch import Batch
+from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.shards import StreamRecord
+from streaming_rwkv.train.checkpoints.local import write_durably
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free: the rest is for fragments, NCCL's buffers and evaluation's sums.
+USABLE = 0.92
+RECORD_NAME = "microbatch.json"
+
+
+class MicrobatchError(UserError):
+    """Not even the smallest microbatch fits."""
+
+
+def probe_microbatch(
+    config: RWKV7Config,
+    *,
+    packs: int,
+    pack_tokens: int,
+    pieces_per_pack: int,
+    precision: Precision,
+    device: torch.device,
+) -> int:
+    """The most packs, halving from `packs`, of which forward and backward fit on every rank; called by all together.
+
+    Args:
+        packs: each rank's of a step.
+        pieces_per_pack: documents in a pack; each needs a state of its own in the kernel.
+    Raises:
+        MicrobatchError: one pack does not fit.
+    """
+
+    def trial(microbatch: int) -> None:
+        batch = full_batch(packs=microbatch, pack_tokens=pack_tokens, pieces_per_pack=pieces_per_pack, device=device)
+        # A second pass has the gradients of the first beside it.
+        run_trial(config, batch, passes=min(2, math.ceil(packs / microbatch)), precision=precision, device=device)
+
+    # Building a network draws random numbers, whatever becomes of them.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), same_budget(device):
+        found = largest_that_fits(packs, trial=trial, device=device)
+    if found is None:
+        raise MicrobatchError(
+            f"microbatch_packs: not even one pack of {pack_tokens:,} tokens fits into this device's memory; set "
+            "model.activation_checkpointing=true, take more processes or a smaller model, or build with smaller packs"
+        )
+    return found
+
+
+def largest_that_fits(packs: int, *, trial: Callable[[int], None], device: torch.device) -> int | None:
+    """Halve until `trial` runs on all ranks without running out of memory; None where even 1 does not."""
+    while packs >= 1:
+        fits = torch.tensor(float(_fits(trial, packs)), device=device)
+        release(device)
+        if all_reduce_min(fits).item():
+            return packs
+        logger.info("microbatches of %d packs do not fit", packs)
+        packs //= 2
+    return None
+
+
+def _fits(trial: Callable[[int], None], packs: int) -> bool:
+    try:
+        trial(packs)
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if "ALLOC_FAILED" in str(error):  # cuBLAS's own
+            return False
+        raise
+    return True
+
+
+def release(device: torch.device) -> None:
+    """Give back what a trial, or its traceback, held."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def same_budget(device: torch.device) -> Iterator[None]:
+    """Hold this rank's allocator to the least that any rank has free; the CPU knows no such bound."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    budget = torch.tensor(float(free + torch.cuda.memory_reserved(device)), device=device, dtype=torch.float64)
+    all_reduce_min(budget)
+    torch.cuda.set_per_process_memory_fraction(USABLE * budget.item() / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def full_batch(*, packs: int, pack_tokens: int, pieces_per_pack: int, device: torch.device) -> Batch:
+    """Packs filled to the last token, of pieces as long as each other: no batch of the run is larger."""
+    tokens = packs * pack_tokens
+    pieces = [round(piece * pack_tokens / pieces_per_pack) for piece in range(pieces_per_pack)]
+    starts = [pack * pack_tokens + piece for pack in range(packs) for piece in pieces]
+    return {
+        "tokens": torch.zeros(1, tokens, dtype=torch.int64, device=device),
+        "targets": torch.zeros(1, tokens, dtype=torch.int64, device=device),
+        "cu_seqlens": torch.tensor([*starts, tokens], dtype=torch.int32, device=device),
+        "pack_starts": torch.arange(packs + 1, dtype=torch.int32, device=device) * pack_tokens,
+        "streams": torch.zeros(packs, dtype=torch.int64, device=device),
+        "text_bytes": torch.zeros(packs, dtype=torch.int64, device=device),
+        "num_targets": tokens,
+    }
+
+
+def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Precision, device: torch.device) -> None:
+    """Forward and backward on a network of zeros, beside the room that AdamW's moments take."""
+    model = RWKV7ForTraining(RWKV7(config), num_streams=1, flops_per_token=1)
+    if world_size() > 1:
+        parallelize_composer_model(model, None, sharding(), precision=precision)
+    else:
+        model.to(device)
+    moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]
+    for _ in range(passes):
+        with get_precision_context(precision):
+            loss = model.loss(model(batch), batch)
+        loss.backward()
+    del moments  # held until here
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what fails later on the device fails here
+
+
+def densest_pack(records: Sequence[StreamRecord], *, pack_tokens: int) -> int:
+    """Documents to allow for in a pack: twice the mean of the stream with the shortest ones."""
+    return min(pack_tokens, max(math.ceil(2 * record.pieces / record.packs) for record in records))
+
+
+def remembered_microbatch(save_folder: Path, conditions: dict[str, object], probe: Callable[[], int]) -> int:
+    """What an earlier start of this run found under the same conditions, else what `probe` finds; all ranks together.
+
+    A resumed run then rounds as the unbroken one would, and does not spend the time again.
+    """
+    path = save_folder / RECORD_NAME
+    known = 0
+    if is_rank_zero() and path.exists():
+        record = json.loads(path.read_text())
+        known = record["packs"] if record["conditions"] == conditions else 0
+    if known := broadcast_object(known):
+        return known
+    packs = probe()
+    if is_rank_zero():
+        write_durably(path, json.dumps({"packs": packs, "conditions": conditions}, indent=1).encode())
+    return packs

@@ -1,0 +1,104 @@
+"""Trackers that a YAML asks for: W&B and MLflow, by Composer's loggers, with what a resume needs.
+
+A save folder has one tracked run, however often it is started: its name is drawn at the first start and kept in
+`{save_folder}/tracking-id`. Credentials are the trackers' own business (`wandb login`, WANDB_API_KEY,
+MLFLOW_TRACKING_USERNAME, …): the configuration, which is saved beside the checkpoints, has no place for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
+
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.train.checkpoints.local import write_durably
+from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
+
+TRACKING_ID_NAME = "tracking-id"
+
+
+def check_trackers(log: LogConfig) -> None:
+    """Refuse, before anything is loaded, a tracker whose package is not installed.
+
+    Raises:
+        ConfigError: names the extra that brings it.
+    """
+    for package, config in (("wandb", log.wandb), ("mlflow", log.mlflow)):
+        if config is not None and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"log.{package}: the package {package!r} is not installed; pip install 'streaming-rwkv[{package}]', "
+                f"or leave log.{package} out"
+            )
+
+
+def tracking_id(save_folder: Path) -> str:
+    """The name of the tracked run that this save folder has, drawn at its first start."""
+    path = save_folder / TRACKING_ID_NAME
+    if not path.exists():
+        write_durably(path, uuid.uuid4().hex[:16].encode())
+    return path.read_text()
+
+
+def wandb_arguments(config: WandbConfig, *, tracking_id: str) -> dict[str, Any]:
+    """Arguments of Composer's WandBLogger."""
+    given = config.model_dump(exclude_none=True, exclude={"tags"})
+    tags = {"tags": config.tags} if config.tags else {}
+    return {**given, **tags, "init_kwargs": {"id": tracking_id, "resume": "allow"}}
+
+
+def mlflow_arguments(config: MlflowConfig) -> dict[str, Any]:
+    """Arguments of Composer's MLFlowLogger."""
+    return {**config.model_dump(exclude_none=True), "tags": dict(config.tags), "resume": True}
+
+
+class ResumedMLFlowLogger(MLFlowLogger):
+    """Composer goes on with the newest run of the same name, which another save folder's may be; this, with ours."""
+
+    def __init__(self, *, tracking_id: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.tracking_id = tracking_id
+
+    def _start_mlflow_run(self, state: State) -> None:
+        self.tags["run_name"] = self.tracking_id  # what it looks for
+        super()._start_mlflow_run(state)
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Those that the run does not have yet: MLflow refuses another value, and all that waits to be sent with it."""
+        if self._enabled:
+            known = self._mlflow_client.get_run(self._run_id).data.params
+            super().log_hyperparameters({name: value for name, value in hyperparameters.items() if name not in known})
+
+
+def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
+    """Composer's loggers for what is configured; they write on the first rank alone."""
+    if log.wandb is None and log.mlflow is None:
+        return []
+    ours = tracking_id(save_folder) if is_rank_zero() else ""
+    trackers: list[LoggerDestination] = []
+    if log.wandb is not None:
+        trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))
+    if log.mlflow is not None:
+        trackers.append(ResumedMLFlowLogger(tracking_id=ours, **mlflow_arguments(log.mlflow)))
+    return trackers
+
+
+def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted keys, as overrides name them; lists of settings by their index."""
+
+    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        nested = isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
+        entries = value.items() if isinstance(value, dict) else enumerate(value) if nested else None
+        if entries is None:
+            yield key, value
+            return
+        for name, entry in entries:
+            yield from walk(entry, f"{key}.{name}" if key else str(name))
+
+    return dict(walk(dict(values), ""))

@@ -1,0 +1,122 @@
+"""The loss of a checkpoint on a data set: document by document, the plain cross-entropy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from streaming_rwkv.inference.evaluate import main
+from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.model.weights import load_model, model_state, write_pth
+from streaming_rwkv.storage import open_store
+from streaming_rwkv.tokenizer import load_tokenizer
+from tests.conftest import pack_of
+
+TRAIN = {("web", 1, 16): 3}
+VALIDATION = {("web", 1, 16): 5, ("web", 17, 32): 2, ("code", 1, 16): 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path]) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data") / "set", TRAIN, validation=VALIDATION)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model.pth", vocab_size=97)
+
+
+def write_model(path: Path, *, vocab_size: int) -> Path:
+    model = RWKV7(RWKV7Config(vocab_size=vocab_size, hidden_size=64, num_layers=1))
+    initialize(model, seed=1)
+    with torch.no_grad():  # the head is 0 at first, and every token as likely as the others
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    write_pth(model_state(model), path, dtype=torch.float32)
+    return path
+
+
+@torch.no_grad()
+def by_document(checkpoint: Path) -> dict[str, float]:
+    """nats per target and bits per byte, over all and of one source."""
+    model = load_model(checkpoint)
+    sums: Counter[str] = Counter()
+    for number, ((source, lower, upper), packs) in enumerate(VALIDATION.items()):
+        for i in range(packs):
+            pack = pack_of(100 + number, i, lower=lower, upper=upper)
+            stored = torch.from_numpy(pack["tokens"].astype("int64"))
+            for piece in stored.split(pack["lengths"].tolist()):
+                logits = model(piece[None, :-1])[0]
+                nll = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item()
+                for group in ("all", source):
+                    sums[f"{group} nll"] += nll
+                    sums[f"{group} targets"] += len(piece) - 1
+            for group in ("all", source):
+                sums[f"{group} bytes"] += int(pack["bytes"].sum())
+    return {
+        "validation/loss/all": sums["all nll"] / sums["all targets"],
+        "validation/loss/source/web": sums["web nll"] / sums["web targets"],
+        "validation/bits_per_byte/all": sums["all nll"] / math.log(2) / sums["all bytes"],
+    }
+
+
+def test_it_is_the_mean_over_documents(data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(checkpoint), str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name, value in by_document(checkpoint).items():
+        assert found[name] == pytest.approx(value, rel=1e-5)
+    assert main([str(checkpoint), str(data)]) == 0
+    assert f"{found['validation/bits_per_byte/bucket/17-32']:.4f}" in capsys.readouterr().out
+
+
+def test_data_on_object_storage_and_a_part_of_it(
+    data: Path, checkpoint: Path, s3_place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prep.dataset.upload import upload
+
+    upload(data, s3_place)
+    found = []
+    for place in (str(data), s3_place):
+        assert main([str(checkpoint), place, "--split", "train", "--packs-per-stream", "2", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert main([str(checkpoint), str(data), "--split", "train", "--json"]) == 0
+    assert found[0] != json.loads(capsys.readouterr().out)
+
+    store = open_store(s3_place)
+    store.delete(["train/web/1-16/shard.00000.mds.zstd"])
+    store.close()
+    assert main([str(checkpoint), s3_place, "--split", "train"]) == 1
+    assert "train/web/1-16/shard.00000.mds.zstd (missing); restore them, or build again" in capsys.readouterr().err
+
+
+def test_what_does_not_go_together_is_refused(
+    data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    write_data_set: Callable[..., Path],
+) -> None:
+    small = write_model(tmp_path / "small.pth", vocab_size=50)
+    assert main([str(small), str(data)]) == 1
+    assert "its tokenizer has 97 ids, the model knows 50" in capsys.readouterr().err
+
+    (tmp_path / "run").mkdir()
+    write_model(tmp_path / "run" / "model.pth", vocab_size=65536)
+    load_tokenizer("rwkv-world").save(tmp_path / "run" / "tokenizer")
+    assert main([str(tmp_path / "run" / "model.pth"), str(data)]) == 1
+    assert "the checkpoint was trained with 'rwkv-world'" in capsys.readouterr().err
+
+    without = write_data_set(tmp_path / "without", TRAIN)
+    assert main([str(checkpoint), str(without)]) == 1
+    assert "has no validation packs; choose another --split" in capsys.readouterr().err
+    assert main([str(checkpoint), str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), str(data)]) == 1
+    assert "nothing: no such file or folder; give a run's save folder" in capsys.readouterr().err

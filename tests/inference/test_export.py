@@ -1,0 +1,76 @@
+"""Exported folders, as other programs read them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from streaming_rwkv.inference.export import export
+from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.model.weights import model_state, write_pth
+from streaming_rwkv.tokenizer import load_tokenizer
+
+TEXTS = [
+    "",
+    "Today is a beautiful day. 今天是美好的一天。",
+    "  two  spaces\n\n\nand lines\r\n\ttabs ",
+    "🎉👩‍👩‍👧 é e\u0301 \u202eright to left नमस्ते 🦤",
+    "\x00\x01\x7f\ufeff\ufffd \u2028 ÿþ Ã©",
+    "<|endoftext|> spelled out, <s> <|endoftext|>",
+    "b'\\xff' don't . , ! ?",
+    "a" * 300,
+]
+
+PROGRAM = """
+import json, sys
+from transformers import AutoTokenizer
+folder, again, texts = sys.argv[1], sys.argv[2], json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer.save_pretrained(again)
+both = [tokenizer, AutoTokenizer.from_pretrained(again, trust_remote_code=True)]
+print(json.dumps([
+    [[t.encode(text) for text in texts], t(texts)["input_ids"], [t.decode(t.encode(text)) for text in texts],
+     t.decode([0, 33520, 0]), t.decode([0, 33520, 0], skip_special_tokens=True), t.eos_token_id, t.bos_token_id, len(t)]
+    for t in both
+]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a World model."""
+    place = tmp_path_factory.mktemp("export")
+    model = RWKV7(RWKV7Config(vocab_size=65536, hidden_size=64, num_layers=1))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    write_pth(model_state(model), place / "w.pth")
+    export(place / "w.pth", place / "hf", dtype=torch.bfloat16, tokenizer=load_tokenizer("rwkv-world"))
+    return place / "hf"
+
+
+def test_transformers_gives_world_ids_from_an_exported_folder(folder: Path, tmp_path: Path) -> None:
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "again")],
+        env=environment, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=280, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    world = load_tokenizer("rwkv-world")
+    expected = [world.encode(text).tolist() for text in TEXTS]
+    for ids, batch, texts, shown, skipped, eos, bos, size in json.loads(done.stdout):
+        assert ids == expected
+        assert batch == expected
+        assert texts == TEXTS
+        assert shown == "<|endoftext|>Today<|endoftext|>"
+        assert skipped == "Today"
+        assert (eos, bos) == (0, 0)
+        assert size == 65530  # of 65,536 rows; the last six have no token
+
+
+def test_an_exported_folder_is_still_the_world_tokenizer_here(folder: Path) -> None:
+    assert load_tokenizer(folder).record() == load_tokenizer("rwkv-world").record()

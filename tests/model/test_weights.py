@@ -1,0 +1,378 @@
+"""Weights in and out: round trips are bitwise, other programs agree, and no file runs code here."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.model.weights import (
+    CheckpointError,
+    from_huggingface_name,
+    infer_config,
+    load_model,
+    load_state,
+    model_state,
+    read_state,
+    to_huggingface_name,
+    write_huggingface,
+    write_pth,
+)
+
+Build = Callable[..., RWKV7]
+UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pth_round_trip_is_bitwise(dtype: torch.dtype, random_model: Build, tmp_path: Path) -> None:
+    model = random_model().to(dtype)
+    write_pth(model_state(model), tmp_path / "a.pth", dtype=dtype)
+    loaded = load_model(tmp_path / "a.pth", dtype=torch.float32)
+    assert loaded.config == model.config
+    write_pth(model_state(loaded), tmp_path / "b.pth", dtype=dtype)
+    first, second = torch.load(tmp_path / "a.pth"), torch.load(tmp_path / "b.pth")
+    assert same(first, second)
+    assert same({name: value for name, value in first.items() if name not in UNUSED}, model_state(model))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_has_blinkdls_keys_and_shapes(random_model: Build, tmp_path: Path) -> None:
+    model = random_model(num_layers=12, hidden_size=64, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6, vocab_size=7)
+    write_pth(model_state(model), tmp_path / "model.pth")
+    weights = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert len(weights) == 402
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    shapes = {name: list(value.shape) for name, value in weights.items() if name.startswith("blocks.0.")}
+    vector, matrix = [1, 1, 64], [64, 64]
+    assert shapes == {f"blocks.0.{name}": shape for name, shape in {
+        "ln0.weight": [64], "ln0.bias": [64], "ln1.weight": [64], "ln1.bias": [64], "ln2.weight": [64],
+        "ln2.bias": [64], "att.x_r": vector, "att.x_w": vector, "att.x_k": vector, "att.x_v": vector,
+        "att.x_a": vector, "att.x_g": vector, "att.w0": vector, "att.w1": [64, 3], "att.w2": [3, 64],
+        "att.a0": vector, "att.a1": [64, 4], "att.a2": [4, 64], "att.v0": vector, "att.v1": [64, 5],
+        "att.v2": [5, 64], "att.g1": [64, 6], "att.g2": [6, 64], "att.k_k": vector, "att.k_a": vector,
+        "att.r_k": [1, 64], "att.receptance.weight": matrix, "att.key.weight": matrix, "att.value.weight": matrix,
+        "att.output.weight": matrix, "att.ln_x.weight": [64], "att.ln_x.bias": [64], "ffn.x_k": vector,
+        "ffn.key.weight": [256, 64], "ffn.value.weight": [64, 256],
+    }.items()}  # fmt: skip
+    outer = sorted(name for name in weights if not name.startswith("blocks."))
+    assert outer == ["emb.weight", "head.weight", "ln_out.bias", "ln_out.weight"]
+
+
+def test_ranks_and_widths_are_inferred(random_model: Build) -> None:
+    shape = {"decay_rank": 3, "a_rank": 4, "v_rank": 5, "gate_rank": 6, "head_size": 32, "ffn_size": 100}
+    model = random_model(**shape)
+    assert infer_config(model_state(model), where="x") == model.config
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_files_with_and_without_layer_0s_value_residual_load_alike(
+    layers: int, random_model: Build, tmp_path: Path
+) -> None:
+    model = random_model(num_layers=layers)
+    without = model_state(model)
+    extra = {"blocks.0.att.v0": (1, 1, 128), "blocks.0.att.v1": (128, 32), "blocks.0.att.v2": (32, 128)}
+    for name, state in {
+        "early": without,
+        "late": {**without, **{key: torch.ones(shape) for key, shape in extra.items()}},
+    }.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+        loaded = load_model(tmp_path / f"{name}.pth")
+        assert loaded.config == model.config
+        assert same(model_state(loaded), without)
+
+
+def test_vectors_stored_flat_load_too(random_model: Build, tmp_path: Path) -> None:
+    model = random_model()
+    torch.save({name: value.squeeze() for name, value in model_state(model).items()}, tmp_path / "flat.pth")
+    assert same(model_state(load_model(tmp_path / "flat.pth")), model_state(model))
+
+
+def test_old_files_that_are_not_zipped_load_too(random_model: Build, tmp_path: Path) -> None:
+    model = random_model()
+    torch.save(model_state(model), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert same(model_state(load_model(tmp_path / "old.pth")), model_state(model))
+
+
+def test_options_that_weights_do_not_tell(random_model: Build, tmp_path: Path) -> None:
+    write_pth(model_state(random_model()), tmp_path / "model.pth")
+    model = load_model(tmp_path / "model.pth", dtype=torch.float64, activation_checkpointing=True)
+    assert model.config.activation_checkpointing
+    assert model.blocks[0].activation_checkpointing
+    assert model.emb.weight.dtype == torch.float64
+
+
+# Hugging Face
+
+
+def test_huggingface_round_trip_is_bitwise(random_model: Build, tmp_path: Path) -> None:
+    model = random_model().bfloat16()
+    write_huggingface(model_state(model), tmp_path / "hf", bos_id=3, eos_id=4)
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = load_model(tmp_path / "hf", dtype=torch.bfloat16)
+    assert loaded.config == model.config
+    assert same(model_state(loaded), model_state(model))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (3, 4, "bfloat16")
+
+
+def test_rwkv7_hf_computes_our_logits_from_our_folder(oracles: Any) -> None:
+    with torch.no_grad():
+        logits = oracles.model(torch.tensor([oracles.tokens]))[0]
+    torch.testing.assert_close(logits, oracles.logits["huggingface"], rtol=0, atol=1e-4)
+
+
+def test_a_folder_that_rwkv7_hf_converted_is_the_file_it_came_from(oracles: Any) -> None:
+    loaded = load_model(oracles.converted)
+    assert loaded.config == oracles.model.config
+    assert same(model_state(loaded), model_state(oracles.model))
+
+
+def test_weights_in_several_files(random_model: Build, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = random_model()
+    write_huggingface(model_state(model), tmp_path, dtype=torch.float32)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = sorted(weights)
+    for part, chosen in (("one.safetensors", names[:20]), ("two.safetensors", names[20:])):
+        save_file({name: weights[name] for name in chosen}, tmp_path / part)
+    index = {name: "one.safetensors" if name in names[:20] else "two.safetensors" for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "model.safetensors").unlink()
+    assert same(model_state(load_model(tmp_path)), model_state(model))
+
+
+def test_every_name_has_one_counterpart(random_model: Build) -> None:
+    names = list(model_state(random_model()))
+    theirs = [to_huggingface_name(name) for name in names]
+    assert len(set(theirs)) == len(names)
+    assert [from_huggingface_name(name) for name in theirs] == names
+    assert to_huggingface_name("blocks.3.att.w1") == "model.layers.3.attn.w_lora.lora.0.weight"
+    assert to_huggingface_name("blocks.0.ln0.bias") == "model.layers.0.pre_norm.bias"
+
+
+# Training checkpoints
+
+
+def training_state(model: RWKV7, root: str) -> dict[str, Any]:
+    weights = {root + name: value for name, value in model_state(model).items()}
+    moments = {root + name: {"exp_avg": torch.ones_like(value)} for name, value in model_state(model).items()}
+    return {"model": weights, "optimizers": {"AdamW": {"state": moments}}}
+
+
+def save_sharded(state: dict[str, Any], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own: one process saves, and its TypedStorage is deprecated
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+
+@pytest.mark.parametrize(("wrapper", "root"), [("state", "network."), (None, "")])
+def test_sharded_checkpoints(wrapper: str | None, root: str, random_model: Build, tmp_path: Path) -> None:
+    """As Composer saves them, and as torch does."""
+    model = random_model()
+    state = training_state(model, root)
+    save_sharded({wrapper: state} if wrapper else state, tmp_path)
+    assert same(model_state(load_model(tmp_path)), model_state(model))
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(random_model: Build, tmp_path: Path) -> None:
+    for step, seed in (("00000010", 1), ("00000200", 2), ("00000300.writing", 3)):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        save_sharded(training_state(random_model(seed=seed), ""), folder)
+    assert same(model_state(load_model(tmp_path)), model_state(random_model(seed=2)))
+
+
+def test_a_shard_that_its_mark_disowns_is_refused(random_model: Build, tmp_path: Path) -> None:
+    save_sharded(training_state(random_model(), ""), tmp_path)
+    (tmp_path / "complete.json").write_text(json.dumps({"files": {"__0_0.distcp": {"sha256": "0" * 64}}}))
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is not what was written"):
+        load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_file_that_composer_wrote(random_model: Build, tmp_path: Path) -> None:
+    program = """
+import sys, torch
+from composer import Trainer
+from composer.models import ComposerModel
+from streaming_rwkv.model.weights import load_model
+
+class Network(ComposerModel):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+    def forward(self, batch):
+        return self.network(batch, targets=batch)
+    def loss(self, outputs, batch):
+        return outputs.mean()
+
+network = load_model(sys.argv[1])
+data = torch.utils.data.DataLoader(torch.zeros(4, 8, dtype=torch.int64), batch_size=2)
+Trainer(model=Network(network), train_dataloader=data, max_duration="2ba", save_folder=sys.argv[2], device="cpu",
+        save_filename="model.pt", optimizers=torch.optim.AdamW(network.parameters()), progress_bar=False).fit()
+torch.save(network.state_dict(), sys.argv[2] + "/expected.pth")
+"""
+    write_pth(model_state(random_model()), tmp_path / "start.pth")
+    arguments = [sys.executable, "-W", "ignore", "-c", program, tmp_path / "start.pth", tmp_path / "run"]
+    subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=200)
+    written, expected = read_state(tmp_path / "run" / "model.pt"), read_state(tmp_path / "run" / "expected.pth")
+    assert same(written, expected)
+    assert not same(written, model_state(random_model()))
+
+
+# What is refused
+
+
+class Payload:
+    """Unpickled by Python's own means, it creates the file at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_pth_is_refused_and_runs_nothing(random_model: Build, tmp_path: Path) -> None:
+    torch.save({**model_state(random_model()), "extra": Payload(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth: refused, since .* would run code .*it asks for posix\.mkdir"
+    ):
+        load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # the file is armed
+    assert (tmp_path / "owned").exists()
+
+
+def test_a_malicious_index_is_refused_and_runs_nothing(random_model: Build, tmp_path: Path) -> None:
+    save_sharded(training_state(random_model(), ""), tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(CheckpointError, match=r"refused.*it asks for (posix|nt)\.mkdir"):
+        load_model(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_malicious_composer_file_is_refused_and_runs_nothing(random_model: Build, tmp_path: Path) -> None:
+    state = {"state": training_state(random_model(), ""), "rng": Payload(tmp_path / "owned")}
+    torch.save(state, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="refused"):
+        load_model(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("x.pth", b"version https://git-lfs.github.com/spec/v1\noid", "it begins with 'version https://git-lfs"),
+        ("x.pth", b"<!DOCTYPE html>", "not a torch file: it begins with '<!DOCTYPE html>'"),
+        ("x.pth", b"", "not a torch file: it begins with ''"),
+        ("x.pth", b"\x80\x02h\x05.", "damaged or no checkpoint"),
+        ("x.pth", b"\x80\x02garbage", r"damaged or no checkpoint \(Unsupported operand 103\)"),
+        ("x.safetensors", b"\x10\0\0\0\0\0\0\0{}", "damaged or no checkpoint"),
+    ],
+)
+def test_another_kind_of_file_is_no_attack(name: str, content: bytes, error: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=error) as caught:
+        load_model(tmp_path / name)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_of_files_that_is_none(index: dict[str, Any], random_model: Build, tmp_path: Path) -> None:
+    write_huggingface(model_state(random_model()), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of files"):
+        load_model(tmp_path)
+
+
+def test_a_truncated_file_is_named(random_model: Build, tmp_path: Path) -> None:
+    write_pth(model_state(random_model()), tmp_path / "model.pth")
+    content = (tmp_path / "model.pth").read_bytes()
+    (tmp_path / "model.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.pth: damaged or no checkpoint"):
+        load_model(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda state: state.pop("blocks.1.att.k_a"), r"x\.pth: has no blocks\.1\.att\.k_a \(1 parameters missing, 0"),
+        (lambda state: state.update(wte=torch.ones(1)), r"x\.pth: has wte, which this model has not \(0 .* 1 unknown"),
+        (lambda state: state.update({"head.weight": torch.ones(97, 64)}), r"head\.weight is \(97, 64\), this model's"),
+        (lambda state: state.pop("emb.weight"), r"not an RWKV-7 model, it has no emb\.weight; found blocks"),
+        (lambda state: state.update({"blocks.0.att.r_k": torch.ones(4)}), r"r_k is \(4,\), expected 2 dimensions"),
+        (lambda state: state.update(epoch=3), r"x\.pth: 'epoch' is no tensor"),
+    ],
+)
+def test_what_is_no_rwkv7_model_is_refused(
+    change: Callable[[dict[str, Any]], object], error: str, random_model: Build, tmp_path: Path
+) -> None:
+    state: dict[str, Any] = model_state(random_model())
+    change(state)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=error):
+        load_model(tmp_path / "x.pth")
+
+
+def test_a_checkpoint_of_another_depth_is_refused(random_model: Build) -> None:
+    target = RWKV7(RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2))
+    with pytest.raises(CheckpointError, match=r"a: has blocks\.2\..*found a model of 3 layers, this one has 2"):
+        load_state(target, model_state(random_model()), where="a")
+
+
+def test_a_missing_or_empty_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"rwkv: no such file; give a \.pth"):
+        load_model(tmp_path / "rwkv")
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder; expected a Hugging Face folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'rwkv7'"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06, BlinkDL's RWKV-7 has 1e-05"),
+        ({"attn": {"layers": [1]}}, r"attn is {'layers': \[1\]}, BlinkDL's RWKV-7 has None"),
+        ({"head_dim": "64"}, "head_dim is '64', expected a number"),
+        ({"head_dim": 32}, "head_dim: found 32; Hugging Face implementations agree with BlinkDL's for head size 64"),
+    ],
+)
+def test_a_huggingface_model_that_computes_something_else_is_refused(
+    change: dict[str, Any], error: str, random_model: Build, tmp_path: Path
+) -> None:
+    write_huggingface(model_state(random_model()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=error):
+        load_model(tmp_path)
+
+
+def test_a_weight_file_outside_the_folder_is_not_read(random_model: Build, tmp_path: Path) -> None:
+    write_huggingface(model_state(random_model()), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"emb.weight": "../model.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"has no file '\.\./model\.safetensors'"):
+        load_model(tmp_path / "hf")
+
+
+def test_another_head_size_is_not_exported_to_huggingface(random_model: Build, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="head size: found 32; Hugging Face implementations agree"):
+        write_huggingface(model_state(random_model(head_size=32)), tmp_path / "hf")

@@ -1,0 +1,137 @@
+"""JSON to parquet, folder to folder."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prep.commands.convert import convert
+from prep.inputs.readers import InputError
+from streaming_rwkv.config import UserError
+
+
+def test_a_folder_becomes_a_folder_of_the_same_shape(tmp_path, write_lines):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one", "二"], url="u")
+    write_lines(tmp_path / "in" / "deep" / "c4-train.0.json.gz", ["three"])
+    with (tmp_path / "in" / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": null}\n')
+    converted = list(convert(str(tmp_path / "in"), tmp_path / "out"))
+    assert [(file.name, file.documents, file.rejected) for file in converted] == [
+        ("a.jsonl", 2, {"'text' is null": 1}),
+        ("deep/c4-train.0.json.gz", 1, {}),
+    ]
+    table = pq.read_table(tmp_path / "out" / "a.parquet")
+    assert table.column_names == ["text"]
+    assert table["text"].to_pylist() == ["one", "二"]
+    assert pq.read_table(tmp_path / "out" / "deep" / "c4-train.0.parquet")["text"].to_pylist() == ["three"]
+
+
+def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_lines):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one"])
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
+    write_lines(tmp_path / "in" / "a.jsonl", ["two"])
+    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
+
+
+def test_what_is_there_of_another_key_is_converted_anew(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "one", "text": "two"}\n{"title": "three"}\n')
+    to = tmp_path / "out"
+    wanted = [({"no 'text'": 1}, False), ({"no 'text'": 1}, True), ({}, False)]
+    for (rejected, was_there), text in zip(wanted, ["text", "text", "title"], strict=True):
+        (file,) = convert(str(tmp_path / "a.jsonl"), to, text=text)
+        assert (file.rejected, file.was_there) == (rejected, was_there)
+    assert pq.read_table(to / "a.parquet")["text"].to_pylist() == ["one", "three"]
+
+
+def test_an_older_source_is_another_source(tmp_path, write_lines):
+    for text, changed in (("one", 2_000_000_000), ("two", 1_000_000_000)):
+        os.utime(write_lines(tmp_path / "a.jsonl", [text]), (changed, changed))
+        assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut off"])
+def test_what_is_there_and_broken_is_converted_anew(tmp_path, write_lines, content):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.parquet").write_bytes(content)
+    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+
+
+def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "out").mkdir()
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "out" / "a.parquet")
+    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+
+
+def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    started = (
+        "import os, pyarrow.parquet as pq, prep.commands.convert as c\nc._texts = lambda *_: os.kill(os.getpid(), 9)\n"
+    )
+    run = f"list(c.convert({str(tmp_path / 'a.jsonl')!r}, {str(tmp_path / 'out')!r}))"
+    subprocess.run([sys.executable, "-c", started + run], check=False, timeout=60)
+    assert len(list((tmp_path / "out").iterdir())) == 1  # what it was writing
+    list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.parquet"]
+
+
+def test_a_colon_in_a_path_is_no_protocol(tmp_path, write_lines, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    for was_there in (False, True):
+        assert [file.was_there for file in convert("a.jsonl", "v:1")] == [was_there]
+    with (tmp_path / "v:1" / "a.parquet").open("rb") as file:
+        assert pq.read_table(file)["text"].to_pylist() == ["one"]
+
+
+def test_without_any_text_the_option_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}\n5\n')
+    for _ in range(2):  # what is there counts as well
+        with pytest.raises(UserError, match=r"of 3 documents 2 have no 'text'; name the key with --text"):
+            list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out"))
+
+
+def test_another_key(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out", text="content"))
+    assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["one"]
+
+
+def test_processes_give_the_same_files(tmp_path, write_lines):
+    for number in range(3):
+        write_lines(tmp_path / "in" / f"{number}.jsonl.gz", [f"text {number}"])
+    list(convert(str(tmp_path / "in"), tmp_path / "one"))
+    list(convert(str(tmp_path / "in"), tmp_path / "two", workers=2))
+    for number in range(3):
+        name = f"{number}.parquet"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_broken_file_leaves_no_half_a_parquet(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-20])
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: broken gzip"):
+        list(convert(str(tmp_path), tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_files_that_would_meet_are_refused(tmp_path, write_lines):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    write_lines(tmp_path / "a.json.gz", ["two"])
+    with pytest.raises(UserError, match=r"a\.json\.gz, a\.jsonl would all become .*a\.parquet"):
+        list(convert(str(tmp_path), tmp_path / "out"))
+
+
+def test_nothing_to_convert(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="no JSON file below it"):
+        list(convert(str(tmp_path), tmp_path / "out"))

@@ -1,0 +1,103 @@
+"""The page and its figures."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+
+import pytest
+
+from prep.build import build
+from prep.commands.plots import bars, grouped_bars, short
+from prep.commands.report import write_report
+from streaming_rwkv.config import UserError
+from streaming_rwkv.shards import DataError
+
+NO_END_TAG = {"meta"}
+
+
+class Checker(html.parser.HTMLParser):
+    """Every tag is closed, and nothing is loaded from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        assert not {"src", "href", "srcset"} & {name for name, _ in attributes}
+        assert tag not in {"script", "link", "iframe", "img"}
+        if tag not in NO_END_TAG:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def finished(config, write_lines, tmp_path):
+    texts = [f"<b>number</b> {number} " + "0123456789" * (number % 60) for number in range(80)]
+    write_lines(tmp_path / "corpus" / "a.jsonl", [*texts, texts[0]])
+    with (tmp_path / "corpus" / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": 5}\n')
+    return build(config(validation=0.2)).manifest
+
+
+def test_the_page_is_whole_and_stands_alone(finished, tmp_path):
+    page = write_report(tmp_path / "out")
+    assert page == tmp_path / "out" / "report.html"
+    checker = Checker()
+    checker.feed(page.read_text(encoding="utf-8"))
+    assert not checker.open
+    text = "".join(checker.text)
+    assert "<b>number</b>" in text  # documents are shown, not rendered
+    assert "⟨bos⟩" in text
+    assert "'text' is not a string" in text
+
+
+def test_the_figures_are_the_manifests(finished, tmp_path):
+    write_report(tmp_path / "out", to=tmp_path / "elsewhere")
+    figures = json.loads((tmp_path / "elsewhere" / "report.json").read_text(encoding="utf-8"))
+    assert figures["fingerprint"] == finished.fingerprint
+    assert figures["totals"]["tokens"] == sum(stream.targets for stream in finished.streams)
+    assert figures["totals"]["documents"] == 80
+    assert figures["totals"]["documents_read"] == 82
+    assert sum(figures["lengths"]["corpus"].values()) == 81  # before deduplication
+    assert sum(figures["fill"].values()) == figures["totals"]["packs"]
+    assert figures["books"]["corpus"]["rejected"] == {"'text' is not a string": 1}
+
+
+def test_without_a_data_set_or_its_statistics(finished, tmp_path):
+    with pytest.raises(DataError, match="no finished data set"):
+        write_report(tmp_path)
+    (tmp_path / "out" / "statistics.json").unlink()
+    with pytest.raises(DataError, match=r"statistics\.json: missing; copy it"):
+        write_report(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_the_option(finished, tmp_path):
+    with pytest.raises(
+        UserError, match=r"corpus/a\.jsonl: this folder of the report .*File exists.* with `--to FOLDER`"
+    ):
+        write_report(tmp_path / "out", to=tmp_path / "corpus" / "a.jsonl")
+
+
+def test_stacks_are_as_high_as_their_values():
+    plot = grouped_bars({"a": {"x": 30, "y": 10}}, colors={"x": "red", "y": "blue"}, x_name="", y_name="", height=150)
+    assert "height='75.0' fill='red'" in plot  # 100 pixels for 40
+    assert "height='25.0' fill='blue'" in plot
+
+
+def test_names_are_escaped():
+    assert "&lt;b&gt;" in bars({"<b>": 1}, color="red")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0, "0"), (999, "999"), (1200, "1.2k"), (3.4e6, "3.4M"), (5e9, "5G")])
+def test_short_numbers(value, shown):
+    assert short(value) == shown
