@@ -27,6 +27,7 @@ from streaming_rwkv.shards import (
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
+from tests.fork_server import ForkServer
 from tests.s3_server import S3Server, running
 
 # Neither a new random input nor a busy machine must fail a change; --hypothesis-profile=default searches on.
@@ -144,6 +145,13 @@ def _write_data_set(
 @pytest.fixture(scope="session")
 def write_data_set() -> WriteDataSet:
     return _write_data_set
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[ForkServer]:
+    """Start programs without their imports; see `tests.fork_server`."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ Importing them takes 13 s of processor time a process, for the launcher and for 
         process.wait(timeout=300)
 
 A forked program behaves as a started one: its own arguments, environment, folder, streams and session, `sitecustomize`
-from PYTHONPATH, default signal handlers, and children that are children of it: what a launcher starts by
+from PYTHONPATH, the signal handlers that Composer's import sets, and children that are children of it: what a launcher starts by
 `subprocess.Popen([sys.executable, …])` is forked from that launcher. There are two differences: /proc shows the command
 line and the environment of the server, and libraries have read their environment variables when the server started.
 Tests of starting up and of the launcher itself use real processes.
@@ -198,8 +198,6 @@ def _become(words: list[str], cwd: str, env: dict[str, str], streams: Sequence[i
     try:
         program = _program_of(words)
         assert program is not None, words
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         # Copies above the standard three first: a source may be the target of another.
         copies = [
             fcntl.fcntl(target if source == -1 else source, fcntl.F_DUPFD, _STREAMS)

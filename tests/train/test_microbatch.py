@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from streaming_rwkv.train.microbatch import (
     probe_microbatch,
     remembered_microbatch,
 )
+from tests.fork_server import ForkServer
 
 CPU = torch.device("cpu")
 CONFIG = RWKV7Config(vocab_size=20, hidden_size=64, num_layers=2)
@@ -160,12 +160,12 @@ def test_on_the_cpu_auto_is_the_default(given: object, found: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_agree() -> None:
+def test_two_ranks_agree(programs: ForkServer) -> None:
     """Sharded by FSDP2; 8 packs of 16 tokens run out on both ranks in mid-forward, 4 fit."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
         "--nproc-per-node=2", Path(__file__).with_name("probe_worker.py"), "64",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
+    done = programs.run(list(map(str, command)), timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().splitlines()[-1] == "4 [128, 64, 64] 3"

@@ -20,6 +20,7 @@ from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main
 from tests.fault_proxy import Fault, FaultProxy
+from tests.fork_server import ForkServer
 from tests.s3_server import SECRET_KEY, S3Server
 from tests.train.test_runs import (
     FREEZE,
@@ -59,6 +60,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
     write_data_set: Callable[..., Path],
     s3_server: S3Server,
     s3_place: str,
+    programs: ForkServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -66,7 +68,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(FREEZE)
     data = write_data_set(tmp_path / "data", TRAIN, validation=VALIDATION, packs_per_shard=4)
-    place = Workplace(data=data, folder=tmp_path)
+    place = Workplace(data=data, folder=tmp_path, programs=programs)
     status, output = place.train(tmp_path / "quiet")
     assert status == 0, output
 

@@ -2,8 +2,11 @@
 
 A run is stopped where a test wants it by a hook that each of its processes loads (`FREEZE`): the process that is about
 to write the n-th time to the file named there stops itself, and with it the run; then the test sends its signal. The
-processes of a run are found by a word in their environment, whoever their parent is by then: no test passes because
-an orphan finished the work.
+processes of a run are found by their session, which they keep when their parent has ended: no test passes because an
+orphan finished the work.
+
+Most runs are forked from a process that has imported everything (`tests.fork_server`); those that test the launcher
+itself are started by the real one (`real=True`).
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ import torch
 from streaming_rwkv.inference import evaluate
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
+from tests.fork_server import ForkedProgram, ForkServer
 from tests.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-TAG = "STREAMING_RWKV_TEST_RUN"
 STEPS = 30  # two passes over 60 packs, 4 to a step; checkpoints at 6, 12, …, evaluation at 12, 24 and the end
 SETTINGS = [
     "model.hidden_size=64", "model.num_layers=1", "data.batch_packs=4", "data.stages.0.passes=2",
@@ -49,9 +52,12 @@ import os, signal, sys, time
 suffix, _, number = os.environ.get("FREEZE_AT", "").rpartition(":")
 if suffix:
     count = 0
+    installed_in = os.getpid()  # a process that is forked installs its own
 
     def hook(event, arguments):
         global count
+        if os.getpid() != installed_in:
+            return
         if event == "open" and str(arguments[0]).endswith(suffix) and (arguments[1] or "r")[0] in "aw":
             count += 1
             if count == int(number):
@@ -65,8 +71,7 @@ if suffix:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    launcher: subprocess.Popen[bytes]
-    tag: str
+    launcher: subprocess.Popen[bytes] | ForkedProgram
     log: Path
 
     def processes(self) -> list[psutil.Process]:
@@ -74,15 +79,14 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(TAG) == self.tag and process.status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(process.pid) == self.launcher.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:  # gone, or not ours
+            except (psutil.Error, OSError):  # gone, or not ours
                 continue
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        children = psutil.Process(self.launcher.pid).children()
-        return [process for process in children if "train.py" in " ".join(process.cmdline())]
+        return psutil.Process(self.launcher.pid).children()
 
     def wait_until_frozen(self) -> psutil.Process:
         deadline = time.monotonic() + 240
@@ -126,26 +130,35 @@ class Workplace:
 
     data: Path
     folder: Path
+    programs: ForkServer
 
     @contextmanager
     def run(
-        self, save_folder: Path, *overrides: str, processes: int = 1, freeze_at: str = "", data: Path | None = None
+        self,
+        save_folder: Path,
+        *overrides: str,
+        processes: int = 1,
+        freeze_at: str = "",
+        data: Path | None = None,
+        real: bool = False,
     ) -> Iterator[Run]:
-        tag = uuid.uuid4().hex
         environment = os.environ | {
-            TAG: tag, "FREEZE_AT": freeze_at, "PYTHONPATH": str(self.folder / "hook"), "OMP_NUM_THREADS": "1",
+            "FREEZE_AT": freeze_at, "PYTHONPATH": str(self.folder / "hook"), "OMP_NUM_THREADS": "1"
         }  # fmt: skip
         command = [
             Path(sys.executable).with_name("composer"), "-n", str(processes), "--master_port", str(free_ports(1)[0]),
             "train.py", "yamls/tiny_cpu.yaml",
             f"data.path={data or self.data}", f"save_folder={save_folder}", *SETTINGS, *overrides,
         ]  # fmt: skip
-        log = self.folder / f"{tag}.log"
+        log = self.folder / f"{uuid.uuid4().hex}.log"
+        launcher: subprocess.Popen[bytes] | ForkedProgram
         with open(log, "wb") as output:
-            launcher = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        run = Run(launcher=launcher, tag=tag, log=log)
+            options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
+            if real:
+                launcher = subprocess.Popen(command, start_new_session=True, **options)
+            else:
+                launcher = self.programs.popen(command, **options)
+        run = Run(launcher=launcher, log=log)
         try:
             yield run
         finally:
@@ -160,11 +173,14 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path]) -> Workplace:
+def place(
+    tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path], programs: ForkServer
+) -> Workplace:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "hook").mkdir()
     (folder / "hook" / "sitecustomize.py").write_text(FREEZE)
-    return Workplace(data=write_data_set(folder / "data", TRAIN, validation=VALIDATION), folder=folder)
+    data = write_data_set(folder / "data", TRAIN, validation=VALIDATION)
+    return Workplace(data=data, folder=folder, programs=programs)
 
 
 def train_losses(save_folder: Path) -> list[tuple[int, float]]:
@@ -255,7 +271,7 @@ def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace
         run.assert_nothing_left(seconds=0)
     assert newest_step(folder) == 6
 
-    with place.run(folder, "data.workers=2", freeze_at="/metrics.jsonl:11") as run:
+    with place.run(folder, "data.workers=2", freeze_at="/metrics.jsonl:11", real=True) as run:
         run.wait_until_frozen()  # step 16: with the evaluation after 12, the 11th line after step 6
         assert newest_step(folder) == 12
         run.launcher.kill()  # alone
@@ -334,13 +350,13 @@ def wait_until_signalled(process: psutil.Process) -> None:
 
 def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "moved"
-    for processes, microbatch, workers, stop, step, freeze_at in (
-        (1, 4, 2, press_ctrl_c, 5, "/metrics.jsonl:5"),
-        (2, 1, 1, stop_launcher, 9, "/metrics.jsonl:4"),
-        (1, 2, 2, stop_everything, 16, "/metrics.jsonl:8"),  # the line of an evaluation is among them
+    for processes, microbatch, workers, stop, step, freeze_at, real in (
+        (1, 4, 2, press_ctrl_c, 5, "/metrics.jsonl:5", True),
+        (2, 1, 1, stop_launcher, 9, "/metrics.jsonl:4", True),
+        (1, 2, 2, stop_everything, 16, "/metrics.jsonl:8", False),  # the line of an evaluation is among them
     ):
         settings = [f"microbatch_packs={microbatch}", f"data.workers={workers}"]
-        with place.run(folder, *settings, processes=processes, freeze_at=freeze_at) as run:
+        with place.run(folder, *settings, processes=processes, freeze_at=freeze_at, real=real) as run:
             frozen = run.wait_until_frozen()
             stop(run)
             wait_until_signalled(frozen)

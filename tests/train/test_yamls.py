@@ -21,6 +21,7 @@ from streaming_rwkv.model.weights import load_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.fit import prepare
+from tests.fork_server import ForkServer
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -105,14 +106,16 @@ def clear_choices(model: RWKV7, prompt: list[int], ids: list[int]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(data: dict[str, Path], tmp_path: Path) -> None:
+def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
+    data: dict[str, Path], programs: ForkServer, tmp_path: Path
+) -> None:
     def run(stage: str, *more: str) -> str:
         command = [
             Path(sys.executable).with_name("composer"), "-n", "1", "--master_port", str(free_ports(1)[0]),
             "train.py", f"yamls/{stage}.yaml", *overrides_of(stage, data[stage], tmp_path), *more,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        done = programs.run(command, cwd=ROOT, env=environment, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.callbacks.samples import Samples, text_until_end
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
+from tests.fork_server import ForkServer
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[3]
@@ -168,7 +168,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_samples_of_two_processes_leave_the_training_as_it_is(
-    write_data_set: Callable[..., Path], tmp_path: Path
+    write_data_set: Callable[..., Path], programs: ForkServer, tmp_path: Path
 ) -> None:
     """FSDP2 on two ranks: the text is the checkpoint's, and the weights are those of the run without samples."""
     data = write_data_set(tmp_path / "data", {("web", 1, 16): 24}, validation={("web", 1, 16): 4})
@@ -182,7 +182,7 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
             "checkpoint.keep=0", "log.tensorboard=false", *overrides,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        done = programs.run(command, cwd=ROOT, env=environment, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path / name
 
