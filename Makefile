@@ -1,13 +1,15 @@
-# Two commands on a fresh machine: `make demo` trains, `make test` proves. Both build .venv first.
+# Two commands on a fresh machine: `make demo` trains, `make test` proves. Both build .venv first. `make test-all` also
+# runs the tests that take long.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest --durations=30
 
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check s3 format clean
+.PHONY: demo test test-all test-rest check s3 format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,10 +26,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Fast tests first: a broken contract shows in a minute, not after the kills. Those run alone, for their timing's sake.
+# Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
+# storage and two processes, alone, for their timing's sake.
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m "not slow" -n 2
+	$(PYTEST) -m end_to_end
+
+# Everything: `test`, then each further kill, fault and engine.
+test-all: test test-rest
+
+test-rest: $(STAMP)
+	$(PYTEST) -m "slow and not end_to_end"
 
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
 s3: $(STAMP)

@@ -106,6 +106,7 @@ def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.end_to_end
 def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
     wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
     file = recipe(tmp_path / "out")

@@ -233,6 +233,7 @@ def unbroken_with_two(place: Workplace) -> Path:
     return place.folder / "unbroken-2"
 
 
+@pytest.mark.end_to_end
 def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
     losses = train_losses(unbroken)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -244,12 +245,14 @@ def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
     assert mark["tokens"] == sum(mark["consumed"].values())
 
 
+@pytest.mark.end_to_end
 def test_two_processes_train_as_one_does(unbroken: Path, unbroken_with_two: Path) -> None:
     """The same packs in every step; sums over ranks round in another order."""
     for (step, one), (_, two) in zip(train_losses(unbroken), train_losses(unbroken_with_two), strict=True):
         assert two == pytest.approx(one, abs=1e-5), step
 
 
+@pytest.mark.end_to_end
 def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "killed"
     with place.run(folder, freeze_at="/metrics.jsonl:9") as run:  # step 9 is done, but not yet in the log
@@ -440,6 +443,7 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     assert f"{data}/train/web/17-32/shard.00000.mds.zstd: {text}" in output
 
 
+@pytest.mark.end_to_end
 def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: Path) -> None:
     status, output = place.train(tmp_path / "run", "data.batch_packs=3", processes=2)
     assert status == 1

@@ -106,6 +106,7 @@ def clear_choices(model: RWKV7, prompt: list[int], ids: list[int]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.end_to_end
 def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     data: dict[str, Path], programs: ForkServer, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def upload_and_kill(recipe: Path, proxy: FaultProxy, store: Store, *, objects: i
     proxy.clear()
 
 
+@pytest.mark.end_to_end
 def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_server):
     assert len(expected) > 40
     there: dict[str, int] = {}
