@@ -7,11 +7,11 @@ Importing them takes 13 s of processor time a process, for the launcher and for 
         process = server.popen([composer, "-n", "2", "train.py", "yamls/tiny_cpu.yaml"], cwd=root, stdout=log)
         process.wait(timeout=300)
 
-A forked program behaves as a started one: its own arguments, environment, folder, streams and session, `sitecustomize`
-from PYTHONPATH, the signal handlers that Composer's import sets, and children that are children of it: what a launcher starts by
-`subprocess.Popen([sys.executable, …])` is forked from that launcher. There are two differences: /proc shows the command
-line and the environment of the server, and libraries have read their environment variables when the server started.
-Tests of starting up and of the launcher itself use real processes.
+A forked program behaves as a started one: its own arguments, environment, folder, streams and session,
+`sitecustomize` from PYTHONPATH, the signal handlers that Composer's import sets, and children of its own: what a
+launcher starts by `subprocess.Popen([sys.executable, …])` is forked from that launcher. There are two differences:
+/proc shows the command line and the environment of the server, and libraries have read their environment variables
+when the server started. Tests of starting up and of the launcher itself use real processes.
 """
 
 from __future__ import annotations
