@@ -27,7 +27,7 @@ VOCAB_SIZE = 4096
 
 def run(*command: str) -> None:
     print(f"\n$ {' '.join(command)}", flush=True)
-    program = {"python": [sys.executable], "composer": [str(Path(sys.executable).with_name("composer"))]}
+    program = {"python": [sys.executable], "composer": [sys.executable, "-m", "composer.cli"]}
     status = subprocess.call([*program[command[0]], *command[1:]], cwd=HERE)
     if status:
         sys.exit(status)
