@@ -15,6 +15,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*BASE, *TRAIN, extra="train")  # before imports that would end in a traceback
+
 import numpy as np
 
 from prep.shard_reader import read_shard

@@ -15,6 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
+from streaming_rwkv.extras import TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
+
 import torch
 from rich.console import Console
 from rich.progress import track

@@ -10,6 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from streaming_rwkv.extras import TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
+
 import torch
 
 from streaming_rwkv.config import UserError

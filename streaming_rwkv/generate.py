@@ -13,6 +13,11 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from streaming_rwkv.extras import TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
+
 import torch
 from torch import Tensor
 

@@ -7,12 +7,14 @@ import logging
 import os
 import sys
 
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with
 
 
 def main(arguments: list[str] | None = None) -> int:
     if "LOCAL_RANK" in os.environ:  # a launcher's rank; a process of its own may well outlive its shell
         die_with_parent()
+    exit_if_missing(*BASE, *TRAIN, extra="train")
     # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
     from streaming_rwkv.config import UserError, load_config
 

@@ -17,6 +17,7 @@ from composer.core import State
 from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
 from streaming_rwkv.config import ConfigError
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.train.checkpoint import is_leader, write_durably
 from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
 
@@ -32,7 +33,7 @@ def check_trackers(log: LogConfig) -> None:
     for package, config in (("wandb", log.wandb), ("mlflow", log.mlflow)):
         if config is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"log.{package}: the package {package!r} is not installed; pip install 'streaming-rwkv[{package}]', "
+                f"log.{package}: the package {package!r} is not installed; run {install_command(package)}, "
                 f"or leave log.{package} out"
             )
 
