@@ -5,16 +5,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=30
+NEXT_PYTHON ?= python3.12
+NEXT_VENV ?= .venv-next
+NEXT_BIN := $(NEXT_VENV)/bin
+NEXT_STAMP := $(NEXT_VENV)/.installed
+# setuptools warns at every editable install that imports may find folders of the working directory first.
+EDITABLE := PYTHONWARNINGS=ignore:Editable
 
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-rest check s3 format clean
+.PHONY: demo test test-all test-rest test-next check s3 format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[dev]'
+	$(EDITABLE) $(BIN)/python -m pip install --progress-bar off --quiet --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -38,6 +44,17 @@ test-all: test test-rest
 test-rest: $(STAMP)
 	$(PYTEST) -m "slow and not end_to_end"
 
+# The fast tests on newer software than Composer's and Streaming's pins admit: Python 3.12, torch 2.11, transformers 5.
+test-next: $(NEXT_STAMP)
+	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2
+
+$(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.txt
+	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
+	$(NEXT_BIN)/python -m pip install --quiet --upgrade pip
+	$(EDITABLE) $(NEXT_BIN)/python -m pip install --progress-bar off --quiet --requirement requirements/next.txt --editable .
+	$(NEXT_BIN)/python -m pip install --progress-bar off --quiet --no-deps --requirement requirements/next-no-deps.txt
+	touch $(NEXT_STAMP)
+
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
 s3: $(STAMP)
 	$(BIN)/python -m tests.s3_server
@@ -47,4 +64,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(NEXT_VENV) demo-out

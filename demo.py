@@ -15,6 +15,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*BASE, *TRAIN, extra="train")  # before imports that would end in a traceback
+
 import numpy as np
 
 from prep.dataset.shard_reader import read_shard
@@ -27,7 +32,7 @@ VOCAB_SIZE = 4096
 
 def run(*command: str) -> None:
     print(f"\n$ {' '.join(command)}", flush=True)
-    program = {"python": [sys.executable], "composer": [str(Path(sys.executable).with_name("composer"))]}
+    program = {"python": [sys.executable], "composer": [sys.executable, "-m", "composer.cli"]}
     status = subprocess.call([*program[command[0]], *command[1:]], cwd=HERE)
     if status:
         sys.exit(status)

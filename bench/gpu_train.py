@@ -1,6 +1,8 @@
 """Training on a GPU, as a user runs it: killed, resumed, and timed.
 
-    python bench/gpu_train.py               the 0.1B and 0.4B presets; some ten minutes on one GPU
+    python bench/gpu_train.py               the 0.1B and 0.4B presets; about five minutes on one GPU, and
+                                            bench/results/{date}-train-{device}.json, rewritten after each preset
+    python bench/gpu_train.py --sizes 0.1B  one of them
     python bench/gpu_train.py --rehearse    the whole script on the CPU, small: to try it, its figures mean nothing
 
 For each preset, on packs of generated tokens in pieces as long as those of real documents:
@@ -24,13 +26,13 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_wkv7 import LONGEST_PIECE, milliseconds, natural_lengths, versions
+from gpu_wkv7 import (
+    LONGEST_PIECE,
+    add_results_option,
+    milliseconds,
+    natural_lengths,
+    results_folder,
+    versions,
+    write,
+)
 from streaming import MDSWriter
 
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token, flops_per_token_6n, parameter_count
@@ -61,6 +71,7 @@ from streaming_rwkv.train.fit import PEAK_FLOPS
 
 ROOT = Path(__file__).parents[1]
 EDGES = range(256, LONGEST_PIECE + 1, 256)
+SIZES = {"0.1B": 2, "0.4B": 1}  # packs of a microbatch: about 24 and 36 GB, as preview.py estimates them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +99,8 @@ def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
         ]  # fmt: skip
     return [
         Size(name=name, model=RWKV7Config(vocab_size=vocab_size, preset=name), settings=[f"model.preset={name}"],
-             pack_tokens=8192, microbatch_packs=packs, batch_packs=32, steps=40, checkpoint_steps=10)
-        for name, packs in (("0.1B", 4), ("0.4B", 2))  # about 45 and 63 GB, as preview.py estimates them
+             pack_tokens=8192, microbatch_packs=packs, batch_packs=8 * packs, steps=24, checkpoint_steps=8)
+        for name, packs in SIZES.items()
     ]  # fmt: skip
 
 
@@ -153,7 +164,7 @@ def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: 
     batch_packs = size.batch_packs * processes
     mean_fill = 0.95  # of first-fit packs; the number of steps need not be exact
     command = [
-        str(Path(sys.executable).with_name("composer")), "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
+        sys.executable, "-m", "composer.cli", "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
         f"data.path={data}", f"save_folder={save_folder}", f"data.batch_packs={batch_packs}",
         f"data.stages=[{{tokens: {round(size.steps * batch_packs * size.pack_tokens * mean_fill)}}}]",
         "data.max_repeats=1000", "model.hidden_size=null", "model.num_layers=null", *size.settings,
@@ -199,8 +210,8 @@ def tokens_per_second(lines: list[dict[str, Any]], *, resumed_at: int) -> float:
 def microbatch(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens (1, T), targets (1, T), cu_seqlens: documents as they come."""
     lengths = natural_lengths(size.microbatch_packs * size.pack_tokens, seed=1)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, size.model.vocab_size, (1, sum(lengths) + 1), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(1, size.model.vocab_size, (1, sum(lengths) + 1), generator=generator, device=device)
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
     return tokens[:, :-1], tokens[:, 1:], cu_seqlens
 
@@ -229,13 +240,13 @@ def op_ms(size: Size, device: torch.device, *, rounds: int) -> float:
     """One layer's op, forward and backward, on inputs as the model gives them."""
     tokens, _, cu_seqlens = microbatch(size, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape = (1, tokens.shape[1], size.model.num_heads, size.model.head_size)
-    r, w, k, v, a, gradient = (torch.randn(shape, generator=generator) for _ in range(6))
+    r, w, k, v, a, gradient = (torch.randn(shape, generator=generator, device=device) for _ in range(6))
     direction = torch.nn.functional.normalize(k, dim=-1)
     inputs = [r, -0.6065 * torch.sigmoid(w), k, v, -direction, direction * torch.sigmoid(a)]
-    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-    gradient = gradient.to(device, dtype)
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    gradient = gradient.to(dtype)
 
     def work() -> None:
         torch.autograd.grad(wkv7(*leaves, cu_seqlens=cu_seqlens)[0], leaves, gradient)
@@ -330,7 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Training on a GPU: tokens/s and MFU, through a kill and a resume")
     parser.add_argument("--rehearse", action="store_true", help="small and on the CPU; the figures mean nothing")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="presets (default: both)")
+    add_results_option(parser)
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit(
@@ -340,21 +352,31 @@ def main() -> None:
     about = versions(torch.device("cpu" if options.rehearse else "cuda"))
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rounds = 1 if options.rehearse else options.rounds
-    rows = []
+    record: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": about,
+        "rows": [],
+    }
+    folder = results_folder(options)
+    failed = []
     with tempfile.TemporaryDirectory() as work:
         for size in sizes(rehearse=options.rehearse, vocab_size=load_tokenizer("rwkv-world").vocab_size):
-            rows.append(measure(size, Path(work), rehearse=options.rehearse, rounds=rounds))
-            show(rows[-1])
+            if not options.rehearse and size.name not in options.sizes:
+                continue
+            try:
+                row = measure(size, Path(work), rehearse=options.rehearse, rounds=rounds)
+                show(row)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # GPU time is short: the next size is still measured
+                traceback.print_exc()
+                row = {"size": size.name, "failed": f"{type(error).__name__}: {error}"}
+                failed.append(size.name)
+            record["rows"].append(row)
+            if folder is not None:
+                print(f"  written  {write(folder, 'train', record)}", flush=True)
     if options.rehearse:
-        print("\na rehearsal: its figures mean nothing, and nothing is written")
-        return
-    options.results.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    device = re.sub("[^A-Za-z0-9]+", "-", about["device"]).strip("-")
-    path = options.results / f"{now:%Y-%m-%d}-train-{device}.json"
-    record = {"time": now.isoformat(timespec="seconds"), "versions": about, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path}")
+        print("\na rehearsal: its figures mean nothing")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from streaming_rwkv.extras import BASE, exit_if_missing
 from streaming_rwkv.processes import usable_cores
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with the error's text if something outside this program is wrong."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    exit_if_missing(*BASE)
     # Here, not above: `--help` and the start of a worker should not wait for what one command needs.
     from streaming_rwkv.config import UserError
     from streaming_rwkv.console import print_error, tolerate_any_encoding

@@ -69,7 +69,7 @@ def document_keys(source: str, file: str, rows: NDArray[np.int64]) -> NDArray[np
 
     `file` is relative to the source's folder, so moving a corpus changes no key.
     """
-    return mix(rows.astype(np.uint64), seed=xxhash.xxh3_64_intdigest(f"{source}\0{file}"))
+    return mix(rows.astype(np.uint64), seed=xxhash.xxh3_64_intdigest(f"{source}\0{file}".encode()))
 
 
 def mix(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:

@@ -1,6 +1,9 @@
 """Export a checkpoint to another format: `python -m streaming_rwkv.export`; see `streaming_rwkv.inference.export`."""
 
-from streaming_rwkv.inference.export import main
+from streaming_rwkv.extras import TRAIN, exit_if_missing
 
 if __name__ == "__main__":
+    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
+    from streaming_rwkv.inference.export import main
+
     raise SystemExit(main())

@@ -17,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streaming_rwkv.extras import exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing("numpy", "matplotlib", extra="train")  # before imports that would end in a traceback
+
 import numpy as np
 from numpy.typing import NDArray
 

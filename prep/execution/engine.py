@@ -21,6 +21,7 @@ from typing import Any
 
 from prep.execution.context import Job
 from streaming_rwkv.config import UserError
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
     try:
         import ray
     except ImportError:
-        raise UserError("engine: 'ray' is not installed; pip install 'streaming-rwkv[ray]'") from None
+        raise UserError(f"engine: 'ray' is not installed; run {install_command('ray')}, on every node") from None
     started = not ray.is_initialized()
     if started:
         # "local", or a cluster that somebody else has started here would be joined.

@@ -174,7 +174,7 @@ def _packs(job: Job, window: Window, pieces: _Pieces) -> tuple[Iterator[Pack], l
 
 
 def _order_seed(job: Job, window: Window) -> int:
-    return xxhash.xxh3_64_intdigest(f"{job.config.seed}\0{window.stream}\0{window.number}")
+    return xxhash.xxh3_64_intdigest(f"{job.config.seed}\0{window.stream}\0{window.number}".encode())
 
 
 def _gather_packs(pieces: _Pieces, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> Iterator[Pack]:

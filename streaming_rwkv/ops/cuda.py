@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.ops.build import KernelError, cached, kernel_source
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,6 @@ def _cuda_core() -> Any:
     except ImportError as error:
         raise KernelError(
             f"the CUDA kernel is compiled through cuda-core, which does not import here ({error}); "
-            "install it with: pip install 'streaming-rwkv[cuda]'"
+            f"run {install_command('cuda')}"
         ) from error
     return core

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.location import LocationError, checked_location, is_remote
 from streaming_rwkv.storage.remote_file import RemoteFile
 from streaming_rwkv.storage.requests import (
@@ -88,7 +89,7 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
         import boto3  # noqa: F401
     except ImportError:
         raise StorageError(
-            f"{location}: boto3 is not installed; pip install 'streaming-rwkv[s3]' for object storage"
+            f"{location}: boto3 is not installed, which object storage needs; run {install_command('s3')}"
         ) from None
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname):

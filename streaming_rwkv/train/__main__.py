@@ -9,12 +9,14 @@ import logging
 from pathlib import Path
 
 from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
 
 
 def main(arguments: list[str] | None = None) -> int:
     if has_launcher():  # a launcher's rank; a process of its own may well outlive its shell
         die_with_parent()
+    exit_if_missing(*BASE, *TRAIN, extra="train")
     # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
     from streaming_rwkv.config import UserError, load_config
     from streaming_rwkv.console import print_error, tolerate_any_encoding

@@ -18,6 +18,7 @@ from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.train.checkpoints.local import write_durably
 from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
 
@@ -33,7 +34,7 @@ def check_trackers(log: LogConfig) -> None:
     for package, config in (("wandb", log.wandb), ("mlflow", log.mlflow)):
         if config is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"log.{package}: the package {package!r} is not installed; pip install 'streaming-rwkv[{package}]', "
+                f"log.{package}: the package {package!r} is not installed; run {install_command(package)}, "
                 f"or leave log.{package} out"
             )
 

@@ -39,6 +39,8 @@ def test_the_same_bits_wherever_the_bounds_lie_and_in_a_pack_or_alone() -> None:
     assert torch.equal(alone, found["y"][:, 40:])
 
 
+# torch warns of this once a process.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_it_never_waits_for_the_device() -> None:
     case = on_gpu(make_case([40, 17]))
     on_device = case._replace(cu_seqlens=case.cu_seqlens.cuda())  # a copy that waits

@@ -86,8 +86,8 @@ def test_a_package_that_is_missing_is_named_with_its_extra(package: str) -> None
     with pytest.raises(ConfigError) as caught:
         check_trackers(validate(LogConfig, {package: {}}, where="log"))
     assert str(caught.value) == (
-        f"log.{package}: the package {package!r} is not installed; pip install 'streaming-rwkv[{package}]', "
-        f"or leave log.{package} out"
+        f"log.{package}: the package {package!r} is not installed; run `pip install '.[{package}]'` in a clone of "
+        f"streaming-rwkv, or leave log.{package} out"
     )
 
 

@@ -114,7 +114,7 @@ def test_a_mistake_in_a_worker_is_raised_here(config, corpus):
 
 def test_without_ray_the_remedy_is_named(config, corpus, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(UserError, match="'ray' is not installed; pip install 'streaming-rwkv"):
+    with pytest.raises(UserError, match=r"'ray' is not installed; run `pip install '\.\[ray\]'` in a clone"):
         build(config(engine="ray"))
 
 
