@@ -16,7 +16,7 @@ from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launche
 def main(arguments: list[str] | None = None) -> int:
     if has_launcher():  # a launcher's rank; a process of its own may well outlive its shell
         die_with_parent()
-    exit_if_missing(*BASE, *TRAIN, extra="train")
+    exit_if_missing(*BASE, *TRAIN, extra="train", is_reporting=is_local_rank_zero())
     # Imports from here on take time; those of torch and composer, seconds, and come when the arguments are known.
     from streaming_rwkv.config import UserError, load_config
     from streaming_rwkv.console import print_error, tolerate_any_encoding
