@@ -273,7 +273,7 @@ def test_unfinished_uploads_are_aborted(
 def test_an_upload_that_fails_leaves_nothing(
     store: Store, s3_server: S3Server, proxy: FaultProxy, large: tuple[Path, str], small_parts: None
 ) -> None:
-    with opened(store.location, timeout_seconds=4) as proxied:
+    with opened(store.location, timeout_seconds=10) as proxied:
         proxy.add(Fault(kind="status", status=500, method="PUT", path="partNumber=2"))
         with pytest.raises(StorageError, match=r"large: cannot upload it at .* attempts in .*: the server answers 500"):
             proxied.put_file(large[0], "large", sha256=large[1])
