@@ -24,7 +24,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_wkv7 import LONGEST_PIECE, milliseconds, natural_lengths, versions
+from gpu_wkv7 import LONGEST_PIECE, milliseconds, natural_lengths, versions, write
 from streaming import MDSWriter
 
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token, flops_per_token_6n, parameter_count
@@ -88,8 +87,8 @@ def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
         ]  # fmt: skip
     return [
         Size(name=name, model=RWKV7Config(vocab_size=vocab_size, preset=name), settings=[f"model.preset={name}"],
-             pack_tokens=8192, microbatch_packs=packs, batch_packs=32, steps=40, checkpoint_steps=10)
-        for name, packs in (("0.1B", 4), ("0.4B", 2))  # about 45 and 63 GB, as preview.py estimates them
+             pack_tokens=8192, microbatch_packs=packs, batch_packs=8 * packs, steps=24, checkpoint_steps=8)
+        for name, packs in (("0.1B", 2), ("0.4B", 1))  # about 24 and 36 GB, as preview.py estimates them
     ]  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: 
     batch_packs = size.batch_packs * processes
     mean_fill = 0.95  # of first-fit packs; the number of steps need not be exact
     command = [
-        str(Path(sys.executable).with_name("composer")), "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
+        sys.executable, "-m", "composer.cli", "-n", str(processes), "train.py", "yamls/tiny_cpu.yaml",
         f"data.path={data}", f"save_folder={save_folder}", f"data.batch_packs={batch_packs}",
         f"data.stages=[{{tokens: {round(size.steps * batch_packs * size.pack_tokens * mean_fill)}}}]",
         "data.max_repeats=1000", "model.hidden_size=null", "model.num_layers=null", *size.settings,
@@ -330,6 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Training on a GPU: tokens/s and MFU, through a kill and a resume")
     parser.add_argument("--rehearse", action="store_true", help="small and on the CPU; the figures mean nothing")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--sizes", default="0.1B,0.4B", help="which, in this order")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -340,21 +340,30 @@ def main() -> None:
     about = versions(torch.device("cpu" if options.rehearse else "cuda"))
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rounds = 1 if options.rehearse else options.rounds
-    rows = []
+    record: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": about,
+        "rows": [],
+    }
+    chosen = sizes(rehearse=options.rehearse, vocab_size=load_tokenizer("rwkv-world").vocab_size)
+    failed = False
     with tempfile.TemporaryDirectory() as work:
-        for size in sizes(rehearse=options.rehearse, vocab_size=load_tokenizer("rwkv-world").vocab_size):
-            rows.append(measure(size, Path(work), rehearse=options.rehearse, rounds=rounds))
-            show(rows[-1])
+        for size in chosen:
+            if not options.rehearse and size.name not in options.sizes.split(","):
+                continue
+            try:
+                row = measure(size, Path(work), rehearse=options.rehearse, rounds=rounds)
+                show(row)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the other size's figures are wanted all the same
+                row, failed = {"size": size.name, "failed": str(error)}, True
+                print(f"\n{size.name}: {error}", flush=True)
+            record["rows"].append(row)
+            if not options.rehearse:
+                write(options.results, "train", record)
     if options.rehearse:
         print("\na rehearsal: its figures mean nothing, and nothing is written")
-        return
-    options.results.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    device = re.sub("[^A-Za-z0-9]+", "-", about["device"]).strip("-")
-    path = options.results / f"{now:%Y-%m-%d}-train-{device}.json"
-    record = {"time": now.isoformat(timespec="seconds"), "versions": about, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

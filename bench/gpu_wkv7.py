@@ -17,6 +17,7 @@ import argparse
 import datetime
 import functools
 import importlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -87,7 +88,11 @@ def ours(*inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
 def fla(*inputs: Tensor, cu_seqlens: Tensor) -> Tensor:
     chunk_rwkv7 = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
     r, w, k, v, a, b = inputs
-    y: Tensor = chunk_rwkv7(r=r, w=w, k=k, v=v, a=a, b=b, scale=1.0, cu_seqlens=cu_seqlens.long())[0]
+    # As its own layer calls it: told how slow decays are, it takes chunks of 64 on the matrix units, else of 16.
+    y: Tensor = chunk_rwkv7(
+        r=r, w=w, k=k, v=v, a=a, b=b, scale=1.0, cu_seqlens=cu_seqlens.long(),
+        safe_gate=True, lower_bound=-math.exp(-0.5), chunk_size=64,
+    )[0]  # fmt: skip
     return y
 
 
@@ -113,16 +118,6 @@ PUBLIC: dict[str, Op] = {"fla chunk_rwkv7": fla, "FlashRWKV2 statetune": flashrw
 # --- correctness -----------------------------------------------------------------------------------------------------
 
 
-def to(case: Case, device: torch.device) -> Case:
-    return Case(
-        inputs=[x.to(device) for x in case.inputs],
-        initial_state=case.initial_state.to(device),
-        cu_seqlens=case.cu_seqlens.to(device),
-        dy=case.dy.to(device),
-        dfinal_state=case.dfinal_state.to(device),
-    )
-
-
 def document_of(case: Case, index: int) -> Case:
     start, stop = case.cu_seqlens[index : index + 2].tolist()
     return Case(
@@ -136,7 +131,7 @@ def document_of(case: Case, index: int) -> Case:
 
 def check(layout: str, lengths: list[int], heads: int, device: torch.device) -> dict[str, float]:
     """The largest error of each result over three documents of a pack; whatever is wrong ends the script."""
-    case = to(make_case(lengths, heads=heads, dtype=torch.bfloat16), device)
+    case = make_case(lengths, heads=heads, dtype=torch.bfloat16, device=device)
     found, again = run(wkv7, case), run(wkv7, case)
     if different := [name for name in found if not torch.equal(found[name], again[name])]:
         sys.exit(f"{layout}: {different} differ from run to run; nothing is timed")
@@ -222,10 +217,10 @@ def measure(layout: str, name: str, op: Op, case: Case, expected: Tensor, *, rou
 
 def versions(device: torch.device) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for name in ("cuda.core", "triton", "fla", "flashrwkv2"):
+    for name in ("cuda-core", "cuda-bindings", "triton", "flash-linear-attention", "flashrwkv2"):
         try:
-            found[name] = str(getattr(importlib.import_module(name), "__version__", "?"))
-        except ImportError:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -241,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="WKV-7 on a GPU: correctness at full size, then speed")
     parser.add_argument("--rehearse", action="store_true", help="small and on the CPU; the figures mean nothing")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only-time", action="store_true", help="where the same kernel was checked a minute ago")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -251,11 +247,11 @@ def main() -> None:
     about = versions(device)
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     started = time.perf_counter()
-    run(wkv7, to(make_case([1], dtype=torch.bfloat16), device))
+    run(wkv7, make_case([1], dtype=torch.bfloat16, device=device))
     print(f"first call, kernels compiled or read from the cache: {time.perf_counter() - started:.1f} s", flush=True)
 
-    worst = {}
-    for layout, lengths in layouts(rows, length).items():
+    worst: dict[str, dict[str, float]] = {}
+    for layout, lengths in () if options.only_time else layouts(rows, length).items():
         worst[layout] = check(layout, lengths, heads, device)
         print(f"right: {layout}: error {max(worst[layout].values()):.1e}, bitwise as alone and as again", flush=True)
 
@@ -267,13 +263,22 @@ def main() -> None:
     print(f"\nmemory copies at {rate / 1e12:.2f} TB/s")
     print(f"floor {floor['forward']:.2f} ms forward, {floor['both']:.2f} ms with backward\n")
     print(f"{'layout':26}{'kernel':24}{'forward':>12}{'and backward':>14}{'× floor':>10}")
-    table: list[Row] = []
-    for layout, lengths in layouts(rows, length).items():
-        case = to(make_case(lengths, heads=heads, dtype=torch.bfloat16), device)
-        expected = ours(*case.inputs, cu_seqlens=case.cu_seqlens)
-        for name, op in {"ours": ours, **PUBLIC}.items():
+    record = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": about,
+        "size": {"tokens": rows * length, "heads": heads, "dtype": "bfloat16"},
+        "errors": worst,
+        "copy_bytes_per_second": rate,
+        "floor_ms": floor,
+        "rows": [],
+    }
+    # Ours first: others' kernels take minutes to compile, and may be stopped there.
+    for name, op in {"ours": ours, **PUBLIC}.items():
+        for layout, lengths in layouts(rows, length).items():
+            case = make_case(lengths, heads=heads, dtype=torch.bfloat16, device=device)
+            expected = ours(*case.inputs, cu_seqlens=case.cu_seqlens)
             row = measure(layout, name, op, case, expected, rounds=options.rounds)
-            table.append(row)
+            record["rows"].append(row._asdict())
             if row.forward_ms is None or row.both_ms is None:
                 print(f"{layout:26}{name:24}    {row.remark}", flush=True)
             else:
@@ -282,24 +287,20 @@ def main() -> None:
                     f"{row.both_ms / floor['both']:9.1f}×",
                     flush=True,
                 )
-
+            if not options.rehearse:
+                write(options.results, "wkv7", record)
     if options.rehearse:
         print("\na rehearsal: nothing is written")
-        return
-    options.results.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    path = options.results / f"{now:%Y-%m-%d}-{re.sub('[^A-Za-z0-9]+', '-', about['device']).strip('-')}.json"
-    record = {
-        "time": now.isoformat(timespec="seconds"),
-        "versions": about,
-        "size": {"tokens": rows * length, "heads": heads, "dtype": "bfloat16"},
-        "errors": worst,
-        "copy_bytes_per_second": rate,
-        "floor_ms": floor,
-        "rows": [row._asdict() for row in table],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path}")
+
+
+def write(folder: Path, what: str, record: dict[str, Any]) -> None:
+    """`record` as {date}-{what}-{device}.json, whole at any moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub("[^A-Za-z0-9]+", "-", record["versions"]["device"]).strip("-")
+    path = folder / f"{record['time'][:10]}-{what}-{device}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

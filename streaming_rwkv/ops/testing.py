@@ -6,6 +6,7 @@ Shapes: T tokens, H heads, N head size, D documents.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -38,28 +39,30 @@ def make_case(
     decays: Decays = "whole range",
     padding: int = 0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Case:
     """Inputs as a model makes them, rounded to bfloat16 first so that every implementation gets the same numbers.
 
     Decay logits are drawn from [-8, 8], where σ is all but 0 and 1; "all fastest" is 12, "all slowest" is -6 or less.
+    Each device has its own numbers for a seed.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (1, sum(lengths) + padding, heads, head_size)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=device)
 
     match decays:
         case "whole range":
-            logits = torch.rand(*shape, generator=generator) * 16 - 8
+            logits = torch.rand(*shape, generator=generator, device=device) * 16 - 8
         case "all fastest":
-            logits = torch.full(shape, 12.0)
+            logits = torch.full(shape, 12.0, device=device)
         case "all slowest":
             logits = -6 - normal(*shape).abs()
     removal = normalize(normal(*shape), dim=-1)
     inputs = {
         "r": normal(*shape),
-        "log_decay": -(torch.tensor(-0.5).exp()) * torch.sigmoid(logits),
+        "log_decay": -math.exp(-0.5) * torch.sigmoid(logits),
         "k": normal(*shape) * 0.5,
         "v": normal(*shape),
         "a": -removal,
@@ -69,7 +72,7 @@ def make_case(
     return Case(
         inputs=[inputs[name].bfloat16().to(dtype) for name in INPUTS],
         initial_state=normal(*state).to(state_dtype(dtype)),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
         dy=normal(*shape).bfloat16().to(dtype),
         dfinal_state=normal(*state).to(state_dtype(dtype)),
     )
