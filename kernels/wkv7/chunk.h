@@ -192,9 +192,9 @@ __device__ inline Decays decays_of(Address chunk, int sixteen, const Fragment& t
 }
 
 // T = (I - Ab)⁻¹. Its two 8 × 8 blocks on the diagonal by substitution in float32, a column per lane; the one below them
-// is T22 A21 T11. `ab` has Ab's blocks on the diagonal, in rows of 24 floats; a21 is this lane's part of the third.
-constexpr Address AB_ROW = 24 * 4;
-__device__ inline void invert(Address ab, unsigned a21, Address t) {
+// is T22 A21 T11. T's place holds Ab's blocks on the diagonal, in 16 rows of 8 floats; a21 is this lane's part of the third.
+constexpr Address AB_ROW = 8 * 4;
+__device__ inline void invert(Address t, unsigned a21) {
     const int block = lane() / 8 % 2, column = lane() % 8;
     float x[8];
 #pragma unroll
@@ -202,13 +202,14 @@ __device__ inline void invert(Address ab, unsigned a21, Address t) {
         x[i] = i == column ? 1.0f : 0.0f;
 #pragma unroll
         for (int j = 0; j < i; j += 4) {
-            const FloatQuad q = load_quad(ab + (block * 8 + i) * AB_ROW + (block * 8 + j) * 4);
+            const FloatQuad q = load_quad(t + (block * 8 + i) * AB_ROW + j * 4);
             x[i] += q.x * x[j];
             if (j + 1 < i) x[i] += q.y * x[j + 1];
             if (j + 2 < i) x[i] += q.z * x[j + 2];
             if (j + 3 < i) x[i] += q.w * x[j + 3];
         }
     }
+    __syncwarp();  // all lanes have read Ab
     if (lane() < 16)
 #pragma unroll
         for (int i = 0; i < 8; ++i)
@@ -222,9 +223,9 @@ __device__ inline void invert(Address ab, unsigned a21, Address t) {
     store_word(t + in_square(group() + 8, 0) + pair() * 2, pack_halves(t21.x[2], t21.x[3]));
 }
 
-// One warp makes a chunk's operands. `scratch` is for 1536 bytes, and may be W's tile.
-template <bool KEYS>  // K, Ak, Rk too
-__device__ inline void prepare(Address chunk, Address small, Address scratch) {
+// One warp makes a chunk's operands.
+template <bool KEYS, bool REST>  // K, Ak, Rk too; and in the tile `rest` (W's will do) what rounding takes from B
+__device__ inline void prepare(Address chunk, Address small, Address rest) {
     const Fragment through = sums_from_reference(false), before = sums_from_reference(true);
     Fragment r[4], k[4];
     unsigned most_r = 0, most_k = 0;
@@ -249,7 +250,7 @@ __device__ inline void prepare(Address chunk, Address small, Address scratch) {
     for (int j = 0; j < 4; ++j) {
         const Decays d = decays_of(chunk, j, through, before);
         Fragment a = load_matrices(chunk + A + columns(j)), b = load_matrices(chunk + B + columns_across(j));
-        Fragment r_j = r[j], k_j = k[j];
+        Fragment r_j = r[j], k_j = k[j], b_rest;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             // Rows group() + q % 2 · 8, columns j · 16 + q / 2 · 8 + pair(); in b and k the other way round.
@@ -260,7 +261,12 @@ __device__ inline void prepare(Address chunk, Address small, Address scratch) {
                                  high_bfloat16(a.x[q]) * exp2_approximate(u[1]));
             const int other = q % 2 * 2 + q / 2;
             const float undo[2] = {exp2_approximate(-c[0]), exp2_approximate(-c[1])};
-            b.x[other] = pack_halves(low_bfloat16(b.x[other]) * undo[0], high_bfloat16(b.x[other]) * undo[1]);
+            const float low = low_bfloat16(b.x[other]) * undo[0], high = high_bfloat16(b.x[other]) * undo[1];
+            b.x[other] = pack_halves(low, high);
+            if constexpr (REST) {
+                const FloatPair rounded = widen_halves(b.x[other]);
+                b_rest.x[other] = pack_halves(low - rounded.x, high - rounded.y);
+            }
             if constexpr (KEYS)
                 k_j.x[other] = pack_halves(low_bfloat16(k_j.x[other]) * (undo[0] * to_k),
                                            high_bfloat16(k_j.x[other]) * (undo[1] * to_k));
@@ -283,6 +289,7 @@ __device__ inline void prepare(Address chunk, Address small, Address scratch) {
         store_fragment(chunk + A, j, a);
         store_fragment_across(chunk + B, j, b);
         if constexpr (KEYS) store_fragment_across(chunk + K, j, k_j);
+        if constexpr (REST) store_fragment_across(rest, j, b_rest);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -293,7 +300,7 @@ __device__ inline void prepare(Address chunk, Address small, Address scratch) {
                 return s + e < t + (diagonal ? 1 : 0) ? x[n].x[h * 2 + e] : 0.0f;
             };
             const Address at = small + in_square(t, n) + pair() * 2;
-            if (n == h) store_pair(scratch + t * AB_ROW + s * 4, {lower(ab, 0, false), lower(ab, 1, false)});
+            if (n == h) store_pair(small + T + t * AB_ROW + pair() * 4, {lower(ab, 0, false), lower(ab, 1, false)});
             store_word(at + RB, pack_halves(lower(rb, 0, true), lower(rb, 1, true)));
             if constexpr (KEYS) {
                 store_word(at + AK, pack_halves(lower(ak, 0, false), lower(ak, 1, false)));
@@ -301,7 +308,7 @@ __device__ inline void prepare(Address chunk, Address small, Address scratch) {
             }
         }
     __syncwarp();  // Ab is there
-    invert(scratch, pack_halves(ab[0].x[2], ab[0].x[3]), small + T);
+    invert(small + T, pack_halves(ab[0].x[2], ab[0].x[3]));
 }
 
 // --- 16 value rows ---
@@ -440,7 +447,9 @@ __device__ inline void resume_forward(ForwardChunk& x, Rows& s, Address chunk, A
     scale_bfloat16s(x.v, nearest_power_of_two(static_cast<int>(load_word(small + EXPONENTS + 4)) - x.scale));
 }
 
-// `TILES` of 16 value rows through one chunk, once begun: M, Y, and S after the chunk.
+// `TILES` of 16 value rows through one chunk, once begun: M, Y, and S after the chunk. The pass that follows a document
+// multiplies M by B and by its rest: where a token is repeated, Mᵀ B removes what Vᵀ K has put there before, and an error
+// in that direction's neighbours is removed by nothing.
 template <int TILES, bool OUTPUT>
 __device__ inline void forward_chunk(ForwardChunk (&x)[TILES], Rows (&s)[TILES], Address chunk, Address small) {
     Sums sums[TILES][2];
@@ -480,6 +489,11 @@ __device__ inline void forward_chunk(ForwardChunk (&x)[TILES], Rows (&s)[TILES],
             multiply(&s[i].at[2 * j], x[i].v, k);
             multiply(&s[i].at[2 * j], x[i].m, b);
         }
+        if constexpr (OUTPUT) {
+            const Fragment b_rest = load_matrices_transposed(chunk + W + columns(j));
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) multiply(&s[i].at[2 * j], x[i].m, b_rest);
+        }
     }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) scale_keys(s[i], small + END, power_of_two(x[i].scale));
@@ -511,8 +525,10 @@ __device__ inline void resume_backward(BackwardChunk& x, Rows& e, Address chunk,
     scale_bfloat16s(x.dy, nearest_power_of_two(static_cast<int>(load_word(small + EXPONENTS)) - x.scale));
 }
 
+// With OUTPUT, dM is of B and its rest: where a token is repeated, E is all but 0 in B's direction, not in its error's.
 template <int TILES, bool OUTPUT>
-__device__ inline void backward_chunk(BackwardChunk (&x)[TILES], Rows (&e)[TILES], Address chunk, Address small) {
+__device__ inline void backward_chunk(BackwardChunk (&x)[TILES], Rows (&e)[TILES], Address chunk, Address small,
+                                      Address rest) {
     Sums sums[TILES][2];
     {
         const Fragment rb = load_matrices_transposed(small + RB + square());
@@ -533,6 +549,9 @@ __device__ inline void backward_chunk(BackwardChunk (&x)[TILES], Rows (&e)[TILES
             const Fragment k = load_matrices(chunk + K + columns_across(j));
 #pragma unroll
             for (int i = 0; i < TILES; ++i) multiply(x[i].dv, x[i].state[j], k);
+            const Fragment b_rest = load_matrices(rest + columns_across(j));
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) multiply(sums[i], x[i].state[j], b_rest);
         }
     }
     {

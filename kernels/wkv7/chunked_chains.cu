@@ -84,7 +84,7 @@ template <class S>
 __device__ inline void prepare_chunk(const Chain& chain, int64 group, int chunk, Address tiles, Address small) {
     if (group * S::CHUNKS + chunk >= chain.chunks()) return;
     const Address at = tiles + chunk * S::CHUNK_BYTES;
-    prepare<S::FORWARD>(at, small + chunk * SMALL, at + W);  // W is not needed again
+    prepare<S::FORWARD, S::FORWARD>(at, small + chunk * SMALL, at + W);
 }
 
 // A warp's rows through a group.
@@ -124,7 +124,7 @@ __device__ inline void follow(Rows (&s)[S::TILES], const Chain& chain, int64 gro
                 begin_backward(x[i], s[i], tile, own, S::CHUNK_BYTES - TILE, first_tile + i);
                 if (save) save_rows(saved(i), x[i].state, x[i].scale);
             }
-            backward_chunk<S::TILES, false>(x, s, tile, own);
+            backward_chunk<S::TILES, false>(x, s, tile, own, 0);
         }
     }
 }

@@ -2,7 +2,7 @@
 // reads the state before the group and the gradient of the state after it, which the passes of chunked_chains.cu saved.
 //
 //     prepare    a warp per chunk makes the operands
-//     follow     a warp per 16 value rows: S forward through the group, then E backward, which gives dv
+//     follow     a warp per 16 value rows: E back through the group, which gives dv, then S forward
 //     pairs      a warp per 16 × 16 gradient: dY Vᵀ, dY Mᵀ, dM Vᵀ, dM Mᵀ
 //     finish     a warp per 16 keys: dr, dlog_decay, dk, da, db
 //
@@ -16,6 +16,7 @@ constexpr int TENSORS = 7;
 
 constexpr Address DY = V + TILE, M = DY + TILE, DM = M + TILE;  // tokens × values, as V
 constexpr Address S = DM + TILE, E = S + VALUE_TILES * TILE;    // values × keys
+constexpr Address B_REST = M;  // until M comes
 constexpr Address CHUNK_BYTES = E + VALUE_TILES * TILE;
 constexpr Address BYTES = CHUNKS * (CHUNK_BYTES + SMALL);
 
@@ -84,7 +85,7 @@ __device__ inline void follow_backward(const Group& group, BackwardChunk (&x)[1]
             resume_backward(x[0], e[0], chunk, small, DY, warp());
         else
             begin_backward(x[0], e[0], chunk, small, DY, warp());
-        backward_chunk<1, true>(x, e, chunk, small);
+        backward_chunk<1, true>(x, e, chunk, small, chunk + B_REST);
         write_tokens(dv, group.heads, group.head, group.first + n * CHUNK, group.stop, warp(), x[0].dv,
                      nearest_power_of_two(x[0].scale + static_cast<int>(load_word(small + EXPONENTS + 4))));
         __syncwarp();  // all lanes have read dY
@@ -308,20 +309,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     const Address chunks = shared_memory(), smalls = chunks + CHUNKS * CHUNK_BYTES;
     const unsigned short* const inputs[TENSORS] = {log_decay, r, a, b, k, v, dy};
     copy_inputs(group, inputs, chunks);
-    ForwardChunk forward[1];
-    restore_rows(saved_rows(states, scales, group.slot, heads, group.head, warp()), forward[0].state, forward[0].scale);
+    BackwardChunk backward[1];
+    restore_rows(saved_rows(dstates, dscales, group.slot, heads, group.head, warp()), backward[0].state,
+                 backward[0].scale);
     wait_for_copies();
     __syncthreads();  // the inputs are there
     if (warp() < group.chunks) {
         const Address chunk = chunks + warp() * CHUNK_BYTES;
-        prepare<true>(chunk, smalls + warp() * SMALL, chunk + S);
+        prepare<true, true>(chunk, smalls + warp() * SMALL, chunk + B_REST);
     }
     __syncthreads();  // the operands are
-    follow_forward(group, forward, chunks, smalls);
-    BackwardChunk backward[1];
-    restore_rows(saved_rows(dstates, dscales, group.slot, heads, group.head, warp()), backward[0].state,
-                 backward[0].scale);
     follow_backward(group, backward, chunks, smalls, dv);
+    ForwardChunk forward[1];
+    restore_rows(saved_rows(states, scales, group.slot, heads, group.head, warp()), forward[0].state, forward[0].scale);
+    __syncthreads();  // B's rest has been read
+    follow_forward(group, forward, chunks, smalls);
     __syncthreads();  // S, E, M, dM are there; T, Rb, Ak, Rk have been read
 #pragma unroll 1
     for (int n = 0; n < group.chunks; ++n) make_pairs(chunks + n * CHUNK_BYTES, smalls + n * SMALL);
