@@ -47,18 +47,27 @@ def _run(name: str, cu_seqlens: Tensor, **tensors: Tensor | None) -> None:
     getattr(library(), f"wkv7_{name}_{str(r.dtype).removeprefix('torch.')}")(ctypes.byref(call))
 
 
+def empty_saved(r: Tensor, documents: int, *, save: bool) -> tuple[Tensor, Tensor]:
+    """Room for removed (T, H, N) and states (K, H, N, N), float32; or for nothing."""
+    _, tokens, heads, size = r.shape
+    slots = tokens // SAVED_EVERY + documents
+    return (
+        r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32),
+        r.new_empty((slots, heads, size, size) if save else 0, dtype=torch.float32),
+    )
+
+
 def forward(
     inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor, *, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
     (K, H, N, N); the last two are empty unless `save`."""
     r, log_decay, k, v, a, b = inputs
-    _, tokens, heads, size = r.shape
+    heads, size = r.shape[2:]
     documents = cu_seqlens.shape[0] - 1
     y = torch.empty_like(v)
     final_state = r.new_empty(documents, heads, size, size, dtype=torch.float32)
-    removed = r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32)
-    states = r.new_empty((tokens // SAVED_EVERY + documents, heads, size, size) if save else 0, dtype=torch.float32)
+    removed, states = empty_saved(r, documents, save=save)
     _run(
         "forward",
         cu_seqlens,

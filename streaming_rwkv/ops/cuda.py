@@ -1,4 +1,5 @@
-"""The CUDA kernel of WKV-7: compiled by NVRTC and launched through NVIDIA's cuda-core, so no CUDA toolkit is needed.
+"""The sequential CUDA kernel of WKV-7, and how CUDA kernels get to a GPU: NVRTC compiles them and NVIDIA's cuda-core
+launches them, so no CUDA toolkit is needed.
 
 Nothing waits for the device: what is known only there, the documents' bounds, is used only there.
 
@@ -12,7 +13,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +25,32 @@ logger = logging.getLogger(__name__)
 
 SAVED_EVERY = 16  # tokens
 THREADS = 128  # of a block
+DEFAULT_SHARED_BYTES = 48 << 10  # of a block, without asking for more
 _MACROS = {torch.float32: None, torch.bfloat16: "WKV7_BFLOAT16"}
 
-# Runs the named kernel for inputs of a dtype, on so many blocks, with integers and pointers for arguments.
-Launch = Callable[[str, torch.dtype, int, list[int]], None]
+
+class Kernel(NamedTuple):
+    """A `__global__` function and the blocks it is written for."""
+
+    source: str  # below kernels/
+    name: str
+    dtype: torch.dtype  # of the inputs
+    threads: int  # of a block
+    shared_bytes: int = 0  # dynamic shared memory of a block
+
+
+# Runs a kernel on a number of blocks, with integers and pointers for arguments.
+Launch = Callable[[Kernel, int, list[int]], None]
+
+
+def empty_saved(r: Tensor, documents: int, *, save: bool) -> tuple[Tensor, Tensor]:
+    """Room for removed (T, H, N) and states (K, H, N, N), float32; or for nothing."""
+    _, tokens, heads, size = r.shape
+    slots = tokens // SAVED_EVERY + documents
+    return (
+        r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32),
+        r.new_empty((slots, heads, size, size) if save else 0, dtype=torch.float32),
+    )
 
 
 def forward(
@@ -41,12 +64,11 @@ def forward(
     """Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
     (K, H, N, N); the last two are empty unless `save`."""
     r = inputs[0]
-    _, tokens, heads, size = r.shape
+    heads, size = r.shape[2:]
     documents = cu_seqlens.shape[0] - 1
     y = torch.empty_like(r)
     final_state = r.new_empty(documents, heads, size, size, dtype=torch.float32)
-    removed = r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32)
-    states = r.new_empty((tokens // SAVED_EVERY + documents, heads, size, size) if save else 0, dtype=torch.float32)
+    removed, states = empty_saved(r, documents, save=save)
     kept = (removed, states) if save else (None, None)
     _run("wkv7_forward", r, cu_seqlens, [*inputs, initial_state, y, final_state, *kept], launch)
     return y, final_state, removed, states
@@ -76,6 +98,14 @@ def backward(
 
 
 def _run(name: str, r: Tensor, cu_seqlens: Tensor, tensors: Sequence[Tensor | None], launch: Launch | None) -> None:
+    blocks = r.shape[2] * cu_seqlens.shape[0]  # a head's documents, and one more block that clears the padding
+    run_kernel(Kernel("wkv7/wkv7.cu", name, r.dtype, THREADS), r, cu_seqlens, blocks, tensors, launch)
+
+
+def run_kernel(
+    kernel: Kernel, r: Tensor, cu_seqlens: Tensor, blocks: int, tensors: Sequence[Tensor | None], launch: Launch | None
+) -> None:
+    """Run a kernel whose arguments are T, H, D, cu_seqlens, the documents by length, and `tensors`."""
     # Longest first: the last blocks to start are then the shortest.
     order = torch.argsort(cu_seqlens.diff(), descending=True, stable=True).to(torch.int32)
     cu_seqlens, order = (x.to(r.device, non_blocking=True) for x in (cu_seqlens, order))
@@ -84,30 +114,49 @@ def _run(name: str, r: Tensor, cu_seqlens: Tensor, tensors: Sequence[Tensor | No
     # The kernel reads 16 bytes at a time; a view into another tensor may begin anywhere.
     aligned = [x.clone() if x is not None and x.data_ptr() % 16 else x for x in tensors]
     pointers = [0 if x is None else x.data_ptr() for x in (cu_seqlens, order, *aligned)]
-    blocks = heads * (documents + 1)  # the last of each head clears the padding
     if launch is None:
         launch = functools.partial(_launch_on_device, r.device)
-    launch(name, r.dtype, blocks, [tokens, heads, documents, *pointers])
+    launch(kernel, blocks, [tokens, heads, documents, *pointers])
 
 
-def _launch_on_device(device: torch.device, name: str, dtype: torch.dtype, blocks: int, arguments: list[int]) -> None:
-    """On torch's current stream of `device`. cuda-core raises what the launch returns."""
+def _launch_on_device(device: torch.device, kernel: Kernel, blocks: int, arguments: list[int]) -> None:
+    """Launch on torch's current stream of `device`. cuda-core raises what the launch returns."""
     core = _cuda_core()
     with torch.cuda.device(device):
         core.Device(torch.cuda.current_device()).set_current()  # torch's own context
-        kernel = _module(dtype, "sm_{}{}".format(*torch.cuda.get_device_capability(device))).get_kernel(name)
+        function = _function(kernel, torch.cuda.current_device())
         stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        core.launch(stream, core.LaunchConfig(grid=blocks, block=THREADS), kernel, *arguments)
+        config = core.LaunchConfig(grid=blocks, block=kernel.threads, shmem_size=kernel.shared_bytes)
+        core.launch(stream, config, function, *arguments)
 
 
 @functools.cache
-def _module(dtype: torch.dtype, architecture: str) -> Any:
-    source = kernel_source("wkv7/wkv7.cu")
+def _function(kernel: Kernel, device_index: int) -> Any:
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device_index))
+    function = _module(kernel.source, kernel.dtype, architecture).get_kernel(kernel.name)
+    if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
+        from cuda.bindings import driver  # with cuda-core, see _cuda_core
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = driver.CUdevice(device_index)
+        (result,) = driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, function.handle, device)
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise KernelError(
+                f"{kernel.name}: {architecture} does not give a block {kernel.shared_bytes} bytes of shared memory "
+                f"({result.name}); use a GPU that does (A100, H100 and newer), or float32 inputs"
+            )
+    return function
+
+
+@functools.cache
+def _module(source_name: str, dtype: torch.dtype, architecture: str) -> Any:
+    source = kernel_source(source_name)
     from cuda.bindings import nvrtc  # with cuda-core, see _cuda_core
 
     core = _cuda_core()
-    key: list[str | bytes] = [source.read_bytes(), architecture, str(dtype), repr(nvrtc.nvrtcVersion()[1:])]
-    name = f"wkv7-{architecture}-{str(dtype).removeprefix('torch.')}.cubin"
+    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+    key: list[str | bytes] = [source.read_bytes(), *headers, architecture, str(dtype), repr(nvrtc.nvrtcVersion()[1:])]
+    name = f"{source.stem}-{architecture}-{str(dtype).removeprefix('torch.')}.cubin"
     path = cached(name, key, lambda path: _write(path, compile_cubin(source, dtype, architecture)[0]))
     return core.ObjectCode.from_cubin(path.read_bytes(), name=path.stem)
 
@@ -121,7 +170,12 @@ def compile_cubin(source: Path, dtype: torch.dtype, architecture: str) -> tuple[
     """
     core = _cuda_core()
     options = core.ProgramOptions(
-        arch=architecture, std="c++17", define_macro=_MACROS[dtype], ptxas_options=["-v"], name=source.name
+        arch=architecture,
+        std="c++17",
+        define_macro=_MACROS[dtype],
+        include_path=[str(source.parent)],
+        ptxas_options=["-v"],
+        name=source.name,
     )
     log = io.StringIO()
     try:

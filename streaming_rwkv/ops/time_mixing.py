@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import cpp, cuda
+from streaming_rwkv.ops import cpp, cuda, cuda_chunked
 from streaming_rwkv.ops.reference import state_dtype, wkv7_reference
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ def wkv7(
 
     float32 and bfloat16 with head size 64 run in a kernel, C++ on the CPU and CUDA on the GPU, each compiled at its
     first use. float64 and other head sizes run in the reference, step by step. The log tells which.
+
+    bfloat16 on a GPU runs in chunks, in fp16 with scales that assume the model's bounds: log_decay ≥ -exp(-0.5), and a
+    and b no longer than 1. Beyond some twice of either, results turn into inf and NaN.
 
     Args:
         r, log_decay, k, v, a, b: (B, T, H, N), one dtype of float32, bfloat16 and float64; log_decay < 0.
@@ -131,10 +134,22 @@ def _kernel(r: Tensor) -> Any:
             _announce("the C++ kernel", "cpu", r.dtype, r.shape[-1])
             return cpp
         case "cuda":
-            _announce("the CUDA kernel", "cuda", r.dtype, r.shape[-1])
-            return cuda
+            module = _cuda_kernel(r)
+            chunked = " in chunks, on tensor cores" if module is cuda_chunked else ""
+            _announce(f"the CUDA kernel{chunked}", "cuda", r.dtype, r.shape[-1])
+            return module
         case other:
             raise ValueError(f"wkv7: no kernel for inputs on {other}; move them to the CPU or a CUDA device")
+
+
+def _cuda_kernel(r: Tensor) -> Any:
+    """In chunks for bfloat16, if the GPU has tensor cores for it (A100 or newer); else step by step."""
+    if r.dtype != torch.bfloat16:
+        return cuda
+    older = (
+        r.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(r.device) < (8, 0)
+    )
+    return cuda if older else cuda_chunked
 
 
 @torch.library.custom_op("streaming_rwkv::wkv7", mutates_args=())
@@ -149,7 +164,7 @@ def _forward_op(
     cu_seqlens: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final_state, and what the backward pass wants besides: removed and states, empty unless `save`."""
+    """y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
     _check_bounds(cu_seqlens, r.shape[1])
     inputs = tuple(x.contiguous() for x in (r, log_decay, k, v, a, b))
     initial = initial_state.contiguous() if initial_state is not None else None
@@ -168,14 +183,13 @@ def _(
     cu_seqlens: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, tokens, heads, size = r.shape
+    heads, size = r.shape[2:]
     documents = cu_seqlens.shape[0] - 1
-    slots = tokens // (cpp if r.device.type == "cpu" else cuda).SAVED_EVERY + documents
+    kernel = cpp if r.device.type == "cpu" else _cuda_kernel(r)
     return (
         r.new_empty(r.shape),
         r.new_empty(documents, heads, size, size, dtype=torch.float32),
-        r.new_empty((tokens, heads, size) if save else 0, dtype=torch.float32),
-        r.new_empty((slots, heads, size, size) if save else 0, dtype=torch.float32),
+        *kernel.empty_saved(r, documents, save=save),
     )
 
 
@@ -189,8 +203,8 @@ def _backward_op(
     b: Tensor,
     cu_seqlens: Tensor,
     final_state: Tensor,
-    removed: Tensor,
-    states: Tensor,
+    saved: Tensor,
+    also_saved: Tensor,
     dy: Tensor,
     dfinal_state: Tensor | None,
     needs_initial_state: bool,
@@ -199,7 +213,7 @@ def _backward_op(
     return _kernel(r).backward(
         tuple(x.contiguous() for x in (r, log_decay, k, v, a, b)),
         cu_seqlens.contiguous(),
-        (final_state.contiguous(), removed.contiguous(), states.contiguous()),
+        (final_state.contiguous(), saved.contiguous(), also_saved.contiguous()),
         dy.contiguous(),
         dfinal_state.contiguous() if dfinal_state is not None else None,
         initial_state=needs_initial_state,
@@ -216,8 +230,8 @@ def _(
     b: Tensor,
     cu_seqlens: Tensor,
     final_state: Tensor,
-    removed: Tensor,
-    states: Tensor,
+    saved: Tensor,
+    also_saved: Tensor,
     dy: Tensor,
     dfinal_state: Tensor | None,
     needs_initial_state: bool,
@@ -229,10 +243,10 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *differentiable, cu_seqlens, _ = inputs
-    _, final_state, removed, states = output
-    ctx.mark_non_differentiable(removed, states)
+    _, final_state, saved, also_saved = output
+    ctx.mark_non_differentiable(saved, also_saved)
     ctx.set_materialize_grads(False)  # zeros as large as the saved states
-    ctx.save_for_backward(*differentiable[:6], cu_seqlens, final_state, removed, states)
+    ctx.save_for_backward(*differentiable[:6], cu_seqlens, final_state, saved, also_saved)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

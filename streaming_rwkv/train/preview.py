@@ -14,7 +14,7 @@ from rich.table import Table
 from streaming_rwkv.data.batch import IGNORED, Batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token, parameter_count
-from streaming_rwkv.ops import cpp, cuda
+from streaming_rwkv.ops import cpp, cuda, cuda_chunked
 from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
 
@@ -76,15 +76,22 @@ def state_bytes(config: RWKV7Config, *, processes: int) -> int:
 def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
     """An estimate for one microbatch of `tokens`, at the end of its forward pass.
 
-        layers   T·C·168 B in float32, 118 B with bf16 autocast, and the kernel's states, 16 B on a GPU and 4 B on the
-                 CPU; with checkpointing 4 B for each and one layer's in full
+        layers   T·C·168 B in float32, 118 B with bf16 autocast, and the kernel's states, 4 B on the CPU, on a GPU 16 B
+                 in float32; in bf16 they take the place of 4 B among the 118; with checkpointing 4 B for each and one
+                 layer's in full
         head     two buffers of chunk·V float32, its weight's gradient of V·C, and 8 B·T·C round it
         gathered with FSDP, embedding, head and one layer whole, float32
 
     The allocator's slack, communication buffers and the CUDA context come on top.
     """
     row = tokens * config.hidden_size
-    states = 4 * HEAD_SIZE // (cpp if device == "cpu" else cuda).SAVED_EVERY
+    match device, precision:
+        case "cpu", _:
+            states = 4 * HEAD_SIZE // cpp.SAVED_EVERY
+        case _, "fp32":
+            states = 4 * HEAD_SIZE // cuda.SAVED_EVERY
+        case _:  # halves, and no `removed`, which SAVED_BYTES counts with 4
+            states = 2 * HEAD_SIZE // cuda_chunked.SAVED_EVERY - 4
     saved, layers = SAVED_BYTES[precision] + states, config.num_layers
     kept = row * (layers * RESIDUAL_BYTES + saved if config.activation_checkpointing else layers * saved)
     words = config.vocab_size * config.hidden_size

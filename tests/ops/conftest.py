@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import cuda, wkv7
+from streaming_rwkv.ops import cuda, cuda_chunked, wkv7
 from streaming_rwkv.ops.build import build_cpp, kernel_source
 from streaming_rwkv.ops.testing import INPUTS, Case, run
 
 RunCase = Callable[[Case], dict[str, Tensor]]
 
 
-def launch_on_cpu(dtype: torch.dtype, *, source: Path | None = None, seed: int = 0) -> cuda.Launch:
-    """What stands in for the GPU: the CUDA source under cuda_on_cpu.h; `seed` decides the order of its threads."""
-    source = source or kernel_source("wkv7/wkv7.cu")
-    flags = [f'-DSOURCE="{source}"', *(["-DWKV7_BFLOAT16"] if dtype == torch.bfloat16 else [])]
-    runner = Path(__file__).with_name("cuda_kernels_on_cpu.cpp")
-    library = ctypes.CDLL(str(build_cpp(runner, flags=flags, reads=[source])))
+class Emulation:
+    """Launches CUDA sources on the CPU, under cuda_on_cpu.h, in a GPU's place.
 
-    def launch(name: str, _: torch.dtype, blocks: int, arguments: list[int]) -> None:
+    Args:
+        folder: of the sources and their headers, if they are not the project's own.
+        seed: decides the order of threads.
+        flags: for the compiler, after its own.
+    """
+
+    def __init__(self, *, folder: Path | None = None, seed: int = 0, flags: Sequence[str] = ()) -> None:
+        self.folder = folder or kernel_source("wkv7/wkv7.cu").parent
+        self.seed = seed
+        self.flags = flags
+        self.bank_conflicts: dict[str, int] = {}  # line of shared-memory access → wavefronts where one would do
+
+    def __call__(self, kernel: cuda.Kernel, blocks: int, arguments: list[int]) -> None:
+        library = self._library(kernel)
         packed = (ctypes.c_int64 * len(arguments))(*arguments)
-        getattr(library, f"run_{name}")(blocks, cuda.THREADS, seed, packed)
+        getattr(library, f"run_{kernel.name}")(blocks, kernel.threads, kernel.shared_bytes, self.seed, packed)
+        library.first_error.restype = library.bank_conflicts.restype = ctypes.c_char_p
+        if found := library.first_error().decode():
+            raise RuntimeError(f"{kernel.name}: {found}")
+        for line in library.bank_conflicts().decode().splitlines():
+            where, wavefronts = line.split()
+            self.bank_conflicts[where] = max(self.bank_conflicts.get(where, 0), int(wavefronts))
 
-    return launch
+    def _library(self, kernel: cuda.Kernel) -> ctypes.CDLL:
+        source = self.folder / Path(kernel.source).name
+        flags = [f'-DSOURCE="{source}"', f"-D{source.stem}", f"-I{self.folder}", *self.flags]
+        if kernel.dtype == torch.bfloat16:
+            flags.append("-DWKV7_BFLOAT16")
+        runner = Path(__file__).with_name("cuda_kernels_on_cpu.cpp")
+        return ctypes.CDLL(str(build_cpp(runner, flags=flags, reads=[source, *sorted(self.folder.glob("*.h"))])))
 
 
-def run_cuda_on_cpu(case: Case, launch: cuda.Launch) -> dict[str, Tensor]:
+def run_cuda_on_cpu(case: Case, module: ModuleType, launch: cuda.Launch, **options: object) -> dict[str, Tensor]:
     """Forward and backward as the op has them, launched by `launch`."""
     inputs = tuple(case.inputs)
-    y, *saved = cuda.forward(inputs, case.initial_state, case.cu_seqlens, save=True, launch=launch)
-    gradients = cuda.backward(
-        inputs, case.cu_seqlens, tuple(saved), case.dy, case.dfinal_state, initial_state=True, launch=launch
+    y, *saved = module.forward(inputs, case.initial_state, case.cu_seqlens, save=True, launch=launch, **options)
+    gradients = module.backward(
+        inputs, case.cu_seqlens, tuple(saved), case.dy, case.dfinal_state, initial_state=True, launch=launch, **options
     )  # fmt: skip
     names = (*(f"d{name}" for name in INPUTS), "dinitial_state")
     return {"y": y, "final_state": saved[0], **dict(zip(names, gradients, strict=True))}
@@ -44,12 +66,30 @@ def run_cuda_on_cpu(case: Case, launch: cuda.Launch) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu() -> Callable[..., RunCase]:
-    """cuda_on_cpu(source=…, seed=…) → a kernel under test."""
+    """cuda_on_cpu(folder=…, seed=…) → the sequential kernel under test."""
 
-    def build(*, source: Path | None = None, seed: int = 0) -> RunCase:
-        return lambda case: run_cuda_on_cpu(case, launch_on_cpu(case.dy.dtype, source=source, seed=seed))
+    def build(*, folder: Path | None = None, seed: int = 0) -> RunCase:
+        return lambda case: run_cuda_on_cpu(case, cuda, Emulation(folder=folder, seed=seed))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chunked_on_cpu() -> Callable[..., RunCase]:
+    """chunked_on_cpu(shape=…, emulation=…) → the chunked kernels under test."""
+
+    def build(
+        *, shape: cuda_chunked.Shape = cuda_chunked.WIDE, emulation: Emulation | None = None, **options: object
+    ) -> RunCase:
+        launch = emulation or Emulation(**options)  # type: ignore[arg-type]
+        return lambda case: run_cuda_on_cpu(case, cuda_chunked, launch, shape=shape)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def emulation() -> type[Emulation]:
+    return Emulation
 
 
 @pytest.fixture(params=["C++", "CUDA on the CPU"])

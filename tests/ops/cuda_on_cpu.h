@@ -16,8 +16,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <ucontext.h>
@@ -28,12 +30,20 @@
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_shared")))
 
-extern char __start_cuda_shared[], __stop_cuda_shared[];  // of that section, by the linker
+// Of that section, by the linker; a source without __shared__ has none.
+extern char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
 
 struct Index {
     unsigned x;
 };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, blockDim;
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
 namespace cuda_on_cpu {
 
@@ -49,13 +59,26 @@ struct Fiber {
     bool started = false;
     Waits waits = Waits::nothing;
     float shuffled[2];  // by turns: who is ahead writes the one that nobody still reads
+    int shuffled_at[2];  // lines
     int turn = 0;
+    unsigned block_barriers = 0, warp_barriers = 0;  // passed by this thread
 };
 
 static std::vector<Fiber> fibers;
 static std::function<void()> body;
 static jmp_buf scheduler;
 static int current;
+static std::function<void()> before_block, after_block;
+static std::string first_error;  // of a launch
+static std::map<int, int> bank_conflicts;  // line → wavefronts of its accesses to shared memory where one would do
+
+template <class... Values>
+void record(const char* format, Values... values) {
+    if (!first_error.empty()) return;
+    char text[300];
+    std::snprintf(text, sizeof(text), format, values...);
+    first_error = "block " + std::to_string(blockIdx.x) + ": " + text;
+}
 
 // Switching by _setjmp is some 30 times faster than by swapcontext, which asks the kernel for the signal mask.
 inline void wait(Waits what) {
@@ -70,9 +93,12 @@ inline void begin() {
     _longjmp(scheduler, 1);
 }
 
+static jmp_buf given_up;
+
+// Ends the launch.
 [[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "cuda_on_cpu: %s in block %u\n", what, blockIdx.x);
-    std::abort();
+    record("%s%s", what, "");
+    _longjmp(given_up, 1);
 }
 
 // Those of [first, last) that wait for each other go on, if all do or have ended. True: some do go on.
@@ -115,10 +141,12 @@ inline bool run_warp(size_t warp, std::mt19937& lot) {
 }
 
 inline void run_block(std::mt19937& lot) {
+    if (before_block) before_block();
     std::memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
     for (auto& fiber : fibers) {
         fiber.started = false;
         fiber.waits = Waits::nothing;
+        fiber.block_barriers = fiber.warp_barriers = 1;
     }
     const size_t warps = fibers.size() / WARP;
     for (;;) {
@@ -135,6 +163,7 @@ inline void run_block(std::mt19937& lot) {
         if (any || release(0, fibers.size(), Waits::block)) continue;
         for (auto& fiber : fibers)
             if (fiber.waits != Waits::ended) fail("threads wait for each other at different places");
+        if (after_block) after_block();
         return;
     }
 }
@@ -145,6 +174,9 @@ inline void launch(unsigned blocks, unsigned threads, unsigned seed, std::functi
     body = std::move(kernel);
     fibers.clear();
     fibers.resize(threads);
+    blockDim.x = threads;
+    first_error.clear();
+    if (_setjmp(given_up)) return;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(lot);
 }
 
@@ -163,15 +195,27 @@ void launch(unsigned blocks, unsigned threads, unsigned seed, void (*kernel)(Par
     });
 }
 
+// For kernels whose shared memory is static.
+template <class Kernel>
+void launch_without_shared_memory(unsigned blocks, unsigned threads, unsigned, unsigned seed, Kernel kernel,
+                                  const int64_t* arguments) {
+    launch(blocks, threads, seed, kernel, arguments);
+}
+
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::Waits::block); }
+inline void __syncthreads() {
+    cuda_on_cpu::wait(cuda_on_cpu::Waits::block);
+    ++cuda_on_cpu::fibers[cuda_on_cpu::current].block_barriers;
+}
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
+inline float __shfl_xor_sync(unsigned, float x, int mask, int line = __builtin_LINE()) {
     using namespace cuda_on_cpu;
     const int self = current, turn = fibers[self].turn ^= 1;
     fibers[self].shuffled[turn] = x;
+    fibers[self].shuffled_at[turn] = line;
     wait(Waits::warp);
+    if (fibers[self ^ mask].shuffled_at[turn] != line) fail("a shuffle that its lanes do not share");
     return fibers[self ^ mask].shuffled[turn];
 }
 

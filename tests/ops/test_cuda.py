@@ -1,12 +1,13 @@
-"""The CUDA kernel on a GPU, where there is one."""
+"""The CUDA kernels on a GPU, where there is one: step by step for float32, in chunks for bfloat16."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from streaming_rwkv.ops import wkv7
-from streaming_rwkv.ops.testing import Case, errors, make_case, run, run_reference
+from streaming_rwkv.ops import cuda_chunked, wkv7
+from streaming_rwkv.ops.cuda_chunked import SHAPES, WIDE, Shape
+from streaming_rwkv.ops.testing import Case, Decays, errors, make_case, run, run_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +32,27 @@ def test_equals_the_definition(dtype: torch.dtype) -> None:
             assert error <= (1e-6 if name in ("y", "final_state") else 1e-5), name
 
 
-def test_the_same_bits_wherever_the_bounds_lie_and_in_a_pack_or_alone() -> None:
-    case = on_gpu(make_case([40, 17]))
+@pytest.mark.parametrize("decays", ["whole range", "all fastest", "all slowest"])
+def test_in_chunks_it_equals_the_definition_for_all_decays(decays: Decays) -> None:
+    case = make_case([1, 33, 0, 2047, 4096], heads=3, decays=decays, dtype=torch.bfloat16, padding=40)
+    found = {name: x.cpu() for name, x in run(wkv7, on_gpu(case)).items()}
+    for name, error in errors(found, run_reference(case)).items():
+        assert error <= {"y": 2.0e-3, "final_state": 5e-4}.get(name, 2.5e-3), name
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=lambda shape: shape.name)
+def test_the_shape_of_the_launch_changes_no_bit(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = on_gpu(make_case([1, 17, 0, 300, 1000], dtype=torch.bfloat16, padding=3))
+    monkeypatch.setattr(cuda_chunked, "_shape", lambda *_: WIDE)
+    expected = run(wkv7, case)
+    monkeypatch.setattr(cuda_chunked, "_shape", lambda *_: shape)
+    found = run(wkv7, case)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_wherever_the_bounds_lie_and_in_a_pack_or_alone(dtype: torch.dtype) -> None:
+    case = on_gpu(make_case([40, 17], dtype=dtype))
     found, again = run(wkv7, case), run(wkv7, case._replace(cu_seqlens=case.cu_seqlens.cuda()))
     assert all(torch.equal(found[name], again[name]) for name in found)
     alone = wkv7(*(x[:, 40:] for x in case.inputs), initial_state=case.initial_state[1:])[0]
@@ -41,8 +61,9 @@ def test_the_same_bits_wherever_the_bounds_lie_and_in_a_pack_or_alone() -> None:
 
 # torch warns of this once a process.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_it_never_waits_for_the_device() -> None:
-    case = on_gpu(make_case([40, 17]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_never_waits_for_the_device(dtype: torch.dtype) -> None:
+    case = on_gpu(make_case([40, 17], dtype=dtype))
     on_device = case._replace(cu_seqlens=case.cu_seqlens.cuda())  # a copy that waits
     run(wkv7, on_device)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -52,8 +73,9 @@ def test_it_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_current_stream_is_used() -> None:
-    case = on_gpu(make_case([300]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_current_stream_is_used(dtype: torch.dtype) -> None:
+    case = on_gpu(make_case([300], dtype=dtype))
     expected = run(wkv7, case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
