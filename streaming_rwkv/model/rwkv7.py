@@ -88,7 +88,7 @@ class TimeMixing(nn.Module):
             loras += (self.v1, self.v2)
         linears = (self.receptance.weight, self.key.weight, self.value.weight, self.output.weight)
         receptance, key, value, output, w1, w2, a1, a2, g1, g2, *v12 = cast_together((*linears, *loras), dtype)
-        x, (r, w, k, v, *v_lora, a, g), shift = mixed_projections(
+        x, (r, w, k, v, *v_hidden, a, g), shift = mixed_projections(
             x,
             branch,
             norm,
@@ -98,21 +98,17 @@ class TimeMixing(nn.Module):
             last=state.att_shift if state else None,
             cu_seqlens=cu_seqlens,
         )
-        v_lora, v0 = (v_lora[0] @ v12[1], self.v0) if v_lora else (None, None)
         if v_first is None:
             v_first = v
         log_decay, k, v, removal, replacement = wkv7_inputs(
-            torch.tanh(w) @ w2,
-            a @ a2,
             k,
             v,
-            v_lora,
             v_first if self.has_value_residual else None,
-            self.w0,
-            self.a0,
+            (torch.tanh(w), w2, self.w0),
+            (a, a2, self.a0),
+            (*v_hidden, v12[1], self.v0) if self.has_value_residual else None,
             self.k_k,
             self.k_a,
-            v0,
             head_size=self.head_shape[1],
         )
         r = r.unflatten(-1, self.head_shape)

@@ -8,22 +8,17 @@ Shapes: T tokens of all documents, H heads, N = 64, D documents, K = T // 16 + D
 from __future__ import annotations
 
 import functools
-import io
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops.build import KernelError, cached, kernel_source
-
-logger = logging.getLogger(__name__)
+from streaming_rwkv.ops import nvrtc
 
 SAVED_EVERY = 16  # tokens
 THREADS = 128  # of a block
-_MACROS = {torch.float32: None, torch.bfloat16: "WKV7_BFLOAT16"}
+SOURCE = "wkv7/wkv7.cu"
 
 # Runs the named kernel for inputs of a dtype, on so many blocks, with integers and pointers for arguments.
 Launch = Callable[[str, torch.dtype, int, list[int]], None]
@@ -90,62 +85,13 @@ def _run(name: str, r: Tensor, cu_seqlens: Tensor, tensors: Sequence[Tensor | No
 
 
 def _launch_on_device(device: torch.device, name: str, dtype: torch.dtype, blocks: int, arguments: list[int]) -> None:
-    """On torch's current stream of `device`. cuda-core raises what the launch returns."""
-    core = _cuda_core()
-    with torch.cuda.device(device):
-        core.Device(torch.cuda.current_device()).set_current()  # torch's own context
-        kernel = _module(dtype, "sm_{}{}".format(*torch.cuda.get_device_capability(device))).get_kernel(name)
-        stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        core.launch(stream, core.LaunchConfig(grid=blocks, block=THREADS), kernel, *arguments)
+    nvrtc.launch(SOURCE, _macros(dtype), name, device, blocks=blocks, threads=THREADS, arguments=arguments)
 
 
-@functools.cache
-def _module(dtype: torch.dtype, architecture: str) -> Any:
-    source = kernel_source("wkv7/wkv7.cu")
-    from cuda.bindings import nvrtc  # with cuda-core, see _cuda_core
-
-    core = _cuda_core()
-    key: list[str | bytes] = [source.read_bytes(), architecture, str(dtype), repr(nvrtc.nvrtcVersion()[1:])]
-    name = f"wkv7-{architecture}-{str(dtype).removeprefix('torch.')}.cubin"
-    path = cached(name, key, lambda path: _write(path, compile_cubin(source, dtype, architecture)[0]))
-    return core.ObjectCode.from_cubin(path.read_bytes(), name=path.stem)
+def _macros(dtype: torch.dtype) -> nvrtc.Macros:
+    return (("WKV7_BFLOAT16", "1"),) if dtype == torch.bfloat16 else ()
 
 
 def compile_cubin(source: Path, dtype: torch.dtype, architecture: str) -> tuple[bytes, str]:
-    """Machine code for GPUs of `architecture` (sm_80, …) and inputs of `dtype`, and what ptxas says of registers,
-    spills and shared memory. Needs no GPU.
-
-    Raises:
-        KernelError: cuda-core is missing, or NVRTC refuses the source or the architecture.
-    """
-    core = _cuda_core()
-    options = core.ProgramOptions(
-        arch=architecture, std="c++17", define_macro=_MACROS[dtype], ptxas_options=["-v"], name=source.name
-    )
-    log = io.StringIO()
-    try:
-        code = core.Program(source.read_text(), "c++", options=options).compile("cubin", logs=log).code
-    except Exception as error:
-        if type(error).__name__ != "NVRTCError":  # cuda-core keeps it private
-            raise
-        raise KernelError(
-            f"{source}: NVRTC does not compile it for {architecture}: {error}\n{log.getvalue()}\n"
-            "for an architecture newer than this NVRTC, install a newer nvidia-cuda-nvrtc or a newer torch"
-        ) from error
-    return bytes(code), log.getvalue().replace("\0", "")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-@functools.cache
-def _cuda_core() -> Any:
-    try:
-        import cuda.core as core
-    except ImportError as error:
-        raise KernelError(
-            f"the CUDA kernel is compiled through cuda-core, which does not import here ({error}); "
-            "install it with: pip install 'streaming-rwkv[cuda]'"
-        ) from error
-    return core
+    """`nvrtc.compile_cubin` for inputs of `dtype`."""
+    return nvrtc.compile_cubin(source, _macros(dtype), architecture)

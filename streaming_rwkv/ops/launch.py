@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from streaming_rwkv.ops import nvrtc
 from streaming_rwkv.ops.build import build_cpp, kernel_source
+
+CPP_SOURCE, CUDA_SOURCE = "layer/layer.cpp", "layer/layer.cu"
 
 
 class Kernel(NamedTuple):
@@ -33,7 +36,7 @@ Launch = Callable[[Kernel, int, Sequence[Argument]], None]
 
 def launcher(device: torch.device) -> Launch:
     """What runs kernels on this device."""
-    return launch_cpp if device.type == "cpu" else _launch_cuda
+    return launch_cpp if device.type == "cpu" else launch_cuda
 
 
 def integers(arguments: Sequence[Argument]) -> list[int]:
@@ -63,7 +66,7 @@ class _Work(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    source = kernel_source("layer/layer.cpp")
+    source = kernel_source(CPP_SOURCE)
     return ctypes.CDLL(str(build_cpp(source, reads=[kernel_source("wkv7/vectors.h")])))
 
 
@@ -74,5 +77,38 @@ def launch_cpp(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> No
     getattr(_library(), symbol(kernel))(ctypes.byref(work), (ctypes.c_int64 * len(values))(*values))
 
 
-def _launch_cuda(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> None:
-    raise NotImplementedError
+def launch_cuda(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> None:
+    """Run a kernel on the device and the current stream of its tensors. Nothing waits for the device."""
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    nvrtc.launch(
+        CUDA_SOURCE,
+        macros(kernel),
+        kernel.name,
+        device,
+        blocks=blocks,
+        threads=cuda_threads(kernel),
+        arguments=integers(arguments),
+    )
+
+
+def macros(kernel: Kernel) -> nvrtc.Macros:
+    """What layer.cu is compiled with for this kernel."""
+    found = [(kernel.name.removesuffix("_forward").removesuffix("_backward").upper(), "1")]
+    if kernel.width:
+        found.append(("WIDTH", str(kernel.width)))
+    if kernel.mixes is not None:
+        found.append(("MIXES", str(kernel.mixes)))
+        if kernel.dtypes[0] == torch.bfloat16:
+            found.append(("RESIDUAL_BFLOAT16", "1"))
+    if torch.bfloat16 in kernel.dtypes[-1:]:
+        found.append(("BFLOAT16", "1"))
+    return tuple(found)
+
+
+def cuda_threads(kernel: Kernel) -> int:
+    """Threads of a block, as layer.cu derives them from the width; 512 for sums over tiles."""
+    if not kernel.width:
+        return 512
+    quads = -(-kernel.width // 4)
+    turns = -(-quads // 512)
+    return -(-(-(-quads // turns)) // 32) * 32

@@ -383,50 +383,105 @@ def _norm_mix_backward_op(
 # ---- between the projections and WKV-7 -------------------------------------------------------------------------------
 
 
+Lora = tuple[Tensor, Tensor, Tensor]  # hidden (B, T, rank), up (rank, C), and the C numbers added to their product
+
+
 def wkv7_inputs(
-    w: Tensor,
-    a: Tensor,
     k: Tensor,
     v: Tensor,
-    v_lora: Tensor | None,
     v_first: Tensor | None,
-    w0: Tensor,
-    a0: Tensor,
+    decay: Lora,
+    share: Lora,
+    value: Lora | None,
     k_k: Tensor,
     k_a: Tensor,
-    v0: Tensor | None,
     *,
     head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Decay, key, value, removal key and replacement key of WKV-7, from the projections.
 
-        log_decay = -exp(-1/2) σ(w0 + w)          share = σ(a0 + a)
-        k' = k (1 + (share - 1) k_a)              v' = v + (v_first - v) σ(v0 + v_lora)
+        log_decay = -exp(-1/2) σ(lora of decay)   s = σ(lora of share)
+        k' = k (1 + (s - 1) k_a)                  v' = v + (v_first - v) σ(lora of value)
         κ = k k_k / max(‖k k_k‖, 1e-12), the norm of each head's
 
+    The products of the loras are not kept for the backward pass.
+
     Args:
-        w, a, k, v, v_lora, v_first: (B, T, C) in one dtype; without `v_first` (layer 0) v' is v.
-        w0, a0, k_k, k_a, v0: C numbers each.
+        k, v, v_first: (B, T, C) in one dtype; without `v_first` and `value` (layer 0) v' is v.
+        k_k, k_a: C numbers each.
     Returns:
-        log_decay, k', v', -κ, κ·share, each (B, T, H, N): what `wkv7` takes after r.
+        log_decay, k', v', -κ, κ·s, each (B, T, H, N): what `wkv7` takes after r.
     """
-    if not _has_kernel(k.shape[-1], w, a, k, v) or head_size != WIDTH_UNIT or not w.dtype == a.dtype == k.dtype:
-        return reference.wkv7_inputs_reference(
-            w, a, k, v, v_lora, v_first, w0, a0, k_k, k_a, v0, head_size=head_size
-        )
-    parameters = (x if x is None else x.reshape(-1).float() for x in (w0, a0, k_k, k_a, v0))
-    log_decay, k, mixed_v, removal, replacement = torch.ops.streaming_rwkv.wkv7_inputs(
-        w, a, k, v, v_lora, v_first, *parameters
-    )
+    w0, a0, v0 = decay[2], share[2], None if value is None else value[2]
+    hidden_and_up = [x for lora in (decay, share, value) if lora is not None for x in lora[:2]]
+    kernel = _has_kernel(k.shape[-1], k, v) and head_size == WIDTH_UNIT
+    if kernel and torch.is_grad_enabled():
+        found = _Wkv7Inputs.apply(k, v, v_first, w0, a0, k_k, k_a, v0, *hidden_and_up)
+    else:
+        w, a, *v_lora = (hidden @ up for hidden, up in zip(hidden_and_up[::2], hidden_and_up[1::2], strict=True))
+        inputs = (w, a, k, v, v_lora[0] if v_lora else None, v_first)
+        if not kernel:
+            return reference.wkv7_inputs_reference(*inputs, w0, a0, k_k, k_a, v0, head_size=head_size)
+        parameters = (None if x is None else _vector(x) for x in (w0, a0, k_k, k_a, v0))
+        found = torch.ops.streaming_rwkv.wkv7_inputs(*inputs, *parameters)
     heads = (k.shape[-1] // head_size, head_size)
-    found = (log_decay, k, v if v_first is None else mixed_v, removal, replacement)
-    log_decay, k, v, removal, replacement = (x.unflatten(-1, heads) for x in found)
+    log_decay, k, mixed_v, removal, replacement = found
+    v = v if v_first is None else mixed_v
+    log_decay, k, v, removal, replacement = (x.unflatten(-1, heads) for x in (log_decay, k, v, removal, replacement))
     return log_decay, k, v, removal, replacement
 
 
-def _wkv7_inputs_fake(
-    w: Tensor, a: Tensor, k: Tensor, v: Tensor, v_lora: Tensor | None, v_first: Tensor | None, *parameters: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class _Wkv7Inputs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        v: Tensor,
+        v_first: Tensor | None,
+        w0: Tensor,
+        a0: Tensor,
+        k_k: Tensor,
+        k_a: Tensor,
+        v0: Tensor | None,
+        *hidden_and_up: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(k, v, v_first, w0, a0, k_k, k_a, v0, *hidden_and_up)
+        w, a, *v_lora = (hidden @ up for hidden, up in zip(hidden_and_up[::2], hidden_and_up[1::2], strict=True))
+        parameters = (None if x is None else _vector(x) for x in (w0, a0, k_k, k_a, v0))
+        found: tuple[Tensor, ...] = torch.ops.streaming_rwkv.wkv7_inputs(
+            w, a, k, v, v_lora[0] if v_lora else None, v_first, *parameters
+        )
+        if v_first is None:
+            ctx.mark_non_differentiable(found[2])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        k, v, v_first, w0, a0, k_k, k_a, v0, *hidden_and_up = ctx.saved_tensors
+        hidden, up = hidden_and_up[::2], hidden_and_up[1::2]
+        w, a, *v_lora = (x @ y for x, y in zip(hidden, up, strict=True))
+        parameters = [x for x in (w0, a0, k_k, k_a, v0) if x is not None]
+        dlog_decay, dk, dv, dremoval, dreplacement = (
+            torch.zeros_like(k) if gradient is None else gradient for gradient in gradients
+        )
+        dw, da, dk, dv, dv_lora, dv_first, sums = torch.ops.streaming_rwkv.wkv7_inputs_backward(
+            [w, a, k, v], v_lora[0] if v_lora else None, v_first, [_vector(x) for x in parameters],
+            dlog_decay, dk, None if v_first is None else dv, dremoval, dreplacement,
+        )  # fmt: skip
+        pairs = []
+        for x, y, product in zip(hidden, up, (dw, da, dv_lora), strict=False):
+            pairs += [product @ y.T, weight_gradient(y.T, x, product).T]
+        vectors: list[Tensor | None] = [
+            total.view(x.shape).to(x.dtype) for total, x in zip(sums.unbind(0), parameters, strict=True)
+        ]
+        if v_first is None:
+            return dk, None, None, *vectors, None, *pairs
+        return dk, dv, dv_first, *vectors, *pairs
+
+
+def _wkv7_inputs_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    k, v_first = inputs[2], inputs[5]
     log_decay, k_out, removal, replacement = (k.new_empty(k.shape) for _ in range(4))
     return log_decay, k_out, k.new_empty(0 if v_first is None else k.shape), removal, replacement
 
@@ -442,7 +497,7 @@ def _wkv7_inputs_op(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Ten
     """log_decay, k', v' (empty without v_first), -κ, κ·share, all (B, T, C)."""
     k, v_first = inputs[2], inputs[5]
     assert k is not None
-    found = _wkv7_inputs_fake(*inputs)  # type: ignore[arg-type]
+    found = _wkv7_inputs_fake(*inputs)
     tokens, width = k.shape[0] * k.shape[1], k.shape[2]
     tile, blocks = _tile(tokens)
     written = [None if v_first is None and index == 2 else x for index, x in enumerate(found)]
@@ -494,34 +549,6 @@ def _wkv7_inputs_backward_op(
         ),
     )
     return *found[:6], _sum_tiles(partial)
-
-
-def _wkv7_inputs_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    if inputs[5] is None:
-        ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs)
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
-
-
-def _wkv7_inputs_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    w, a, k, v, v_lora, v_first, w0, a0, k_k, k_a, v0 = ctx.saved_tensors
-    parameters = [w0, a0, k_k, k_a, *([] if v0 is None else [v0])]
-    dlog_decay, dk, dv, dremoval, dreplacement = gradients
-    there = [_or_zeros(x, k) for x in (dlog_decay, dk, dremoval, dreplacement)]
-    there.insert(2, None if v_first is None else _or_zeros(dv, k))  # type: ignore[arg-type]
-    *found, sums = torch.ops.streaming_rwkv.wkv7_inputs_backward([w, a, k, v], v_lora, v_first, parameters, *there)
-    if v_first is None:
-        found[3:] = [None] * 3
-    return *found, *sums.unbind(0), *([None] if v0 is None else [])
-
-
-torch.library.register_autograd(
-    "streaming_rwkv::wkv7_inputs", _wkv7_inputs_backward, setup_context=_wkv7_inputs_context
-)
 
 
 # ---- between WKV-7 and the output projection -------------------------------------------------------------------------
