@@ -285,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int m = 0; m < MIXES; ++m) {
                     const Four dm = load(dmixed[m] + n + WIDTH), mix = load(mixes + m * WIDTH + c);
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) to_previous[turn].at[e] += dm.at[e] * mix.at[e];
+                    for (int e = 0; e < 4; ++e)
+                        to_previous[turn].at[e] = fmaf(dm.at[e], mix.at[e], to_previous[turn].at[e]);
                 }
             }
             Four delta, normal;
@@ -313,8 +314,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 Four out;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    du[turn].at[e] += dm.at[e] - dm.at[e] * mix.at[e];
-                    to_previous[turn].at[e] += dm.at[e] * mix.at[e];
+                    du[turn].at[e] += fmaf(-dm.at[e], mix.at[e], dm.at[e]);
+                    // fmaf, here and above: where a tile ends must not decide how this rounds.
+                    to_previous[turn].at[e] = fmaf(dm.at[e], mix.at[e], to_previous[turn].at[e]);
                     sums[2 + m][turn].at[e] += dm.at[e] * delta.at[e];
                     out.at[e] = normal.at[e] * scale.at[e] + shift.at[e] + delta.at[e] * mix.at[e];
                 }

@@ -166,7 +166,6 @@ def _norm_mix(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    branch = None if branch is None else branch.to(dtype)
     last = None if last is None else last.float()
     vectors = _vector(weight), _vector(bias), torch.stack([_vector(mix) for mix in mixes])
     result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.streaming_rwkv.norm_mix(
@@ -307,7 +306,8 @@ def _norm_mix_op(
         Kernel("norm_mix_forward", (x.dtype, dtype), width, mixes.shape[0]),
         blocks,
         (
-            *(rows * tokens, tokens, documents, _ready(cu_seqlens), tile, eps, _ready(x), _ready(branch)),
+            *(rows * tokens, tokens, documents, _ready(cu_seqlens), tile, eps, _ready(x)),
+            _ready(None if branch is None else branch.to(dtype)),
             *map(_ready, (weight, bias, mixes, last)),
             *(residual, stats, after if cu_seqlens is None else None, *mixed),
         ),

@@ -145,7 +145,7 @@ def run(case: OpCase, dtype: torch.dtype, *, residual: torch.dtype | None = None
         parameter = any(part in name for part in PARAMETERS) and not (name == "weight" and "x" in case.inputs and not mixed)
         if parameter:
             return x.to(torch.promote_types(dtype, torch.float32))
-        return x.to(residual if residual is not None and name == "x" else dtype)
+        return x.to(residual if residual is not None and mixed and name == "x" else dtype)
 
     leaves = {name: cast(name, x).detach().clone().requires_grad_() for name, x in case.inputs.items()}
     found = case.op(**leaves)
