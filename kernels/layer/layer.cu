@@ -142,7 +142,7 @@ __device__ inline void sum_block(float (*slot)[WARPS], float (&x)[COUNT]) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     norm_mix_forward(int64 tokens, int64 row, int64 documents, const int* cu_seqlens, int64 tile, int64 eps_bits,
                      const Residual* x, const Element* branch, const float* weight, const float* bias,
                      const float* mixes, const float* last, Residual* residual, float* stats, float* last_out,
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     norm_mix_backward(int64 tokens, int64 row, int64 documents, const int* cu_seqlens, int64 tile,
                       const Residual* residual, const float* stats, const float* weight, const float* bias,
                       const float* mixes, const float* last, const Residual* dresidual, const float* dlast_out,
@@ -241,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Element* const mixed[MIXES] = ALL(mixed);
     const int64 first = blockIdx.x * tile, stop = first + tile < tokens ? first + tile : tokens;
     DocumentsOf documents_of{row, documents, cu_seqlens, 0};
-    Four z[TURNS], to_previous[TURNS], sums[2 + MIXES][TURNS] = {};  // of weight, bias, mixes
-    bool later = false;  // z and to_previous are there, from token t + 1 of this document
+    Four to_previous[TURNS], sums[2 + MIXES][TURNS] = {};  // of weight, bias, mixes
+    bool later = false;  // the token after is of this document
     int slot = 0;
     if (stop < tokens) {
         documents_of.find(tokens, stop);
@@ -266,18 +266,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             continue;
         }
         const bool starts = documents_of.starts(t), ends_row = documents_of.ends_row(t);
-        const bool load_own = t == stop - 1 || !later;
         const float mean = stats[2 * t], rstd = stats[2 * t + 1];
         const float mean_before = starts ? 0 : stats[2 * t - 2], rstd_before = starts ? 0 : stats[2 * t - 1];
         float both[2] = {};
-        Four du[TURNS], before[TURNS];
+        Four du[TURNS];
 #pragma unroll
         for (int turn = 0; turn < TURNS; ++turn) {
             if (!has(turn)) continue;
             const int c = channel(turn);
             const int64 n = t * WIDTH + c;
             const Four scale = load(weight + c), shift = load(bias + c);
-            if (load_own) z[turn] = load(residual + n);
+            const Four z = load(residual + n);
             if (!later) to_previous[turn] = Four{};
             if (t == stop - 1 && crosses) {
                 to_previous[turn] = Four{};
@@ -293,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (starts)
                 delta = load_or_zero(last, t / row * WIDTH + c);
             else
-                before[turn] = load(residual + n - WIDTH);
+                delta = load(residual + n - WIDTH);
             du[turn] = to_previous[turn];
             to_previous[turn] = Four{};
             if (dlast_out && ends_row) {
@@ -303,9 +302,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                normal.at[e] = (z[turn].at[e] - mean) * rstd;
+                normal.at[e] = (z.at[e] - mean) * rstd;
                 if (!starts)
-                    delta.at[e] = (before[turn].at[e] - mean_before) * rstd_before * scale.at[e] + shift.at[e];
+                    delta.at[e] = (delta.at[e] - mean_before) * rstd_before * scale.at[e] + shift.at[e];
                 delta.at[e] -= normal.at[e] * scale.at[e] + shift.at[e];
             }
 #pragma unroll
@@ -337,15 +336,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int turn = 0; turn < TURNS; ++turn) {
             if (!has(turn)) continue;
             const int64 n = t * WIDTH + channel(turn);
+            const Four z = load(residual + n);
             Four out = load_or_zero(dresidual, n);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float normal = (z[turn].at[e] - mean) * rstd;
+                const float normal = (z.at[e] - mean) * rstd;
                 out.at[e] += (du[turn].at[e] - both[0] / WIDTH - normal * (both[1] / WIDTH)) * rstd;
             }
             store(dx + n, out);
             if (dbranch) store(dbranch + n, out);
-            if (!starts) z[turn] = before[turn];
         }
         later = !starts;
     }
@@ -370,7 +369,7 @@ constexpr float HEAD = 64;
 constexpr float DECAY_SCALE = 0.606530659712633423604f;  // exp(-1/2)
 constexpr float NORM_EPS = 1e-12f;
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wkv7_inputs_forward(int64 tokens, int64 tile, const Element* w, const Element* a, const Element* k,
                         const Element* v, const Element* v_lora, const Element* v_first, const float* w0,
                         const float* a0, const float* k_k, const float* k_a, const float* v0, Element* log_decay,
@@ -414,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wkv7_inputs_backward(int64 tokens, int64 tile, const Element* w, const Element* a, const Element* k,
                          const Element* v, const Element* v_lora, const Element* v_first, const float* w0,
                          const float* a0, const float* k_k, const float* k_a, const float* v0,
@@ -515,7 +514,7 @@ __device__ inline HeadOf head_of(const Four& y, const Four& r, const Four& k, co
     return head;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wkv7_output_forward(int64 tokens, int64 tile, int64 eps_bits, const Element* y, const Element* r, const Element* k,
                         const Element* v, const Element* gate, const float* weight, const float* bias,
                         const float* r_k, Element* out) {
@@ -539,7 +538,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wkv7_output_backward(int64 tokens, int64 tile, int64 eps_bits, const Element* y, const Element* r,
                          const Element* k, const Element* v, const Element* gate, const float* weight,
                          const float* bias, const float* r_k, const Element* dout, Element* dy, Element* dr,
@@ -601,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 __device__ inline float positive(float x) { return x < 0 ? 0.0f : x; }  // a NaN stays
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     relu_squared_forward(int64 tokens, int64 tile, const Element* x, Element* out) {
     const int64 first = blockIdx.x * tile, stop = first + tile < tokens ? first + tile : tokens;
     for (int64 t = first; t < stop; ++t)
@@ -616,7 +615,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     relu_squared_backward(int64 tokens, int64 tile, const Element* x, const Element* dout, Element* dx, Element* out) {
     const int64 first = blockIdx.x * tile, stop = first + tile < tokens ? first + tile : tokens;
     for (int64 t = first; t < stop; ++t)
@@ -650,7 +649,7 @@ __device__ inline Four load_columns(const Element* p) {
     return Four{{widen(*p), -INFINITE, -INFINITE, -INFINITE}};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     cross_entropy(int64 rows, int64 gradient, Element* logits, const int64* targets, const float* scales, float* nll) {
     __shared__ float largest[WARPS], places[WARPS], totals[WARPS];
     const int64 index = blockIdx.x, target = targets[index];
