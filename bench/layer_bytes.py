@@ -97,7 +97,9 @@ def layer_cost(*, fused: bool, hidden_size: int, tokens: int) -> LayerCost:
         (less_bytes, less_launches), (more_bytes, more_launches) = two[index], three[index]
         found = {kind: count - less_launches[kind] for kind, count in more_launches.items()}
         kinds = [kind for kind, count in found.items() if count]
-        return Cost({kind: (more_bytes[kind] - less_bytes[kind]) / unit for kind in kinds}, {k: found[k] for k in kinds})
+        return Cost(
+            {kind: (more_bytes[kind] - less_bytes[kind]) / unit for kind in kinds}, {k: found[k] for k in kinds}
+        )
 
     return LayerCost(difference(0), difference(1), (three[2] - two[2]) / unit)
 
@@ -157,7 +159,9 @@ def main() -> None:
                 print(f"    {kind:32} {moved[kind]:7.1f} {launches[kind]:5}")
         totals = [part.total() for part in (cost.forward, cost.backward)]
         for direction, (moved_total, launched) in zip(("forward", "backward"), totals, strict=True):
-            print(f"{title}, {direction}, without matrix products and WKV-7: {moved_total:.0f} bytes, {launched} launches")
+            print(
+                f"{title}, {direction}, without matrix products and WKV-7: {moved_total:.0f} bytes, {launched} launches"
+            )
         print(f"{title}: {sum(moved_total for moved_total, _ in totals):.0f} bytes in all")
         print(f"{title}: {cost.saved_bytes:.1f} bytes per channel and token saved for the backward pass")
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from streaming_rwkv.ops import cross_entropy_
 
 
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that matrix products of `x` are done in: autocast's where it is on, else that of `x`."""
     device = x.device.type

@@ -16,7 +16,6 @@ Shapes: B rows, T tokens, C width, H heads, N head size, M mixes, D documents, V
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,24 +28,27 @@ from streaming_rwkv.ops.launch import Kernel, launcher
 
 WIDTH_UNIT = 64  # of the kernels: a head
 LEAST_TILE, MOST_TILES = 16, 1024
-_definitions = contextvars.ContextVar("definitions", default=False)
+_definitions = False
 
 
 @contextlib.contextmanager
 def definitions() -> Iterator[None]:
     """Run the PyTorch definition of every op here instead of its kernel: what tests and benchmarks compare with."""
-    token = _definitions.set(True)
+    global _definitions
+    before, _definitions = _definitions, True
     try:
         yield
     finally:
-        _definitions.reset(token)
+        _definitions = before
 
 
 def _has_kernel(width: int, *tensors: Tensor) -> bool:
     return (
-        not _definitions.get()
+        not _definitions
         and width % WIDTH_UNIT == 0
-        and all(x.dtype in (torch.float32, torch.bfloat16) and x.device.type in ("cpu", "cuda", "meta") for x in tensors)
+        and all(
+            x.dtype in (torch.float32, torch.bfloat16) and x.device.type in ("cpu", "cuda", "meta") for x in tensors
+        )
     )
 
 
@@ -128,7 +130,6 @@ def mixed_projections(
                 f"mixed_projections: {x.shape[0]} rows, last {'given' if last is not None else 'not given'}; documents "
                 "are packed in one row (B must be 1) and none continues another (last must be None)"
             )
-        check_bounds("mixed_projections", cu_seqlens, x.shape[1])
     fused = (
         _has_kernel(x.shape[-1], x)
         and dtype in (torch.float32, torch.bfloat16)
@@ -136,6 +137,8 @@ def mixed_projections(
         and len(mixes) in (1, 6)
     )
     if not fused:
+        if cu_seqlens is not None:
+            check_bounds("mixed_projections", cu_seqlens, x.shape[1])
         x, mixed, after = reference.norm_mix_reference(
             x, branch, norm.weight, norm.bias, mixes, last=last, cu_seqlens=cu_seqlens, eps=norm.eps, dtype=dtype
         )
@@ -150,7 +153,9 @@ def mixed_projections(
             x, branch, norm.weight, norm.bias, last, cu_seqlens, norm.eps, dtype, groups, *mixes, *flat
         )
     else:  # products under autocast, which keeps the weights it casts
-        residual, _, after, mixed = _norm_mix(x, branch, norm.weight, norm.bias, mixes, last, cu_seqlens, norm.eps, dtype)
+        residual, _, after, mixed = _norm_mix(
+            x, branch, norm.weight, norm.bias, mixes, last, cu_seqlens, norm.eps, dtype
+        )
         products = [z @ weight.T for z, group in zip(mixed, weights, strict=True) for weight in group]
     return x if branch is None else residual, products, after
 
@@ -217,9 +222,7 @@ class _MixedProjections(torch.autograd.Function):
             rows, so_far = dproduct.flatten(0, -2), dmixed[owner]
             dmixed[owner] = rows @ w if so_far is None else so_far.addmm_(rows, w)
         shape = residual.shape
-        dmixed_there = [
-            residual.new_zeros(shape, dtype=ctx.dtype) if z is None else z.view(shape) for z in dmixed
-        ]
+        dmixed_there = [residual.new_zeros(shape, dtype=ctx.dtype) if z is None else z.view(shape) for z in dmixed]
         dx, dbranch, dlast, gradients, mixed = torch.ops.streaming_rwkv.norm_mix_backward(
             residual,
             stats,
@@ -297,6 +300,8 @@ def _norm_mix_op(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """x + branch (empty without a branch), mean and 1/deviation of each token, the last u of each row, the mixes."""
     rows, tokens, width = x.shape
+    if cu_seqlens is not None:
+        check_bounds("mixed_projections", cu_seqlens, tokens)
     residual, stats, after, mixed = _norm_mix_fake(x, branch, weight, bias, mixes, last, cu_seqlens, eps, dtype)
     if cu_seqlens is not None or tokens == 0:
         after.zero_()  # no row continues
@@ -469,9 +474,10 @@ class _Wkv7Inputs(torch.autograd.Function):
             [w, a, k, v], v_lora[0] if v_lora else None, v_first, [_vector(x) for x in parameters],
             dlog_decay, dk, None if v_first is None else dv, dremoval, dreplacement,
         )  # fmt: skip
-        pairs = []
-        for x, y, product in zip(hidden, up, (dw, da, dv_lora), strict=False):
-            pairs += [product @ y.T, weight_gradient(y.T, x, product).T]
+        products = (dw, da, dv_lora)[: len(up)]
+        dhidden = [product @ y.T for y, product in zip(up, products, strict=True)]
+        dup = [weight_gradient(y.T, x, product).T for x, y, product in zip(hidden, up, products, strict=True)]
+        pairs = [x for pair in zip(dhidden, dup, strict=True) for x in pair]
         vectors: list[Tensor | None] = [
             total.view(x.shape).to(x.dtype) for total, x in zip(sums.unbind(0), parameters, strict=True)
         ]
@@ -573,9 +579,7 @@ def wkv7_output(
     return out
 
 
-_WKV7_OUTPUT = (
-    "Tensor y, Tensor r, Tensor k, Tensor v, Tensor gate, Tensor weight, Tensor bias, Tensor r_k, float eps"
-)
+_WKV7_OUTPUT = "Tensor y, Tensor r, Tensor k, Tensor v, Tensor gate, Tensor weight, Tensor bias, Tensor r_k, float eps"
 
 
 @_define(f"wkv7_output({_WKV7_OUTPUT}) -> Tensor", lambda y, *rest: y.new_empty(y.shape))
@@ -719,9 +723,7 @@ def _cross_entropy_op(logits: Tensor, targets: Tensor, scales: Tensor | None, gr
             )
     nll = logits.new_empty(rows, dtype=torch.float32)
     kernel = Kernel("cross_entropy", (logits.dtype,), width)
-    launcher(logits.device)(
-        kernel, rows, (rows, int(gradient), logits, _ready(targets), _ready(scales), nll)
-    )
+    launcher(logits.device)(kernel, rows, (rows, int(gradient), logits, _ready(targets), _ready(scales), nll))
     return nll
 
 
@@ -734,7 +736,7 @@ def cast_together(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     Autocast casts them one by one. Where no gradient is wanted it also keeps what it has cast, so there the weights are
     returned as they are, for autocast to cast.
     """
-    if not torch.is_grad_enabled() or all(weight.dtype == dtype for weight in weights) or _definitions.get():
+    if not torch.is_grad_enabled() or all(weight.dtype == dtype for weight in weights) or _definitions:
         return weights
     cast: tuple[Tensor, ...] = _CastTogether.apply(dtype, *weights)
     return cast

@@ -122,9 +122,7 @@ def wkv7_output_case(tokens: int, *, width: int = 128) -> OpCase:
     inputs["gate"] = _normal(g, 1, tokens, width)
     inputs |= {"weight": 1 + _normal(g, width, scale=0.1), "bias": _normal(g, width, scale=0.1)}
     inputs["r_k"] = _normal(g, width // 64, 64, scale=0.1)
-    return OpCase(
-        lambda **x: (wkv7_output(**x, eps=64e-5),), inputs, [_normal(g, 1, tokens, width)], ("out",)
-    )
+    return OpCase(lambda **x: (wkv7_output(**x, eps=64e-5),), inputs, [_normal(g, 1, tokens, width)], ("out",))
 
 
 def relu_squared_case(tokens: int, *, width: int = 128) -> OpCase:
@@ -142,7 +140,9 @@ def run(case: OpCase, dtype: torch.dtype, *, residual: torch.dtype | None = None
     mixed = "mix0" in case.inputs
 
     def cast(name: str, x: Tensor) -> Tensor:
-        parameter = any(part in name for part in PARAMETERS) and not (name == "weight" and "x" in case.inputs and not mixed)
+        parameter = any(part in name for part in PARAMETERS) and not (
+            name == "weight" and "x" in case.inputs and not mixed
+        )
         if parameter:
             return x.to(torch.promote_types(dtype, torch.float32))
         return x.to(residual if residual is not None and mixed and name == "x" else dtype)

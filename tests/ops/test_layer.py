@@ -210,9 +210,7 @@ def test_gradients_of_the_definitions(name: str) -> None:
     case = small()
     names = list(case.inputs)
     leaves = [x.double().requires_grad_() for x in case.inputs.values()]
-    torch.autograd.gradcheck(
-        lambda *x: case.op(**dict(zip(names, x, strict=True))), leaves, fast_mode=True
-    )
+    torch.autograd.gradcheck(lambda *x: case.op(**dict(zip(names, x, strict=True))), leaves, fast_mode=True)
 
 
 def test_opcheck() -> None:
@@ -244,7 +242,11 @@ def test_opcheck() -> None:
 
 
 def test_weights_cast_together_are_each_cast_and_so_are_their_gradients() -> None:
-    weights = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True), torch.randn(2, requires_grad=True)]
+    weights = [
+        torch.randn(3, 4, requires_grad=True),
+        torch.randn(5, requires_grad=True),
+        torch.randn(2, requires_grad=True),
+    ]
     cast = cast_together(weights, torch.bfloat16)
     assert all(torch.equal(x, weight.bfloat16()) for x, weight in zip(cast, weights, strict=True))
     found = torch.autograd.grad((cast[0] * 3).sum() + cast[1].sum(), weights, allow_unused=True)
