@@ -83,11 +83,12 @@ class TimeMixing(nn.Module):
         """x, branch (B, T, C), v_first (B, T, C) of layer 0 → x + branch, our branch (B, T, C), v_first; the last
         token's input and WKV states after it."""
         dtype = compute_dtype(x)
-        loras = (self.w1, self.w2, self.a1, self.a2, self.g1, self.g2)
-        if self.has_value_residual:
-            loras += (self.v1, self.v2)
         linears = (self.receptance.weight, self.key.weight, self.value.weight, self.output.weight)
-        receptance, key, value, output, w1, w2, a1, a2, g1, g2, *v12 = cast_together((*linears, *loras), dtype)
+        loras = (self.w1, self.w2, self.a1, self.a2, self.g1, self.g2)
+        residual = (self.v1, self.v2) if self.has_value_residual else ()
+        receptance, key, value, output, w1, w2, a1, a2, g1, g2, *v12 = cast_together(
+            (*linears, *loras, *residual), dtype
+        )
         x, (r, w, k, v, *v_hidden, a, g), shift = mixed_projections(
             x,
             branch,
@@ -106,7 +107,7 @@ class TimeMixing(nn.Module):
             v_first if self.has_value_residual else None,
             (torch.tanh(w), w2, self.w0),
             (a, a2, self.a0),
-            (*v_hidden, v12[1], self.v0) if self.has_value_residual else None,
+            (v_hidden[0], v12[1], self.v0) if self.has_value_residual else None,
             self.k_k,
             self.k_a,
             head_size=self.head_shape[1],
@@ -220,9 +221,11 @@ class RWKV7(nn.Module):
             ValueError: cu_seqlens with more than one row, or of another type.
         """
         x = self.emb(tokens)
-        branch = v_first = None
+        branch: Tensor | None = None
+        v_first: Tensor | None = None
         for block in self.blocks:
             x, branch, v_first, _ = block(x, branch, v_first, cu_seqlens)
+        assert branch is not None
         x = self.ln_out(x + branch)
         return self.head(x.to(compute_dtype(x)), targets)
 
@@ -236,11 +239,13 @@ class RWKV7(nn.Module):
             logits (B, V) of the token to come; the state after these tokens.
         """
         x = self.emb(tokens)
-        branch = v_first = None
+        branch: Tensor | None = None
+        v_first: Tensor | None = None
         after = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state[index]
             x, branch, v_first, layer_state = block(x, branch, v_first, None, before)
             after.append(layer_state)
+        assert branch is not None
         x = self.ln_out(x[:, -1:] + branch[:, -1:])
         return self.head(x.to(compute_dtype(x))).squeeze(1), after

@@ -109,6 +109,6 @@ def cuda_threads(kernel: Kernel) -> int:
     """Threads of a block, as layer.cu derives them from the width; 512 for sums over tiles."""
     if not kernel.width:
         return 512
-    quads = -(-kernel.width // 4)
-    turns = -(-quads // 512)
-    return -(-(-(-quads // turns)) // 32) * 32
+    quads = (kernel.width + 3) // 4
+    turns = (quads + 511) // 512
+    return (quads + 32 * turns - 1) // (32 * turns) * 32

@@ -124,12 +124,11 @@ def mixed_projections(
     Raises:
         ValueError: boundaries that do not rise from 0 to T or less, more than one row of packed documents.
     """
-    if cu_seqlens is not None:
-        if x.shape[0] != 1 or last is not None:
-            raise ValueError(
-                f"mixed_projections: {x.shape[0]} rows, last {'given' if last is not None else 'not given'}; documents "
-                "are packed in one row (B must be 1) and none continues another (last must be None)"
-            )
+    if cu_seqlens is not None and (x.shape[0] != 1 or last is not None):
+        raise ValueError(
+            f"mixed_projections: {x.shape[0]} rows, last {'given' if last is not None else 'not given'}; documents "
+            "are packed in one row (B must be 1) and none continues another (last must be None)"
+        )
     fused = (
         _has_kernel(x.shape[-1], x)
         and dtype in (torch.float32, torch.bfloat16)
@@ -257,7 +256,7 @@ class _MixedProjections(torch.autograd.Function):
 
 
 def weight_gradient(weight: Tensor, x: Tensor, dproduct: Tensor) -> Tensor:
-    """The gradient of `weight` (out, in) in x @ weight.T, in the memory order of `weight`: autograd copies any other."""
+    """The gradient of `weight` (out, in) in x @ weight.T, in its memory order: autograd copies any other."""
     rows, drows = x.flatten(0, -2), dproduct.flatten(0, -2)
     return drows.T @ rows if weight.is_contiguous() else (rows.T @ drows).T
 
@@ -536,7 +535,7 @@ def _wkv7_inputs_backward_op(
     parameters: list[Tensor],
     *gradients: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of w, a, k, v, v_lora, v_first (the last three empty without v_first) and of the parameters together."""
+    """Gradients of w, a, k, v, v_lora, v_first (the last three empty without v_first), and of all parameters."""
     k = inputs[2]
     found = _wkv7_inputs_backward_fake(inputs, v_lora, v_first, parameters)
     tokens, width = k.shape[0] * k.shape[1], k.shape[2]

@@ -86,6 +86,7 @@ def wkv7_inputs_reference(
     log_decay = -DECAY_SCALE * torch.sigmoid(w0.to(wide) + w)
     if v_first is not None:
         assert v0 is not None
+        assert v_lora is not None
         v = v + (v_first - v) * torch.sigmoid(v0.reshape(-1) + v_lora).to(dtype)
     share = torch.sigmoid(a0 + a).to(dtype)
     removal = (k * k_k.to(dtype)).unflatten(-1, heads)

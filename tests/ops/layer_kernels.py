@@ -11,8 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from streaming_rwkv.ops import cross_entropy_, launch, mixed_projections, relu_squared_projection
-from streaming_rwkv.ops import wkv7_inputs, wkv7_output
+from streaming_rwkv.ops import (
+    cross_entropy_,
+    launch,
+    mixed_projections,
+    relu_squared_projection,
+    wkv7_inputs,
+    wkv7_output,
+)
 from streaming_rwkv.ops.build import build_cpp, kernel_source
 
 RUNNER = Path(__file__).with_name("layer_kernels_on_cpu.cpp")

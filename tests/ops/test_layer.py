@@ -224,15 +224,20 @@ def test_opcheck() -> None:
     arguments: dict[Any, tuple[Any, ...]] = {
         OP.norm_mix: (x, branch, *vectors, None, cu_seqlens, 1e-5, torch.bfloat16),
         OP.norm_mix_backward: (
-            x, normal(9, 2), *vectors, normal(1, 64), None, x, [normal(1, 9, 64) for _ in range(6)], normal(1, 64), True,
+            x, normal(9, 2), *vectors, normal(1, 64), None, x, [normal(1, 9, 64) for _ in range(6)], normal(1, 64),
+            True,
         ),
         OP.wkv7_inputs: (*(normal(1, 9, width) for _ in range(6)), *(normal(width) for _ in range(5))),
         OP.wkv7_inputs_backward: (
             [normal(1, 9, width) for _ in range(4)], x, branch, [normal(width) for _ in range(5)],
             *(normal(1, 9, width) for _ in range(5)),
         ),
-        OP.wkv7_output: (*(normal(1, 9, width).requires_grad_() for _ in range(5)), normal(64), normal(64), normal(64), 1e-3),
-        OP.wkv7_output_backward: (*(normal(1, 9, width) for _ in range(5)), normal(64), normal(64), normal(64), 1e-3, x),
+        OP.wkv7_output: (
+            *(normal(1, 9, width).requires_grad_() for _ in range(5)), *(normal(64) for _ in range(3)), 1e-3
+        ),
+        OP.wkv7_output_backward: (
+            *(normal(1, 9, width) for _ in range(5)), *(normal(64) for _ in range(3)), 1e-3, x
+        ),
         OP.relu_squared: (x,),
         OP.relu_squared_backward: (x, branch),
         OP.cross_entropy_: (normal(5, 30), torch.tensor([0, 3, -100, 29, 7]), None, True),
