@@ -79,6 +79,8 @@ def launch_cpp(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> No
 
 def launch_cuda(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> None:
     """Run a kernel on the device and the current stream of its tensors. Nothing waits for the device."""
+    if not blocks:  # no token
+        return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     nvrtc.launch(
         CUDA_SOURCE,
