@@ -79,7 +79,7 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
         layers   T·C·79 B in float32, 47 B with bf16 autocast, and the kernel's states, 16 B on a GPU and 4 B on the
                  CPU; with autocast their weights in bf16; with checkpointing T·C·8 B or 6 B for each and one layer's
                  in full
-        head     two buffers of chunk·V float32, its weight's gradient of V·C, and 8 B·T·C round it
+        head     a buffer of chunk·V in the products' type, its weight's gradient of V·C, and 8 B·T·C round it
         gathered with FSDP, embedding, head and one layer whole, float32
 
     The allocator's slack, communication buffers and the CUDA context come on top.
@@ -91,7 +91,8 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
     per_layer = (parameter_count(config) - 2 * words) // layers
     layer = row * saved + (2 * per_layer if precision == "amp_bf16" else 0)
     kept = layers * row * INPUT_BYTES[precision] + layer if config.activation_checkpointing else layers * layer
-    head = 8 * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
+    element = 2 if precision == "amp_bf16" else 4
+    head = element * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
     return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
 
 
