@@ -216,7 +216,8 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(precision, checkpoin
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     row = 512 * 192
     if checkpointing:  # a block's insides are made again during the backward pass, one at a time
-        counted += row * {"fp32": 172, "amp_bf16": 122}[precision]
+        weights_in_bf16 = 2 * sum(p.numel() for p in network.blocks[1].parameters() if p.ndim == 2)
+        counted += row * {"fp32": 83, "amp_bf16": 51}[precision] + weights_in_bf16 * (precision == "amp_bf16")
     estimate = activation_bytes(model, tokens=512, precision=precision, processes=1, device="cpu")
     # A figure to plan with, not to the byte: LoRA ranks and norms depend on the width in other ways.
     assert estimate == pytest.approx(counted, rel=0.1)

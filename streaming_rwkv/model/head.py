@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # the target of a token that has none
-L2WRAP = 1e-4
+from streaming_rwkv.ops import cross_entropy_
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -113,21 +112,12 @@ def _loss_and_gradients(
     for start in range(0, x.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         chunk = x[rows].to(dtype)
-        counted = targets[rows] != IGNORED
-        target = targets[rows].clamp_min(0).unsqueeze(1)
-        logits = (chunk @ narrow_weight.T).to(wide)
-        top, top_index = logits.max(dim=1, keepdim=True)
-        target_logit = logits.gather(1, target)
-        # One (rows, V) buffer throughout: logits, then exponentials, then probabilities, then gradients.
-        total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-        nll[rows] = ((total.log() + top - target_logit).squeeze(1)).where(counted, 0)
-        if of_x is None or of_weight is None or scale is None:
+        logits = chunk @ narrow_weight.T
+        row_scales = scale[rows] if isinstance(scale, Tensor) else None
+        nll[rows] = cross_entropy_(logits, targets[rows], row_scales, gradient=of_x is not None)
+        if of_x is None or of_weight is None:
             continue
-        row_scale = counted.to(wide).mul_(scale[rows] if isinstance(scale, Tensor) else scale).unsqueeze(1)
-        of_logits = logits.mul_(row_scale / total)
-        of_logits.scatter_add_(1, target, -row_scale)
-        of_logits.scatter_add_(1, top_index, L2WRAP * row_scale * top)
-        of_logits = of_logits.to(dtype)
+        of_logits = logits
         of_x[rows] = of_logits @ narrow_weight
         if of_weight.dtype == dtype:
             # In place: a product of its own would be as large as the weight.

@@ -3,6 +3,8 @@
     tokens ─ emb ─ ln0 ─┬─ block: x + att(ln1 x), x + ffn(ln2 x) ─┬─ ln_out ─ head ─ logits | loss of each target
                         └──────────────── L times ───────────────┘
 
+The sum x + branch is made where it is read: each branch goes to the next norm beside x.
+
 Parameters have BlinkDL's names, so a state dict of this model is his `.pth` but for layer 0's unused v0, v1, v2.
 Under autocast the residual stream stays in the parameters' type and everything within a block is in autocast's;
 norms, decays and the softmax are done in float32 or wider.
@@ -13,44 +15,34 @@ Source: RWKV-7 "Goose", arXiv 2503.14456; RWKV-LM/RWKV-v7/train_temp.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.head import Head, compute_dtype
-from streaming_rwkv.ops import wkv7
+from streaming_rwkv.ops import (
+    cast_together,
+    mixed_projections,
+    relu_squared_projection,
+    wkv7,
+    wkv7_inputs,
+    wkv7_output,
+)
 
 __all__ = ["RWKV7", "LayerState", "RWKV7Config"]
 
 GROUP_NORM_EPS = 64e-5
-DECAY_SCALE = math.exp(-0.5)  # bounds the decay per step: exp(-DECAY_SCALE) = 0.545 … 1
 
 
 class LayerState(NamedTuple):
     """What a layer remembers of the tokens so far."""
 
-    att_shift: Tensor  # (B, C) the last token's input of the time mixing
+    att_shift: Tensor  # (B, C) float32, the last token's input of the time mixing
     wkv: Tensor  # (B, H, N, N) float32, [value, key]
-    ffn_shift: Tensor  # (B, C) the last token's input of the channel mixing
-
-
-class Documents(NamedTuple):
-    """Where the documents of a packed row begin, in the two forms that layers want."""
-
-    cu_seqlens: Tensor | None  # (D + 1,) int32 as the op takes it; None: every row is a document
-    starts: Tensor | None  # (1, T, 1) bool, True where the previous token is another document's
-
-
-def token_shift(x: Tensor, starts: Tensor | None, last: Tensor | None) -> Tensor:
-    """x (B, T, C) → the token before each; at the first of a row `last` (B, C) or 0, and 0 where a document starts."""
-    before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.unsqueeze(1)
-    previous = torch.cat([before, x[:, :-1]], dim=1)
-    return previous if starts is None else previous.masked_fill(starts, 0)
+    ffn_shift: Tensor  # (B, C) float32, the last token's input of the channel mixing
 
 
 def _vector(*shape: int) -> nn.Parameter:
@@ -80,45 +72,55 @@ class TimeMixing(nn.Module):
         self.ln_x = nn.GroupNorm(config.num_heads, width, eps=GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, documents: Documents, state: LayerState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), v_first (B, T, C) of layer 0 → output (B, T, C), v_first, WKV states after the last token."""
-        dtype = x.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        delta = token_shift(x, documents.starts, state.att_shift if state else None) - x
-        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        xr, xw, xk, xv, xa, xg = (x + delta * mix.to(dtype) for mix in mixes)
-
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        log_decay = -DECAY_SCALE * torch.sigmoid(self.w0.to(wide) + torch.tanh(xw @ self.w1) @ self.w2)
-        if not self.has_value_residual:
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        norm: nn.LayerNorm,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, branch (B, T, C), v_first (B, T, C) of layer 0 → x + branch, our branch (B, T, C), v_first; the last
+        token's input and WKV states after it."""
+        dtype = compute_dtype(x)
+        linears = (self.receptance.weight, self.key.weight, self.value.weight, self.output.weight)
+        loras = (self.w1, self.w2, self.a1, self.a2, self.g1, self.g2)
+        residual = (self.v1, self.v2) if self.has_value_residual else ()
+        receptance, key, value, output, w1, w2, a1, a2, g1, g2, *v12 = cast_together(
+            (*linears, *loras, *residual), dtype
+        )
+        x, (r, w, k, v, *v_hidden, a, g), shift = mixed_projections(
+            x,
+            branch,
+            norm,
+            (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g),
+            ((receptance,), (w1.T,), (key,), (value, *(v1.T for v1 in v12[:1])), (a1.T,), (g1.T,)),
+            dtype=dtype,
+            last=state.att_shift if state else None,
+            cu_seqlens=cu_seqlens,
+        )
+        if v_first is None:
             v_first = v
-        else:
-            assert v_first is not None
-            share = torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(dtype)
-            v = v + (v_first - v) * share
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2).to(dtype)
-        gate = torch.sigmoid(xg @ self.g1) @ self.g2
-
-        removal = (k * self.k_k.to(dtype)).unflatten(-1, self.head_shape)
-        removal = F.normalize(removal.to(wide), dim=-1, eps=1e-12).to(dtype)
-        k = k * (1 + (a - 1) * self.k_a.to(dtype))
-        r, k, v, a = (z.unflatten(-1, self.head_shape) for z in (r, k, v, a))
-        y, wkv = wkv7(
-            r,
-            log_decay.to(dtype).unflatten(-1, self.head_shape),
+        log_decay, k, v, removal, replacement = wkv7_inputs(
             k,
             v,
-            -removal,
-            removal * a,
-            initial_state=state.wkv if state else None,
-            cu_seqlens=documents.cu_seqlens,
+            v_first if self.has_value_residual else None,
+            (torch.tanh(w), w2, self.w0),
+            (a, a2, self.a0),
+            (v_hidden[0], v12[1], self.v0) if self.has_value_residual else None,
+            self.k_k,
+            self.k_a,
+            head_size=self.head_shape[1],
         )
-        weight, bias = self.ln_x.weight.to(wide), self.ln_x.bias.to(wide)
-        y = F.group_norm(y.flatten(2).flatten(0, 1).to(wide), self.ln_x.num_groups, weight, bias, self.ln_x.eps)
-        y = y.to(dtype).view(x.shape)
-        bonus = (r * k * self.r_k.to(dtype)).sum(-1, keepdim=True, dtype=wide).to(dtype) * v
-        return self.output((y + bonus.flatten(2)) * gate), v_first, wkv
+        r = r.unflatten(-1, self.head_shape)
+        y, wkv = wkv7(
+            r, log_decay, k, v, removal, replacement,
+            initial_state=state.wkv if state else None,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        gate = torch.sigmoid(g) @ g2
+        z = wkv7_output(y, r, k, v, gate, self.ln_x.weight, self.ln_x.bias, self.r_k, eps=self.ln_x.eps)
+        return x, z @ output.T, v_first, shift, wkv
 
 
 def _lora(width: int, rank: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -133,11 +135,17 @@ class ChannelMixing(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
         self.value = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, documents: Documents, state: LayerState | None) -> Tensor:
-        """x (B, T, C) → (B, T, C)."""
-        delta = token_shift(x, documents.starts, state.ffn_shift if state else None) - x
-        hidden = torch.relu(self.key(x + delta * self.x_k.to(x.dtype)))
-        return self.value(hidden * hidden)  # not square(): autocast would make that float32
+    def forward(
+        self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, cu_seqlens: Tensor | None, state: LayerState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x, branch (B, T, C) → x + branch, our branch (B, T, C); the last token's input."""
+        dtype = compute_dtype(x)
+        key, value = cast_together((self.key.weight, self.value.weight), dtype)
+        last = state.ffn_shift if state else None
+        x, (hidden,), shift = mixed_projections(
+            x, branch, norm, (self.x_k,), ((key,),), dtype=dtype, last=last, cu_seqlens=cu_seqlens
+        )
+        return x, relu_squared_projection(hidden, value), shift
 
 
 class Block(nn.Module):
@@ -153,29 +161,36 @@ class Block(nn.Module):
         self.ffn = ChannelMixing(config)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, documents: Documents, state: LayerState | None = None
-    ) -> tuple[Tensor, Tensor, LayerState]:
-        """x (B, T, C) → x after this layer, layer 0's values, what a next token needs to know."""
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: LayerState | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
+        """x, branch (B, T, C) → x and branch after this layer, whose sum the next one reads; layer 0's values; what a
+        next token needs to know."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # There is no randomness within a block, so none is saved for the second pass.
-            result: tuple[Tensor, Tensor, LayerState] = checkpoint(
-                self._mix, x, v_first, documents, state, use_reentrant=False, preserve_rng_state=False
+            result: tuple[Tensor, Tensor, Tensor, LayerState] = checkpoint(
+                self._mix, x, branch, v_first, cu_seqlens, state, use_reentrant=False, preserve_rng_state=False
             )
             return result
-        return self._mix(x, v_first, documents, state)
+        return self._mix(x, branch, v_first, cu_seqlens, state)
 
     def _mix(
-        self, x: Tensor, v_first: Tensor | None, documents: Documents, state: LayerState | None
-    ) -> tuple[Tensor, Tensor, LayerState]:
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        v_first: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: LayerState | None,
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
         if self.ln0 is not None:
             x = self.ln0(x)
-        dtype = compute_dtype(x)
-        att_in = self.ln1(x).to(dtype)
-        att_out, v_first, wkv = self.att(att_in, v_first, documents, state)
-        x = x + att_out
-        ffn_in = self.ln2(x).to(dtype)
-        x = x + self.ffn(ffn_in, documents, state)
-        return x, v_first, LayerState(att_in[:, -1], wkv, ffn_in[:, -1])
+        x, branch, v_first, att_shift, wkv = self.att(x, branch, self.ln1, v_first, cu_seqlens, state)
+        x, branch, ffn_shift = self.ffn(x, branch, self.ln2, cu_seqlens, state)
+        return x, branch, v_first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class RWKV7(nn.Module):
@@ -206,11 +221,12 @@ class RWKV7(nn.Module):
             ValueError: cu_seqlens with more than one row, or of another type.
         """
         x = self.emb(tokens)
-        documents = _documents(cu_seqlens, tokens)
-        v_first = None
+        branch: Tensor | None = None
+        v_first: Tensor | None = None
         for block in self.blocks:
-            x, v_first, _ = block(x, v_first, documents)
-        x = self.ln_out(x)
+            x, branch, v_first, _ = block(x, branch, v_first, cu_seqlens)
+        assert branch is not None
+        x = self.ln_out(x + branch)
         return self.head(x.to(compute_dtype(x)), targets)
 
     def step(self, tokens: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
@@ -223,20 +239,13 @@ class RWKV7(nn.Module):
             logits (B, V) of the token to come; the state after these tokens.
         """
         x = self.emb(tokens)
-        v_first = None
+        branch: Tensor | None = None
+        v_first: Tensor | None = None
         after = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state[index]
-            x, v_first, layer_state = block(x, v_first, Documents(None, None), before)
+            x, branch, v_first, layer_state = block(x, branch, v_first, None, before)
             after.append(layer_state)
-        x = self.ln_out(x[:, -1:])
+        assert branch is not None
+        x = self.ln_out(x[:, -1:] + branch[:, -1:])
         return self.head(x.to(compute_dtype(x))).squeeze(1), after
-
-
-def _documents(cu_seqlens: Tensor | None, tokens: Tensor) -> Documents:
-    if cu_seqlens is None:
-        return Documents(None, None)
-    # One more than there are tokens: the last boundary may be the row's end.
-    starts = torch.zeros(tokens.shape[1] + 1, dtype=torch.bool, device=tokens.device)
-    starts[cu_seqlens.to(tokens.device, torch.int64, non_blocking=True)] = True
-    return Documents(cu_seqlens, starts[:-1].view(1, -1, 1))

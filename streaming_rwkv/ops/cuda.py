@@ -9,24 +9,17 @@ Shapes: T tokens of all documents, H heads, N = 64, D documents, K = T // 16 + D
 from __future__ import annotations
 
 import functools
-import io
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from streaming_rwkv.extras import install_command
-from streaming_rwkv.ops.build import KernelError, cached, kernel_source
-
-logger = logging.getLogger(__name__)
+from streaming_rwkv.ops import nvrtc
 
 SAVED_EVERY = 16  # tokens
 THREADS = 128  # of a block
-DEFAULT_SHARED_BYTES = 48 << 10  # of a block, without asking for more
-_MACROS = {torch.float32: None, torch.bfloat16: "WKV7_BFLOAT16"}
 
 
 class Kernel(NamedTuple):
@@ -120,87 +113,22 @@ def run_kernel(
 
 
 def _launch_on_device(device: torch.device, kernel: Kernel, blocks: int, arguments: list[int]) -> None:
-    """Launch on torch's current stream of `device`. cuda-core raises what the launch returns."""
-    core = _cuda_core()
-    with torch.cuda.device(device):
-        core.Device(torch.cuda.current_device()).set_current()  # torch's own context
-        function = _function(kernel, torch.cuda.current_device())
-        stream = core.Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        config = core.LaunchConfig(grid=blocks, block=kernel.threads, shmem_size=kernel.shared_bytes)
-        core.launch(stream, config, function, *arguments)
+    nvrtc.launch(
+        kernel.source,
+        _macros(kernel.dtype),
+        kernel.name,
+        device,
+        blocks=blocks,
+        threads=kernel.threads,
+        shared_bytes=kernel.shared_bytes,
+        arguments=arguments,
+    )
 
 
-@functools.cache
-def _function(kernel: Kernel, device_index: int) -> Any:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device_index))
-    function = _module(kernel.source, kernel.dtype, architecture).get_kernel(kernel.name)
-    if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
-        from cuda.bindings import driver  # with cuda-core, see _cuda_core
-
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = driver.CUdevice(device_index)
-        (result,) = driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, function.handle, device)
-        if result != driver.CUresult.CUDA_SUCCESS:
-            raise KernelError(
-                f"{kernel.name}: {architecture} does not give a block {kernel.shared_bytes} bytes of shared memory "
-                f"({result.name}); use a GPU that does (A100, H100 and newer), or float32 inputs"
-            )
-    return function
-
-
-@functools.cache
-def _module(source_name: str, dtype: torch.dtype, architecture: str) -> Any:
-    source = kernel_source(source_name)
-    from cuda.bindings import nvrtc  # with cuda-core, see _cuda_core
-
-    core = _cuda_core()
-    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
-    key: list[str | bytes] = [source.read_bytes(), *headers, architecture, str(dtype), repr(nvrtc.nvrtcVersion()[1:])]
-    name = f"{source.stem}-{architecture}-{str(dtype).removeprefix('torch.')}.cubin"
-    path = cached(name, key, lambda path: _write(path, compile_cubin(source, dtype, architecture)[0]))
-    return core.ObjectCode.from_cubin(path.read_bytes(), name=path.stem)
+def _macros(dtype: torch.dtype) -> nvrtc.Macros:
+    return (("WKV7_BFLOAT16", "1"),) if dtype == torch.bfloat16 else ()
 
 
 def compile_cubin(source: Path, dtype: torch.dtype, architecture: str) -> tuple[bytes, str]:
-    """Machine code for GPUs of `architecture` (sm_80, …) and inputs of `dtype`, and what ptxas says of registers,
-    spills and shared memory. Needs no GPU.
-
-    Raises:
-        KernelError: cuda-core is missing, or NVRTC refuses the source or the architecture.
-    """
-    core = _cuda_core()
-    options = core.ProgramOptions(
-        arch=architecture,
-        std="c++17",
-        define_macro=_MACROS[dtype],
-        include_path=[str(source.parent)],
-        ptxas_options=["-v"],
-        name=source.name,
-    )
-    log = io.StringIO()
-    try:
-        code = core.Program(source.read_text(), "c++", options=options).compile("cubin", logs=log).code
-    except Exception as error:
-        if type(error).__name__ != "NVRTCError":  # cuda-core keeps it private
-            raise
-        raise KernelError(
-            f"{source}: NVRTC does not compile it for {architecture}: {error}\n{log.getvalue()}\n"
-            "for an architecture newer than this NVRTC, install a newer nvidia-cuda-nvrtc or a newer torch"
-        ) from error
-    return bytes(code), log.getvalue().replace("\0", "")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-@functools.cache
-def _cuda_core() -> Any:
-    try:
-        import cuda.core as core
-    except ImportError as error:
-        raise KernelError(
-            f"the CUDA kernel is compiled through cuda-core, which does not import here ({error}); "
-            f"run {install_command('cuda')}"
-        ) from error
-    return core
+    """Run `nvrtc.compile_cubin` for inputs of `dtype`."""
+    return nvrtc.compile_cubin(source, _macros(dtype), architecture)

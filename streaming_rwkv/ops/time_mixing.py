@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.ops import cpp, cuda, cuda_chunked
+from streaming_rwkv.ops.documents import check_bounds
 from streaming_rwkv.ops.reference import state_dtype, wkv7_reference
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def wkv7(
     if r.dtype == torch.float64 or r.shape[-1] != HEAD_SIZE:
         _announce("the step-by-step PyTorch reference", r.device.type, r.dtype, r.shape[-1])
         if cu_seqlens is not None:
-            _check_bounds(cu_seqlens, r.shape[1])
+            check_bounds("wkv7", cu_seqlens, r.shape[1])
         return wkv7_reference(r, log_decay, k, v, a, b, initial_state=initial_state, cu_seqlens=cu_seqlens)
     rows, tokens = r.shape[:2]
     if cu_seqlens is None:
@@ -112,15 +113,6 @@ def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens:
         )
 
 
-def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """The values, where reading them costs nothing: on the CPU."""
-    if cu_seqlens.device.type != "cpu":
-        return
-    bounds = cu_seqlens.numpy()
-    if bounds[0] != 0 or bounds[-1] > tokens or (bounds[1:] < bounds[:-1]).any():
-        raise ValueError(f"wkv7: cu_seqlens is {cu_seqlens.tolist()}, expected to rise from 0 to {tokens} or less")
-
-
 @functools.cache
 def _announce(implementation: str, device: str, dtype: torch.dtype, head_size: int) -> None:
     """Say once which implementation serves these inputs."""
@@ -165,7 +157,7 @@ def _forward_op(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
-    _check_bounds(cu_seqlens, r.shape[1])
+    check_bounds("wkv7", cu_seqlens, r.shape[1])
     inputs = tuple(x.contiguous() for x in (r, log_decay, k, v, a, b))
     initial = initial_state.contiguous() if initial_state is not None else None
     return _kernel(r).forward(inputs, initial, cu_seqlens.contiguous(), save=save)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # the run shows the mixture table as well
 GB, MB = 1e9, 1e6
 # What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);
 # the kernel's saved states come on top.
-SAVED_BYTES = {"fp32": 168, "amp_bf16": 118}
-RESIDUAL_BYTES = 4  # of which only the block's input is kept with activation checkpointing
+SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
+INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # of which only the block's inputs are kept with activation checkpointing
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
 LOG_COLUMNS = 160
@@ -76,10 +76,10 @@ def state_bytes(config: RWKV7Config, *, processes: int) -> int:
 def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
     """An estimate for one microbatch of `tokens`, at the end of its forward pass.
 
-        layers   T·C·168 B in float32, 118 B with bf16 autocast, and the kernel's states, 4 B on the CPU, on a GPU 16 B
-                 in float32; in bf16 they take the place of 4 B among the 118; with checkpointing 4 B for each and one
-                 layer's in full
-        head     two buffers of chunk·V float32, its weight's gradient of V·C, and 8 B·T·C round it
+        layers   T·C·79 B in float32, 47 B with bf16 autocast, and the kernel's states, 4 B on the CPU, on a GPU 16 B in
+                 float32; in bf16 they take the place of 4 B among the 47; with autocast their weights in bf16; with
+                 checkpointing T·C·8 B or 6 B for each and one layer's in full
+        head     a buffer of chunk·V in the products' type, its weight's gradient of V·C, and 8 B·T·C round it
         gathered with FSDP, embedding, head and one layer whole, float32
 
     The allocator's slack, communication buffers and the CUDA context come on top.
@@ -93,10 +93,12 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
         case _:  # halves, and no `removed`, which SAVED_BYTES counts with 4
             states = 2 * HEAD_SIZE // cuda_chunked.SAVED_EVERY - 4
     saved, layers = SAVED_BYTES[precision] + states, config.num_layers
-    kept = row * (layers * RESIDUAL_BYTES + saved if config.activation_checkpointing else layers * saved)
     words = config.vocab_size * config.hidden_size
-    head = 8 * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
     per_layer = (parameter_count(config) - 2 * words) // layers
+    layer = row * saved + (2 * per_layer if precision == "amp_bf16" else 0)
+    kept = layers * row * INPUT_BYTES[precision] + layer if config.activation_checkpointing else layers * layer
+    element = 2 if precision == "amp_bf16" else 4
+    head = element * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
     return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
 
 

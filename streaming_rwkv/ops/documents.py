@@ -1,0 +1,18 @@
+"""Boundaries of documents packed in one row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_bounds(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Check the values where reading them costs nothing: on the CPU.
+
+    Raises:
+        ValueError: they do not rise from 0 to `tokens` or less.
+    """
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.numpy()
+    if bounds[0] != 0 or bounds[-1] > tokens or (bounds[1:] < bounds[:-1]).any():
+        raise ValueError(f"{op}: cu_seqlens is {cu_seqlens.tolist()}, expected to rise from 0 to {tokens} or less")
