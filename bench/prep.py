@@ -247,7 +247,7 @@ def check_tokens(out: Path, options: argparse.Namespace) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     theirs = [np.fromfile(file, dtype) for file in sorted((out / "datatrove" / "tokens").glob("*.ds"))]
     manifest = verify(out / "prep")
-    ours = sum(book.targets_read for book in manifest.books.values())
+    ours = sum(book.targets_read for book in manifest.counts.values())
     found = sum(len(ids) for ids in theirs)
     if ours != found:
         raise SystemExit(f"prep has {ours:,} tokens and ends, datatrove {found:,}: not the same work, no comparison")

@@ -141,9 +141,11 @@ def _parser() -> argparse.ArgumentParser:
 def _build(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from prep.build import build, count
+    from prep.build import build
+    from prep.commands.dry_run import count, count_table
+    from prep.commands.tables import document_table, stream_table
     from prep.config import PrepConfig
-    from prep.execution.progress import books_table, count_table, observing, stream_table
+    from prep.execution.progress import observing
     from streaming_rwkv.config import load_config
     from streaming_rwkv.location import is_remote
 
@@ -164,7 +166,7 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{config.out}: already finished, nothing to do; fingerprint {manifest.fingerprint[:16]}")
         return 0
     console.print(stream_table(manifest))
-    console.print(books_table(manifest))
+    console.print(document_table(manifest))
     text_bytes = sum(stream.bytes for stream in manifest.streams)
     seconds = time.monotonic() - started
     print(

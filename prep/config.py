@@ -14,12 +14,13 @@ from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
-from prep.execution.task_store import WORK_FOLDER
 from prep.inputs.hook_code import code_digest
 from streaming_rwkv.config import Config, LoadedConfig, UserError
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
+
+WORK_FOLDER = ".prep"  # in the data set's folder
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
 _NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}

@@ -13,7 +13,7 @@ from streaming_rwkv.shards import (
     DataError,
     Manifest,
     ShardRecord,
-    SourceBooks,
+    SourceCounts,
     StreamRecord,
     TokenizerRecord,
     bucket_bounds,
@@ -40,7 +40,9 @@ def manifest(**changes: object) -> Manifest:
         bytes=30,
         packs=2,
         index_sha256="1" * 64,
-        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=9, sha256="2" * 64, raw_bytes=20, packs=2)],
+        shards=[
+            ShardRecord(basename="shard.00000.mds.zstd", bytes=9, sha256="2" * 64, raw_bytes=20, raw_sha256="", packs=2)
+        ],
     )
     values = {
         "format": FORMAT,
@@ -56,7 +58,7 @@ def manifest(**changes: object) -> Manifest:
     return Manifest(**(values | changes))
 
 
-def books(**changes: object) -> SourceBooks:
+def books(**changes: object) -> SourceCounts:
     values = {
         "documents_read": 10,
         "documents": {"train": 6, "validation": 1},
@@ -67,7 +69,7 @@ def books(**changes: object) -> SourceBooks:
         "targets_duplicate": 15,
         "targets_cut": 5,
     }
-    return SourceBooks(**(values | changes))
+    return SourceCounts(**(values | changes))
 
 
 def test_buckets_lie_side_by_side():

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from prep.dataset.finished import Place, opened
+from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.console import shown
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
@@ -35,12 +35,12 @@ class ShownPiece:
         return f"{head}\n{'⟨bos⟩' if self.begins else '…'}{self.text}{'⟨eos⟩' if self.ends else '…'}"
 
 
-def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
+def shown_pieces(data_set: DataSet, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
     """All pieces of `streams` in stored order. A character that is cut between two pieces shows as U+FFFD."""
-    tokenizer = place.tokenizer(manifest)
+    tokenizer = data_set.tokenizer(manifest)
     for stream in streams:
-        for number, pack in enumerate(_packs(place, stream)):
-            where = f"{place.location}/{stream.path}, pack {number}"
+        for number, pack in enumerate(_packs(data_set, stream)):
+            where = f"{data_set.location}/{stream.path}, pack {number}"
             check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
             bounds = piece_bounds(pack["lengths"])
             for piece in range(len(pack["lengths"])):
@@ -59,11 +59,11 @@ def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) 
                 )
 
 
-def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
+def _packs(data_set: DataSet, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
     names = [f"{stream.path}/{shard.basename}" for shard in stream.shards]
     for name, shard in zip(names, stream.shards, strict=True):  # one by one: seldom is more than the first wanted
-        for file in place.files([(name, None)]):
-            yield from read_shard(file, shard, where=f"{place.location}/{name}")
+        for file in data_set.files([(name, None)]):
+            yield from read_shard(file, shard, where=f"{data_set.location}/{name}")
 
 
 def selected(
@@ -92,8 +92,8 @@ def selected(
 
 def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: int, count: int) -> None:
     """Print `count` pieces."""
-    with opened(out) as place:
-        manifest = place.manifest()
+    with open_data_set(out) as data_set:
+        manifest = data_set.manifest()
         streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
-        for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
+        for piece in itertools.islice(shown_pieces(data_set, manifest, streams), skip, skip + count):
             print(shown(str(piece), lines=True))

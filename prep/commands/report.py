@@ -12,14 +12,14 @@ from typing import Any
 
 from prep.commands.inspect import ShownPiece, shown_pieces
 from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
-from prep.dataset.finished import Place, opened
-from prep.stages.statistics import STATISTICS_NAME, Statistics
+from prep.dataset.finished import DataSet, open_data_set
+from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
+from prep.stages.statistics import Statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
 
-REPORT_NAME = "report"
 _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
 
@@ -34,12 +34,12 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     if to is None and is_remote(out):
         raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
     folder = Path(to or out)
-    with opened(out) as place:
-        manifest = place.manifest()
-        statistics = _statistics(place)
+    with open_data_set(out) as data_set:
+        manifest = data_set.manifest()
+        statistics = _statistics(data_set)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
         figures = report_figures(manifest, statistics)
-        samples = sample_pieces(place, manifest)
+        samples = sample_pieces(data_set, manifest)
     (folder / f"{REPORT_NAME}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
@@ -47,13 +47,13 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     return page
 
 
-def _statistics(place: Place) -> Statistics:
+def _statistics(data_set: DataSet) -> Statistics:
     try:
-        for file in place.files([(STATISTICS_NAME, None)]):
+        for file in data_set.files([(STATISTICS_NAME, None)]):
             return Statistics.model_validate_json(file.read_bytes())
     except DataError:
         pass
-    raise DataError(f"{place.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
+    raise DataError(f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
         "tokenizer": manifest.tokenizer.model_dump(),
         "pack_tokens": manifest.pack_tokens,
         "totals": {
-            "documents_read": sum(books.documents_read for books in manifest.books.values()),
+            "documents_read": sum(counts.documents_read for counts in manifest.counts.values()),
             "documents": sum(stream.documents for stream in manifest.streams),
             "tokens": sum(stream.targets for stream in manifest.streams),
             "text_bytes_read": sum(source.text_bytes for source in statistics.sources.values()),
@@ -78,7 +78,7 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
             "fill": _fill(manifest.streams, manifest),
         },
         "buckets": buckets,
-        "books": {source: books.model_dump() for source, books in manifest.books.items()},
+        "books": {source: counts.model_dump() for source, counts in manifest.counts.items()},
         "streams": streams,
         "lengths": {
             source: {
@@ -110,15 +110,15 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
     return sum(stream.targets for stream in streams) / (packs * manifest.pack_tokens) if packs else 0.0
 
 
-def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece]]:
+def sample_pieces(data_set: DataSet, manifest: Manifest) -> dict[str, list[ShownPiece]]:
     """The first pieces of some streams of each source: from a short, and from a long bucket."""
     samples: dict[str, list[ShownPiece]] = {}
-    for source in manifest.books:
+    for source in manifest.counts:
         streams = [stream for stream in manifest.select("train") if stream.source == source]
         chosen = [streams[0], streams[-1]] if len(streams) > 1 else streams
         samples[source] = list(
             itertools.chain.from_iterable(
-                itertools.islice(shown_pieces(place, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
+                itertools.islice(shown_pieces(data_set, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
             )
         )
     return samples

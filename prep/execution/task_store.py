@@ -1,12 +1,12 @@
-"""Work that survives a kill: done or not there, and verified by hash when it is found again.
+"""The task store: finished work that survives a kill, verified by hash when it is used again.
 
     {out}/.prep/lock             held by the one build that works here
-    {out}/.prep/plan.json        what is being built, of which files: a restart with anything else is refused
+    {out}/.prep/state.json       everything that decides the output, see `prep.execution.resume`
     {out}/.prep/done/{name}/     one folder for each finished task: its files and record.json
-    {out}/.prep/tmp/             what is being written; cleared at each start
+    {out}/.prep/tmp/             unfinished files; cleared at each start
 
-A task writes into a temporary folder that is renamed when it is complete. Nothing is flushed to the disk on the way:
-after a loss of power a torn file has another hash, and its task is done again.
+A task writes to a temporary folder, which is renamed when it is complete. Files are not flushed to the disk: after a
+loss of power a torn file has another hash, and its task is done again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import xxhash
 from streaming_rwkv.config import Config, UserError
 from streaming_rwkv.filesystem import make_folder, try_flock, warn_without_flock
 
-WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
 TEMPORARY_FOLDER = "tmp"
 _RECORD_NAME = "record.json"
@@ -36,14 +35,14 @@ class WorkError(UserError):
 
 
 class FileRecord(Config):
-    """A file as its task left it."""
+    """Size and hash of a file of a finished task."""
 
     bytes: int
     xxh3: str
 
 
 class DoneRecord(Config):
-    """What a task found out; subclasses add to it."""
+    """The result of a finished task; subclasses add fields."""
 
     files: dict[str, FileRecord]
 
@@ -52,11 +51,12 @@ RecordT = TypeVar("RecordT", bound=DoneRecord)
 
 
 def done_folder(work: Path, name: str) -> Path:
+    """Return the folder of a finished task."""
     return work / DONE_FOLDER / name
 
 
 def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | None:
-    """The record of a finished task if its files still have the hashes in it, else None."""
+    """Return the record of a finished task, or None if there is none or its files do not have the hashes in it."""
     folder = done_folder(work, name)
     try:
         record = record_type.model_validate_json((folder / _RECORD_NAME).read_bytes())
@@ -68,7 +68,7 @@ def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | No
 
 @contextlib.contextmanager
 def temporary_folder(work: Path) -> Iterator[Path]:
-    """A folder of this task's own; removed unless it was renamed by `finish`."""
+    """Yield a folder of the task's own, which is removed unless `finish` has renamed it."""
     (work / TEMPORARY_FOLDER).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=work / TEMPORARY_FOLDER))
     try:
@@ -78,7 +78,7 @@ def temporary_folder(work: Path) -> Iterator[Path]:
 
 
 def finish(temporary: Path, record: DoneRecord, *, work: Path, name: str) -> None:
-    """Make what lies in `temporary` the finished task `name`, in one step."""
+    """Turn the temporary folder into the finished task `name`, in one step."""
     folder = done_folder(work, name)
     (temporary / _RECORD_NAME).write_text(record.model_dump_json())
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,7 @@ def finish(temporary: Path, record: DoneRecord, *, work: Path, name: str) -> Non
 
 
 def hash_file(file: Path) -> FileRecord:
+    """Return the size and hash of a file."""
     digest = xxhash.xxh3_128()
     size = 0
     with file.open("rb") as stream:
@@ -120,7 +121,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the work folder: two builds in one folder would take each other's work away.
+    """Lock the work folder: two builds in one folder would remove each other's work.
 
     Raises:
         UserError: another build holds it, or it cannot be made or written to.
@@ -147,10 +148,10 @@ def locked(work: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_write_errors(out: Path) -> Iterator[None]:
-    """Turn a full or closed disk into advice.
+    """Turn errors of the file system into errors that say what to do.
 
     Raises:
-        WorkError: no space left, quota exceeded, no permission, or whatever else the file system answers.
+        WorkError: no space left, quota exceeded, no permission, or another error of the file system.
     """
     try:
         yield

@@ -101,8 +101,9 @@ def open_shard_set(
     else:
         content = (cache / MANIFEST_NAME).read_bytes()
     manifest = parse_manifest(content, where=f"{location}/{MANIFEST_NAME}")
-    # A folder of its own for each data set: shards of two data sets have the same names.
-    folder = cache / manifest.fingerprint[:16]
+    # Each data set has its own folder, since shards of two data sets have the same names. The fingerprint would not do:
+    # it is the same for shards that two versions of zstandard have compressed to different bytes.
+    folder = cache / hashlib.sha256(content).hexdigest()[:16]
     if leader:
         records = [record for record in manifest.streams if record.split in splits]
 

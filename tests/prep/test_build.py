@@ -95,7 +95,7 @@ def test_every_token_is_a_target_once_with_one_end_per_document(
         assert sum(piece["bytes"] for piece in pieces) == len(text.encode())
         recovered.append(text)
     assert sorted(recovered) == sorted(texts)
-    assert built.books["corpus"].targets_read == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert built.counts["corpus"].targets_read == sum(len(tokenizer.encode(text)) + 1 for text in texts)
 
 
 def test_the_same_build_gives_the_same_bytes(config, write_lines, tmp_path):
@@ -175,7 +175,7 @@ def test_manifest_counts_are_those_of_the_shards(config, write_lines, tmp_path):
 def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="truncate")).manifest
-    books = manifest.books["corpus"]
+    books = manifest.counts["corpus"]
     assert (books.targets_read, books.targets["train"], books.targets_cut) == (8 + 3, 4 + 3, 4)
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     pieces = [of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values()]
@@ -187,7 +187,7 @@ def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
 def test_drop_rejects_long_documents_with_a_reason(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="drop")).manifest
-    assert manifest.books["corpus"].rejected == {"longer than 4": 1}
+    assert manifest.counts["corpus"].rejected == {"longer than 4": 1}
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == {"source": "corpus", "file": "a.jsonl", "row": 0, "reason": "longer than 4"}
 
@@ -200,10 +200,10 @@ def test_the_first_of_equal_documents_is_kept(config, write_lines, tmp_path):
     write_lines(tmp_path / "a" / "2.jsonl", ["x", "same"])
     sources = {name: {"paths": str(tmp_path / name)} for name in ("b", "a")}
     manifest = build(config(sources=sources)).manifest
-    assert {name: books.duplicates for name, books in manifest.books.items()} == {"a": 0, "b": 2}
-    assert manifest.books["b"].documents == {"train": 1, "validation": 0}
+    assert {name: books.duplicates for name, books in manifest.counts.items()} == {"a": 0, "b": 2}
+    assert manifest.counts["b"].documents == {"train": 1, "validation": 0}
     tokens_of_same = len(load_tokenizer(tmp_path / "out" / "tokenizer").encode("same")) + 1
-    assert manifest.books["b"].targets_duplicate == 2 * tokens_of_same
+    assert manifest.counts["b"].targets_duplicate == 2 * tokens_of_same
 
 
 def test_all_of_a_stream_may_be_duplicates(config, write_lines, tmp_path):
@@ -218,7 +218,7 @@ def test_all_of_a_stream_may_be_duplicates(config, write_lines, tmp_path):
 def test_duplicates_are_kept_on_request(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "1.jsonl", ["same", "same"])
     manifest = build(config(deduplicate="none")).manifest
-    assert manifest.books["corpus"].documents["train"] == 2
+    assert manifest.counts["corpus"].documents["train"] == 2
 
 
 # --- what is broken ---
@@ -231,7 +231,7 @@ def broken_lines(tmp_path: Path) -> None:
 
 def test_broken_documents_are_counted_and_listed_with_file_and_row(config, tmp_path):
     broken_lines(tmp_path)
-    books = build(config()).manifest.books["corpus"]
+    books = build(config()).manifest.counts["corpus"]
     assert (books.documents_read, books.documents["train"]) == (3, 1)
     assert books.rejected == {"'text' is null": 1, "invalid UTF-8": 1}
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
@@ -257,7 +257,7 @@ def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, 
     write_lines(tmp_path / "corpus" / "a.jsonl", ["a", "b", "c", "0123456"])
     chosen = {"filter": "hooks_of_the_pipeline:keep", "transform": "hooks_of_the_pipeline:text"}
     sources = {"corpus": {"paths": str(tmp_path / "corpus"), **chosen}}
-    books = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.books["corpus"]
+    books = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.counts["corpus"]
     assert books.documents["train"] == 1
     assert books.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
 
@@ -561,8 +561,8 @@ def test_documents_with_a_byte_that_has_no_token_are_left_out_for_that(config, w
     file = byte_level_without_capitals(tmp_path / "tokenizer.json")
     write_lines(tmp_path / "corpus" / "a.jsonl", ["the fox", "the Fox", "ABBA", "中文"])
     built = build(config(tokenizer=str(file), eos_token="</s>")).manifest
-    assert built.books["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
-    assert built.books["corpus"].documents["train"] == 2
+    assert built.counts["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
+    assert built.counts["corpus"].documents["train"] == 2
     assert "no token for 6 bytes (0x41, 0x42, 0x43, 0x44…)" in caplog.text
     assert "python -m prep train-tokenizer" in caplog.text
 
@@ -595,8 +595,8 @@ def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_
     stored = sorted(of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values())
     assert stored == [[1, 2, 3, 2, 1], [1, 3, 1]]
     # Here [SEP] is a word of the model itself: no way of encoding keeps it out of the third document.
-    assert manifest.books["corpus"].rejected == {"text encodes to bos or eos": 1}
-    assert manifest.books["corpus"].targets_read == 4 + 2
+    assert manifest.counts["corpus"].rejected == {"text encodes to bos or eos": 1}
+    assert manifest.counts["corpus"].targets_read == 4 + 2
 
 
 # --- verify ---

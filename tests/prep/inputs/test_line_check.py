@@ -69,7 +69,7 @@ def test_a_file_of_another_kind_stops_the_build_however_it_is_cut(config, corpus
 @pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 20])
 def test_a_file_of_which_half_the_lines_are_broken_is_read_however_it_is_cut(config, corpus, unit_bytes):
     (corpus / "a.jsonl").write_bytes(b"broken\n" * 60 + LINES)
-    books = build(config(unit_bytes=unit_bytes)).manifest.books["corpus"]
+    books = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
     assert (books.documents["train"], books.rejected) == (61, {"invalid JSON": 60})
 
 
@@ -86,7 +86,7 @@ def test_workers_find_the_same_and_a_second_start_too(config, corpus):
         with pytest.raises(InputError, match=r"a\.jsonl: 61 of its 62 lines are not JSON objects"):
             build(config(unit_bytes=200, workers=workers))
     (corpus / "a.jsonl").write_bytes(LINES)
-    assert build(config(unit_bytes=200), accept_changes=True).manifest.books["corpus"].documents["train"] == 61
+    assert build(config(unit_bytes=200), accept_changes=True).manifest.counts["corpus"].documents["train"] == 61
 
 
 def test_a_conversion_stops_too(corpus, tmp_path):

@@ -53,7 +53,7 @@ def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers, fork):
     build(config(out=str(tmp_path / "local"), unit_bytes=1 << 20))
     sources = {"corpus": {"paths": mixed}}
     remote = config(out=str(tmp_path / "remote"), sources=sources, workers=workers, unit_bytes=1 << 20)
-    assert build(remote, fork=fork).manifest.books["corpus"].documents["train"] == 501
+    assert build(remote, fork=fork).manifest.counts["corpus"].documents["train"] == 501
     assert content(tmp_path / "remote") == content(tmp_path / "local")
     assert build(remote).was_finished
 
@@ -63,7 +63,7 @@ def test_globs_and_single_objects(config, mixed, tmp_path):
     for path, documents in (("*.parquet", 100), ("a.jsonl", 400)):
         sources = {"corpus": {"paths": f"{mixed}/{path}"}}
         manifest = build(config(out=str(tmp_path / path[-5:]), sources=sources)).manifest
-        assert manifest.books["corpus"].documents_read == documents
+        assert manifest.counts["corpus"].documents_read == documents
 
 
 @pytest.mark.slow
@@ -127,6 +127,6 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mi
     proxy.clear()
     proxy.add(Fault(kind="status", status=503, times=5))
     proxy.add(*(Fault(kind="reset", method="GET", path=name, times=1) for name in names))
-    assert build(recipe).manifest.books["corpus"].documents_read == 501
+    assert build(recipe).manifest.counts["corpus"].documents_read == 501
     assert proxy.counts()["status 503"] == 5
     assert proxy.counts()["reset"] == 3

@@ -79,7 +79,7 @@ def test_the_number_of_ranges_is_not_that_of_open_files(config, write_lines, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 50, hard))
     try:
-        books = build(config()).manifest.books["corpus"]
+        books = build(config()).manifest.counts["corpus"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (books.documents["train"], books.duplicates) == (90, 90)
@@ -90,5 +90,5 @@ def test_the_number_of_ranges_changes_nothing(config, write_lines, tmp_path, mon
     for number in range(3):
         write_lines(tmp_path / "corpus" / f"{number}.jsonl", [str(row * number % 13) for row in range(40)])
     monkeypatch.setattr(duplicates, "_DOCUMENTS_PER_RANGE", documents_per_range)
-    books = build(config(unit_bytes=100)).manifest.books["corpus"]
+    books = build(config(unit_bytes=100)).manifest.counts["corpus"]
     assert (books.documents["train"], books.duplicates) == (13, 120 - 13)

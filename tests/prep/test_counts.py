@@ -12,7 +12,7 @@ import pytest
 
 from prep.build import build
 from prep.dataset.verification import verify
-from streaming_rwkv.shards import SourceBooks
+from streaming_rwkv.shards import SourceCounts
 from streaming_rwkv.tokenizer import load_tokenizer
 
 BROKEN = [
@@ -61,7 +61,7 @@ def lay_out(folder: Path, long_text: str) -> tuple[list[str], dict[str, int]]:
 def test_books_under_everything(config, tmp_path, long_documents, megabytes):
     long_text = "0123456789 " * (megabytes * 1_000_000 // 11)
     fine, broken = lay_out(tmp_path / "corpus", long_text)
-    books = build(config(long_documents=long_documents, validation=0.3, split_seed=1)).manifest.books["corpus"]
+    books = build(config(long_documents=long_documents, validation=0.3, split_seed=1)).manifest.counts["corpus"]
     verify(tmp_path / "out")
     kept = set(fine) - ({long_text} if long_documents == "drop" else set())
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
@@ -69,7 +69,7 @@ def test_books_under_everything(config, tmp_path, long_documents, megabytes):
     rejected = broken | ({"longer than 2048": 1} if long_documents == "drop" else {})
     cut = targets[long_text] - 2048 if long_documents == "truncate" else 0
     copies = [text for text in set(fine) for _ in range(fine.count(text) - 1)]
-    assert books == SourceBooks(
+    assert books == SourceCounts(
         documents_read=len(fine) + sum(broken.values()),
         documents=books.documents,
         duplicates=len(copies),
