@@ -1,4 +1,4 @@
-"""The on-disk contract: names, manifest, books, packs."""
+"""The on-disk contract: names, manifest, counts, packs."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def manifest(**changes: object) -> Manifest:
             kind="rwkv-world", name="rwkv-world", sha256="3" * 64, vocab_size=65536, bos_id=0, eos_id=0
         ),
         "config": {"seed": 17},
-        "books": {"c4": books()},
+        "counts": {"c4": counts()},
         "streams": [stream],
     }
     return Manifest(**(values | changes))
 
 
-def books(**changes: object) -> SourceCounts:
+def counts(**changes: object) -> SourceCounts:
     values = {
         "documents_read": 10,
         "documents": {"train": 6, "validation": 1},
@@ -92,9 +92,34 @@ def test_a_manifest_survives_its_file(tmp_path):
     (tmp_path / "manifest.json").write_bytes(manifest().to_json())
     again = read_manifest(tmp_path)
     assert again == manifest()
-    assert again.fingerprint == hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert again.fingerprint == manifest().fingerprint
     assert again.streams[0].targets_per_pack == 6.0
     assert again.select("validation") == []
+
+
+def with_shard(**changes: object) -> Manifest:
+    """Return the manifest with changed fields of its first shard."""
+    made = manifest()
+    stream = made.streams[0]
+    shard = stream.shards[0].model_copy(update=changes)
+    return made.model_copy(update={"streams": [stream.model_copy(update={"shards": [shard]})]})
+
+
+def test_the_fingerprint_does_not_depend_on_how_shards_are_compressed():
+    stream = manifest().streams[0].model_copy(update={"index_sha256": "9" * 64})
+    assert with_shard(sha256="9" * 64, bytes=8).fingerprint == manifest().fingerprint
+    assert manifest(streams=[stream]).fingerprint == manifest().fingerprint
+
+
+def test_the_fingerprint_depends_on_what_shards_hold_and_on_all_other_fields():
+    others = [
+        with_shard(raw_sha256="9" * 64),
+        with_shard(raw_bytes=21),
+        manifest(config={"seed": 18}),
+        manifest(counts={"c4": counts(duplicates=1)}),
+        manifest(pack_tokens=9),
+    ]
+    assert len({made.fingerprint for made in (manifest(), *others)}) == 6
 
 
 def test_no_manifest_means_no_finished_data_set(tmp_path):
@@ -106,8 +131,12 @@ def test_no_manifest_means_no_finished_data_set(tmp_path):
     ("content", "message"),
     [
         (b"{", "not valid JSON"),
-        (b"[]", "format None, this version reads"),
-        (b'{"format": "streaming-rwkv/0"}', "format 'streaming-rwkv/0', this version reads 'streaming-rwkv/1'"),
+        (b"[]", "found format None, but this version reads"),
+        (
+            b'{"format": "streaming-rwkv/1"}',
+            "found format 'streaming-rwkv/1', but this version reads 'streaming-rwkv/2'; rebuild the data set with "
+            "`python -m prep build RECIPE`",
+        ),
         (json.dumps({"format": FORMAT}).encode(), "pack_tokens: required"),
         (manifest().to_json().replace(b"{", b'{"edgse": 1,', 1), "edgse: unknown key; did you mean 'edges'"),
     ],
@@ -134,9 +163,9 @@ def test_a_source_outside_the_data_set_is_refused(name):
 
 
 def test_books_balance():
-    assert books().imbalance() is None
-    assert books(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
-    assert books(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
+    assert counts().imbalance() is None
+    assert counts(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
+    assert counts(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
 
 
 def test_piece_bounds():

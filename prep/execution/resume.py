@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.execution.task_store import WorkError, write_durably
+from prep.execution.task_store import WorkError
 from prep.inputs.files import InputFile, content_digest
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
 
@@ -45,7 +46,7 @@ class BuildState:
         """
         values = self.values if contents is None else self.values | {_CONTENTS: contents}
         file = self.config.work_folder / STATE_NAME
-        write_durably(file, json.dumps(values, indent=1, sort_keys=True).encode())
+        write_atomically(file, json.dumps(values, indent=1, sort_keys=True).encode())
 
 
 def build_state(config: PrepConfig, tokenizer: TokenizerRecord, files: dict[str, list[InputFile]]) -> BuildState:

@@ -20,11 +20,10 @@ from prep.execution.task_store import (
     TEMPORARY_FOLDER,
     WorkError,
     done_folder,
-    temporary_folder,
-    write_durably,
 )
 from prep.inputs.units import Unit
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import atomic_folder, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -59,9 +58,8 @@ def save_tokenizer(tokenizer: Tokenizer, context: BuildContext) -> None:
             return
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
-    with temporary_folder(context.work_folder) as temporary:
+    with atomic_folder(folder, within=context.work_folder / TEMPORARY_FOLDER) as temporary:
         tokenizer.save(temporary)
-        temporary.rename(folder)
 
 
 def mark_audited(context: BuildContext, unit: Unit) -> None:
@@ -91,7 +89,7 @@ def uses_reference(config: PrepConfig) -> bool:
 def switch_to_reference(context: BuildContext, reason: str) -> BuildContext:
     """Remove all finished work, and have this start and later ones encode with the reference."""
     shutil.rmtree(context.work_folder / DONE_FOLDER, ignore_errors=True)
-    write_durably(context.work_folder / _BY_REFERENCE_NAME, reason.encode())
+    write_atomically(context.work_folder / _BY_REFERENCE_NAME, reason.encode())
     return replace(context, by_reference=True)
 
 

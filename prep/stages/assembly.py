@@ -17,10 +17,11 @@ from prep.dataset.names import REJECTED_NAME, STATISTICS_NAME, shard_name
 from prep.dataset.shard_writer import write_index
 from prep.dataset.upload import Transfers
 from prep.execution.context import BuildContext, unit_task
-from prep.execution.task_store import TEMPORARY_FOLDER, done_folder, flush, write_durably
+from prep.execution.task_store import done_folder
 from prep.stages.packing import shard_format
 from prep.stages.records import PackedWindow, UnitRecord, Window, WindowRecord
 from prep.stages.statistics import statistics_bytes
+from streaming_rwkv.filesystem import atomic_file, fsync, write_atomically
 from streaming_rwkv.shards import (
     FORMAT,
     MANIFEST_NAME,
@@ -78,8 +79,8 @@ def publish_locally(context: BuildContext, manifest: Manifest) -> None:
     files = [file for folder in (*folders, context.folder / TOKENIZER_FOLDER) for file in folder.iterdir()]
     files += [context.folder / STATISTICS_NAME, context.folder / REJECTED_NAME]
     with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
-        list(pool.map(flush, [*files, *folders]))
-    write_durably(context.folder / MANIFEST_NAME, manifest.to_json())
+        list(pool.map(fsync, [*files, *folders]))
+    write_atomically(context.folder / MANIFEST_NAME, manifest.to_json())
 
 
 class ShardUploads:
@@ -186,10 +187,7 @@ def _source_counts(
 
 def _collect_rejected(context: BuildContext) -> None:
     """Write the rejected documents of all units to one file."""
-    temporary = context.work_folder / TEMPORARY_FOLDER / REJECTED_NAME
-    temporary.parent.mkdir(exist_ok=True)
-    with temporary.open("wb") as together:
+    with atomic_file(context.folder / REJECTED_NAME) as temporary, temporary.open("wb") as together:
         for unit in context.units:
             with (done_folder(context.work_folder, unit_task(unit)) / REJECTED_NAME).open("rb") as one:
                 shutil.copyfileobj(one, together)
-    temporary.replace(context.folder / REJECTED_NAME)

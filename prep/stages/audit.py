@@ -82,7 +82,7 @@ class Audit:
         near = slice(max(0, at - 12), at + 12)
         logger.warning(
             "tokenizer %s: decoding the ids of a text does not give the same text, so the model never sees all of it: "
-            "%s: %r becomes %r. If that is not intended, choose a byte-level tokenizer (`python -m prep train-tokenizer`)",
+            "%s: %r becomes %r. If that is not intended, choose a byte-level tokenizer (`prep train-tokenizer`)",
             self._tokenizer.name,
             where,
             text[near],

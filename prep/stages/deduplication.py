@@ -19,7 +19,7 @@ from prep.execution.intermediate import DUPLICATES_TASK, HASHES_NAME, read_hashe
 from prep.execution.observer import Observer
 from prep.execution.reports import Report
 from prep.execution.steps import run_step
-from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
+from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.ragged import offsets_of
 from prep.stages.records import UnitRecord
 
@@ -68,7 +68,7 @@ def find_duplicates(context: BuildContext, hash_range: HashRange, report: Report
     record = load_done(context.work_folder, name, RangeRecord)
     if record is None:
         duplicates = _find(context, hash_range)
-        with temporary_folder(context.work_folder) as folder:
+        with temporary_task_folder(context.work_folder) as folder:
             np.save(folder / _RESULT_NAME, duplicates)
             record = RangeRecord(files={_RESULT_NAME: hash_file(folder / _RESULT_NAME)}, duplicates=len(duplicates))
             finish(folder, record, work=context.work_folder, name=name)
@@ -112,7 +112,7 @@ def join_ranges(context: BuildContext, units: Sequence[UnitRecord], *, ranges: i
             documents = some.astype(np.uint32)  # the lower half
             at = first_bytes[(some >> np.uint64(32)).astype(np.int64)] + (documents >> 3)
             np.bitwise_or.at(bits, at, np.left_shift(1, documents & 7).astype(np.uint8))
-    with temporary_folder(context.work_folder) as folder:
+    with temporary_task_folder(context.work_folder) as folder:
         names = write_duplicates(bits, first_bytes, folder)
         record = DoneRecord(files={name: hash_file(folder / name) for name in names})
         finish(folder, record, work=context.work_folder, name=DUPLICATES_TASK)

@@ -21,7 +21,7 @@ from prep.document import mix
 from prep.execution.context import BuildContext, unit_task
 from prep.execution.intermediate import COLUMNS, DUPLICATES_TASK, PIECES_NAME, Block, Duplicates, read_block
 from prep.execution.reports import Report
-from prep.execution.task_store import done_folder, finish, hash_file, load_done, temporary_folder
+from prep.execution.task_store import done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.ragged import gather, offsets_of
 from prep.stages.best_fit import assign_best_fit
 from prep.stages.records import FILL_BINS, UnitRecord, Window, WindowRecord
@@ -79,7 +79,7 @@ def pack_window(context: BuildContext, window: Window, report: Report) -> Window
     if record is None:
         pieces, left_out = _read(context, window)
         packs, fill = _packs(context, window, pieces)
-        with temporary_folder(context.work_folder) as folder:
+        with temporary_task_folder(context.work_folder) as folder:
             shards = write_shards(packs, folder, form=shard_format(context))
             inputs = pieces.columns["lengths"].astype(np.int64) - 1
             record = WindowRecord(

@@ -30,7 +30,7 @@ from prep.execution.intermediate import (
 from prep.execution.observer import Observer
 from prep.execution.reports import Report, TokenizationProgress
 from prep.execution.steps import run_step
-from prep.execution.task_store import finish, load_done, temporary_folder
+from prep.execution.task_store import finish, load_done, temporary_task_folder
 from prep.execution.work_folder import mark_audited
 from prep.inputs.readers import FILTERED, TRANSFORMED_AWAY, InputError
 from prep.inputs.units import CutFiles, Unit, nothing_in, read_unit
@@ -85,7 +85,7 @@ def tokenize_unit(context: BuildContext, unit: Unit, report: Report) -> UnitReco
     task = unit_task(unit)
     record = load_done(context.work_folder, task, UnitRecord)
     if record is None:
-        with temporary_folder(context.work_folder) as folder:
+        with temporary_task_folder(context.work_folder) as folder:
             record = _write_unit(context, unit, folder=folder, report=report)
             finish(folder, record, work=context.work_folder, name=task)
     return record

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-import prep.build
-from prep.build import build, count
+from prep.build import build
+from prep.commands.dry_run import count
 from prep.dataset.shard_reader import read_shard
 from prep.dataset.verification import verify
+from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
 from prep.inputs.readers import InputError
+from prep.stages.audit import Audit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
 from streaming_rwkv.tokenizer import HuggingFaceTokenizer, load_tokenizer
@@ -175,8 +177,8 @@ def test_manifest_counts_are_those_of_the_shards(config, write_lines, tmp_path):
 def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="truncate")).manifest
-    books = manifest.counts["corpus"]
-    assert (books.targets_read, books.targets["train"], books.targets_cut) == (8 + 3, 4 + 3, 4)
+    counts = manifest.counts["corpus"]
+    assert (counts.targets_read, counts.targets["train"], counts.targets_cut) == (8 + 3, 4 + 3, 4)
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     pieces = [of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values()]
     long = max(pieces, key=len)
@@ -200,7 +202,7 @@ def test_the_first_of_equal_documents_is_kept(config, write_lines, tmp_path):
     write_lines(tmp_path / "a" / "2.jsonl", ["x", "same"])
     sources = {name: {"paths": str(tmp_path / name)} for name in ("b", "a")}
     manifest = build(config(sources=sources)).manifest
-    assert {name: books.duplicates for name, books in manifest.counts.items()} == {"a": 0, "b": 2}
+    assert {name: counts.duplicates for name, counts in manifest.counts.items()} == {"a": 0, "b": 2}
     assert manifest.counts["b"].documents == {"train": 1, "validation": 0}
     tokens_of_same = len(load_tokenizer(tmp_path / "out" / "tokenizer").encode("same")) + 1
     assert manifest.counts["b"].targets_duplicate == 2 * tokens_of_same
@@ -231,9 +233,9 @@ def broken_lines(tmp_path: Path) -> None:
 
 def test_broken_documents_are_counted_and_listed_with_file_and_row(config, tmp_path):
     broken_lines(tmp_path)
-    books = build(config()).manifest.counts["corpus"]
-    assert (books.documents_read, books.documents["train"]) == (3, 1)
-    assert books.rejected == {"'text' is null": 1, "invalid UTF-8": 1}
+    counts = build(config()).manifest.counts["corpus"]
+    assert (counts.documents_read, counts.documents["train"]) == (3, 1)
+    assert counts.rejected == {"'text' is null": 1, "invalid UTF-8": 1}
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in listed] == [
         ("a.jsonl", 1, "invalid UTF-8"),
@@ -243,7 +245,7 @@ def test_broken_documents_are_counted_and_listed_with_file_and_row(config, tmp_p
 
 def test_on_error_stop_stops_at_the_first(config, tmp_path):
     broken_lines(tmp_path)
-    with pytest.raises(InputError, match=r"a\.jsonl: row 1: invalid UTF-8; mend it, or set on_error=skip"):
+    with pytest.raises(InputError, match=r"a\.jsonl: row 1: invalid UTF-8; fix it, or set on_error=skip"):
         build(config(on_error="stop"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -257,9 +259,9 @@ def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, 
     write_lines(tmp_path / "corpus" / "a.jsonl", ["a", "b", "c", "0123456"])
     chosen = {"filter": "hooks_of_the_pipeline:keep", "transform": "hooks_of_the_pipeline:text"}
     sources = {"corpus": {"paths": str(tmp_path / "corpus"), **chosen}}
-    books = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.counts["corpus"]
-    assert books.documents["train"] == 1
-    assert books.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
+    counts = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.counts["corpus"]
+    assert counts.documents["train"] == 1
+    assert counts.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
 
 
 def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_path):
@@ -356,7 +358,9 @@ def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_pa
 
 def test_a_data_set_among_its_own_input_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
-    with pytest.raises(WorkError, match=r"out: lies in \S+/corpus, which sources\.corpus reads; choose another `out=`"):
+    with pytest.raises(
+        WorkError, match=r"out: is inside \S+/corpus, which sources\.corpus reads; choose another `out=`"
+    ):
         build(config(out=str(tmp_path / "corpus" / "out")))
 
 
@@ -411,7 +415,7 @@ def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
         build(config())
     assert re.search(
         r"a\.jsonl: row 1: id 1 is \[\d+\], the reference gives \[\d+\] \(near '01234' in a text of 10 characters\); "
-        "all texts are encoded with the reference from the beginning",
+        "all texts are encoded again with the reference",
         caplog.text,
     )
     assert content(tmp_path / "out") == content(tmp_path / "right")
@@ -441,11 +445,10 @@ def test_a_kill_does_not_decide_by_which_library_ids_are_made(config, write_line
     build(config(out=str(tmp_path / "right")))
     alter_fast(monkeypatch, raise_the_last_id)
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build._Audit, "__call__", lambda self, sample: None)
-        patch.setattr(prep.build, "plan_ranges", killed)
+        patch.setattr(Audit, "check", lambda self, sample: None)
         patch.setattr(Path, "mkdir", unaudited(Path.mkdir))
         with pytest.raises(KeyboardInterrupt):
-            build(config())
+            build(config(), observer=Killed())
     assert list((tmp_path / "out" / ".prep" / "done" / "units").iterdir())
     build(config())
     assert content(tmp_path / "out") == content(tmp_path / "right")
@@ -455,17 +458,19 @@ def test_after_a_kill_the_reference_is_still_used(config, write_lines, tmp_path,
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
     build(config(out=str(tmp_path / "right")))
     alter_fast(monkeypatch, raise_the_last_id)
-    with monkeypatch.context() as patch:
-        patch.setattr(prep.build, "plan_ranges", killed)
-        with pytest.raises(KeyboardInterrupt):
-            build(config())
+    with pytest.raises(KeyboardInterrupt):
+        build(config(), observer=Killed())
     assert (tmp_path / "out" / ".prep" / "by-reference").exists()
     build(config())
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def killed(units):
-    raise KeyboardInterrupt
+class Killed(Observer):
+    """Interrupts a build when all units are tokenized."""
+
+    def step(self, name, *, totals, in_bytes=False):
+        if name == "finding duplicates":
+            raise KeyboardInterrupt
 
 
 def unaudited(mkdir):
@@ -537,15 +542,13 @@ def test_a_tokenizer_that_loses_text_is_warned_of_with_an_example(config, write_
     made.save(str(tmp_path / "tokenizer.json"))
     write_lines(tmp_path / "corpus" / "a.jsonl", ["a b", "a 中b"])
     build(config(tokenizer=str(tmp_path / "tokenizer.json"), eos_token="</s>"))
-    assert re.search(
-        r"texts do not come back from their ids.*a\.jsonl: row 1: 'a 中b' comes back as 'a b'", caplog.text
-    )
+    assert re.search(r"does not give the same text.*a\.jsonl: row 1: 'a 中b' becomes 'a b'", caplog.text)
 
 
 def test_a_tokenizer_that_keeps_all_text_is_not_warned_of(config, write_lines, tmp_path, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", HARD)
     build(config())
-    assert "come back" not in caplog.text
+    assert "does not give the same text" not in caplog.text
 
 
 def byte_level_without_capitals(file: Path) -> Path:
@@ -630,10 +633,10 @@ def test_verify_finds_a_missing_shard(finished):
     [
         (lambda values: values["streams"][0].update(targets=1), "targets, the manifest says 1"),
         (lambda values: values["streams"][0].update(upper=3), "in bucket 1-3"),
-        (lambda values: values["books"]["corpus"].update(duplicates=7), "books of source corpus do not balance"),
-        (lambda values: values.update(pack_tokens=9), "the manifest allows 9"),
+        (lambda values: values["counts"]["corpus"].update(duplicates=7), "counts of source corpus do not balance"),
+        (lambda values: values.update(pack_tokens=9), "packs of at most 9 inputs"),
         (lambda values: values["tokenizer"].update(sha256="0" * 64), "differs from the manifest's 0000"),
-        (lambda values: values["streams"].pop(), "do not hold what the books say"),
+        (lambda values: values["streams"].pop(), "do not hold the documents and targets of the manifest's counts"),
     ],
 )
 def test_verify_finds_a_manifest_that_says_something_else(finished, change, message):

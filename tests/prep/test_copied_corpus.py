@@ -59,21 +59,21 @@ def test_an_object_that_was_written_again_is_compared_by_its_etag(config, s3_pla
     store.put_bytes(b'{"text": "x"}\n', "a.jsonl")
     sources = {"corpus": {"paths": s3_place}}
     build(config(sources=sources))
-    plan = tmp_path / "out" / ".prep" / "plan.json"
-    noted = json.loads(plan.read_bytes())
+    state = tmp_path / "out" / ".prep" / "state.json"
+    noted = json.loads(state.read_bytes())
     assert noted["contents"]["corpus/a.jsonl"].startswith("etag ")
     noted["files"]["corpus/a.jsonl"][1] = 0  # as if it had been written in 1970
-    plan.write_text(json.dumps(noted))
+    state.write_text(json.dumps(noted))
     assert build(config(sources=sources)).was_finished
     noted["contents"]["corpus/a.jsonl"] = "etag of something else"
-    plan.write_text(json.dumps(noted))
+    state.write_text(json.dumps(noted))
     with pytest.raises(WorkError, match=r"files/corpus/a\.jsonl: 14 bytes, changed at 0\.000, now 14 bytes"):
         build(config(sources=sources))
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"{", "not valid JSON"), (b"[]", "no plan of a build")])
-def test_a_damaged_plan_is_named(config, corpus, tmp_path, content, message):
+@pytest.mark.parametrize(("content", "message"), [(b"{", "not valid JSON"), (b"[]", "not the state of a build")])
+def test_a_damaged_state_is_named(config, corpus, tmp_path, content, message):
     build(config())
-    (tmp_path / "out" / ".prep" / "plan.json").write_bytes(content)
-    with pytest.raises(WorkError, match=rf"plan\.json: {message}"):
+    (tmp_path / "out" / ".prep" / "state.json").write_bytes(content)
+    with pytest.raises(WorkError, match=rf"state\.json: {message}"):
         build(config())

@@ -97,7 +97,7 @@ def test_our_reader_reads_it_too(tmp_path):
     form = ShardFormat(columns=columns(128256), compression_level=1, shard_bytes=300_000)
     samples = packs(128256)
     shards = write_shards(samples, tmp_path, form=form)
-    read = [sample for shard in shards for sample in read_shard(tmp_path / shard.record.basename, shard.record)]
+    read = [sample for shard in shards for sample in read_shard(tmp_path / shard.basename, shard)]
     for ours, wrote in zip(read, samples, strict=True):
         for name, column in wrote.items():
             np.testing.assert_array_equal(ours[name], column)
@@ -114,7 +114,7 @@ def test_no_packs_are_no_shards(tmp_path):
 def shard(tmp_path: Path):
     form = ShardFormat(columns=columns(65536), compression_level=1, shard_bytes=300_000)
     (written,) = write_shards(packs(65536)[:3], tmp_path, form=form)
-    return tmp_path / written.record.basename, written.record
+    return tmp_path / written.basename, written
 
 
 @pytest.mark.parametrize(

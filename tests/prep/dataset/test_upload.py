@@ -18,6 +18,7 @@ from prep.build import build
 from prep.config import PrepConfig
 from prep.dataset.upload import upload
 from prep.dataset.verification import verify
+from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.shards import SPLITS, DataError
@@ -96,8 +97,8 @@ def test_a_build_into_a_bucket_gives_the_bytes_of_a_local_one(remote, local, sto
     assert not built.was_finished
     assert objects_of(store) == files_of(local)
     assert sum(len(stream.shards) for stream in built.manifest.streams) > 10
-    # The work folder keeps the plan alone.
-    assert {path.name for path in (tmp_path / "work").rglob("*") if path.is_file()} == {"lock", "plan.json"}
+    # The work folder keeps the state of the build only.
+    assert {path.name for path in (tmp_path / "work").rglob("*") if path.is_file()} == {".lock", "state.json"}
     assert build(remote()).was_finished
     assert verify(store.location) == built.manifest
 
@@ -118,30 +119,32 @@ def test_shards_go_up_first_and_the_manifest_last(remote, store, s3_server, monk
     assert sorted(names) == sorted(store.list())
 
 
-def test_shards_go_up_while_later_windows_are_packed(remote, store, monkeypatch):
-    """The last window is packed when shards of the first are there already."""
-    import prep.build
+class Windows(Observer):
+    """Counts the packed windows, and calls a function when a number of them is packed and the next is not begun."""
 
-    plan, original, planned, seen = prep.build.plan_windows, prep.build.do_window, [], []
+    def __init__(self, number: int = 0, function: Callable[[], None] = lambda: None) -> None:
+        self.number, self.function = number, function
+        self.is_packing, self.packed = False, 0
 
-    def planning(*arguments, **options):
-        planned.extend(plan(*arguments, **options))
-        return planned
+    def step(self, name, *, totals, in_bytes=False):
+        self.is_packing = name == "packing"
 
-    def shards_there():
+    def done(self, source, amount):
+        if self.is_packing:
+            self.packed += 1
+            if self.packed == self.number:
+                self.function()
+
+
+def test_shards_are_uploaded_while_later_windows_are_packed(remote, recipe, store, tmp_path):
+    def uploaded() -> int:
         return len([name for name in store.list() if ".mds." in name])
 
-    def looking(job, window, report):
-        if len(seen) == len(planned) - 1:
-            wait_for(shards_there)
-        seen.append(shards_there())
-        return original(job, window, report)
-
-    monkeypatch.setattr(prep.build, "plan_windows", planning)
-    monkeypatch.setattr(prep.build, "do_window", looking)
-    build(remote())
-    assert seen[0] == 0
-    assert 0 < seen[-1] < len(store.list())
+    whole, seen = Windows(), []
+    build(recipe(out=str(tmp_path / "counted")), observer=whole)
+    assert whole.packed > 1
+    build(remote(), observer=Windows(whole.packed - 1, lambda: seen.append(wait_for(uploaded))))
+    assert 0 < seen[0] < uploaded()
 
 
 def test_two_workers_give_the_same_bytes(remote, local, store):
@@ -178,14 +181,13 @@ def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
     assert objects_of(store) == before
 
 
-def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remote, store, tmp_path, monkeypatch):
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remote, store, tmp_path):
+    class Killed(Observer):
+        def step(self, name, *, totals, in_bytes=False):
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("prep.build._do_all", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(remote())
+    with pytest.raises(KeyboardInterrupt):
+        build(remote(), observer=Killed())
     build(remote(pack_tokens=4096, work=str(tmp_path / "other")))
     before = objects_of(store)
     with pytest.raises(WorkError, match=r"holds a finished data set.*\n  config.pack_tokens: was 4096, is 8192"):
@@ -204,7 +206,7 @@ def test_a_local_data_set_is_no_place_to_work_in(remote, recipe, tmp_path):
 @pytest.mark.parametrize("name", ["thesis.pdf", "tokenizer/llama.model"])
 def test_other_objects_are_left_alone(remote, store, name):
     store.put_bytes(b"mine", name)
-    with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose an empty place"):
+    with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose a location without objects"):
         build(remote())
     assert list(store.list()) == [name]
 
@@ -275,7 +277,7 @@ def test_a_linked_folder_and_a_pipe_are_not_uploaded(local, store, tmp_path):
     (tmp_path / "elsewhere").rename(received / "tokenizer")
     (received / "rejected.jsonl").unlink()
     os.mkfifo(received / "rejected.jsonl")
-    with pytest.raises(WorkError, match=r"rejected.jsonl: is no regular file"):
+    with pytest.raises(WorkError, match=r"rejected.jsonl: is not a regular file"):
         upload(received, store.location)
     assert store.list() == {}
 
@@ -284,7 +286,7 @@ def test_a_linked_folder_and_a_pipe_are_not_uploaded(local, store, tmp_path):
 def test_unexpected_files_are_not_uploaded(local, store, tmp_path, name):
     received = shutil.copytree(local, tmp_path / "received")
     (received / name).write_text("mine")
-    with pytest.raises(WorkError, match=rf"holds files that are no part of a data set \({name}\); move them away"):
+    with pytest.raises(WorkError, match=rf"holds files that do not belong to a data set \({name}\); move them away"):
         upload(received, store.location)
     assert store.list() == {}
 

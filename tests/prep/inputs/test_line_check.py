@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from prep.build import build, count
+from prep.build import build
 from prep.commands.convert import convert
+from prep.commands.dry_run import count
 from prep.commands.train_tokenizer import train_tokenizer
 from prep.config import SourceConfig
 from prep.inputs.files import find_files
