@@ -47,7 +47,9 @@ from prep.execution.task_store import (
     write_durably,
 )
 from prep.inputs.files import InputFile, content_digest
-from prep.inputs.units import CutFiles, find_sources, nothing_in, plan_units
+from prep.inputs.hooks import recipe_identity
+from prep.inputs.readers import CutFiles, nothing_in
+from prep.inputs.units import find_sources, plan_units
 from prep.stages.deduplication import do_range, join_ranges, plan_ranges
 from prep.stages.packing import Window, WindowRecord, do_window, plan_windows
 from prep.stages.statistics import STATISTICS_NAME, statistics_bytes
@@ -475,7 +477,7 @@ def _assemble(
         pack_tokens=job.config.pack_tokens,
         edges=job.config.edges,
         tokenizer=tokenizer.record(),
-        config=job.config.deciding(),
+        config=recipe_identity(job.config),
         books=books,
         streams=[stream for stream in streams if stream is not None],
     )

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
-from prep.execution.task_store import WORK_FOLDER
-from prep.inputs.hook_code import code_digest
-from streaming_rwkv.config import Config, LoadedConfig, UserError
+from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
 
 # Neither where the data lie nor how many processes work on them decides what comes out.
-_NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
+WORK_FOLDER = ".prep"  # in the folder where this machine writes
+NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
 
 
 class SourceConfig(Config):
@@ -54,10 +50,10 @@ class SourceConfig(Config):
             raise ValueError(f"found {name!r}, expected module:function, e.g. my_hooks:keep")
         return name
 
-    def deciding(self) -> dict[str, Any]:
-        """What decides, with the files' content, which documents there are."""
-        hooks = {hook: _hook_identity(getattr(self, hook)) for hook in ("filter", "transform")}
-        return self.model_dump(exclude={"paths"}) | hooks
+    @property
+    def has_hooks(self) -> bool:
+        """True if the source's records are filtered or transformed."""
+        return self.filter is not None or self.transform is not None
 
 
 class PrepConfig(LoadedConfig):
@@ -162,43 +158,3 @@ class PrepConfig(LoadedConfig):
     @property
     def worker_count(self) -> int:
         return self.workers or usable_cores()
-
-    def deciding(self) -> dict[str, Any]:
-        """The part that decides the output: what a manifest records, and what must not change under a build."""
-        values = self.model_dump(exclude=_NOT_DECIDING)
-        values["sources"] = {name: source.deciding() for name, source in sorted(self.sources.items())}
-        return self.with_interpolations(values)
-
-
-def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
-    """Import `module:function`, the current folder included.
-
-    Raises:
-        UserError: no such module or function, no Python, or whatever the module raises.
-    """
-    module_name, _, function_name = name.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        hook: Callable[[dict[str, Any]], Any] = getattr(importlib.import_module(module_name), function_name)
-    except SyntaxError as error:
-        raise UserError(f"hook {name!r}: {error.filename}, line {error.lineno}: {error.msg}; mend it") from error
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
-        ) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the module is a user's, and may end the program too
-        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; mend it") from error
-    if not callable(hook):
-        raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
-    return hook
-
-
-def _hook_identity(name: str | None) -> str | None:
-    """The hook's name and the content of its module and its helpers: an edited hook gives other documents."""
-    if name is None:
-        return None
-    load_hook(name)
-    return f"{name} (sha256 {code_digest(name.partition(':')[0])[:16]})"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-
-from prep.inputs.line_check import LineCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,29 @@ class Rejection:
 
     def __str__(self) -> str:
         return f"{self.file}: row {self.row}: {self.reason}"
+
+
+class LineCounts(NamedTuple):
+    """Lines of a file or a part of it."""
+
+    lines: int  # that are not blank
+    not_objects: int
+
+    def plus(self, other: LineCounts) -> LineCounts:
+        return LineCounts(self.lines + other.lines, self.not_objects + other.not_objects)
+
+    @property
+    def are_json_lines(self) -> bool:
+        """True if at least half of them are JSON objects."""
+        return 2 * self.not_objects <= self.lines
+
+
+def add_counts(counts: Iterable[tuple[str, LineCounts]]) -> dict[str, LineCounts]:
+    """Sum the counts by file name."""
+    sums: dict[str, LineCounts] = {}
+    for name, of_part in counts:
+        sums[name] = sums.get(name, LineCounts(0, 0)).plus(of_part)
+    return sums
 
 
 @dataclass(frozen=True, kw_only=True)

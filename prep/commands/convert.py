@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 from collections import Counter
@@ -17,9 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.config import SourceConfig
-from prep.inputs.files import InputFile, find_files
-from prep.inputs.readers import Part, read_part, without_text
+from prep.inputs.discovery import find_files
+from prep.inputs.faults import missing_text
+from prep.inputs.files import InputFile, Part
+from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import shown
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
@@ -29,16 +33,25 @@ _Task = tuple[InputFile, Path, SourceConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
+class ConvertedFile:
     """What became of one file."""
 
     name: str
     documents: int
     rejected: dict[str, int]
-    was_there: bool = False
+    existed: bool = False
 
 
-def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[Converted]:
+def run(options: argparse.Namespace) -> int:
+    """Convert a folder, printing a line for each file; return the exit status."""
+    for file in convert(options.folder, options.to, text=options.text, workers=options.workers):
+        rejected = "".join(f", {count} rejected: {reason}" for reason, count in file.rejected.items())
+        existed = " (already converted)" if file.existed else ""
+        print(f"{shown(file.name)}: {file.documents:,} documents{rejected}{existed}")
+    return 0
+
+
+def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[ConvertedFile]:
     """Convert every JSON file below `folder`; names are kept, `.json.gz` and the like become `.parquet`.
 
     A file whose parquet is there, made of the same file by the same key, is left alone, so an interrupted conversion
@@ -63,13 +76,13 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
         documents += converted.documents
         rejected.update(converted.rejected)
         yield converted
-    if not documents and (without := rejected[without_text(config)]):
+    if not documents and (without := rejected[missing_text(config.text)]):
         raise UserError(
             f"{folder}: of {rejected.total()} documents {without} have no {text!r}; name the key with --text"
         )
 
 
-def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
+def _in_processes(tasks: list[_Task], workers: int) -> Iterator[ConvertedFile]:
     if workers == 1:
         yield from map(_convert_file, tasks)
         return
@@ -77,7 +90,7 @@ def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
         yield from pool.map(_convert_file, tasks)
 
 
-def _convert_file(task: _Task) -> Converted:
+def _convert_file(task: _Task) -> ConvertedFile:
     file, place, config = task
     origin: dict[str, str | int] = {"text": config.text, "bytes": file.size, "changed_ns": file.changed_ns}
     if (converted := _converted(place, file, origin)) is not None:
@@ -96,10 +109,10 @@ def _convert_file(task: _Task) -> Converted:
         temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
-    return Converted(name=file.name, documents=documents, rejected=dict(rejected))
+    return ConvertedFile(name=file.name, documents=documents, rejected=dict(rejected))
 
 
-def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Converted | None:
+def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:
     """What lies in `place` if it was made of `origin`."""
     try:
         with place.open("rb") as opened:
@@ -110,7 +123,7 @@ def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Co
     if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
         return None
     rejected = json.loads(notes[_REJECTED_KEY.encode()])
-    return Converted(name=file.name, documents=metadata.num_rows, rejected=rejected, was_there=True)
+    return ConvertedFile(name=file.name, documents=metadata.num_rows, rejected=rejected, existed=True)
 
 
 def _texts(file: InputFile, config: SourceConfig, rejected: Counter[str]) -> Iterator[list[str]]:

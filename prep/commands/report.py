@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import itertools
 import json
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.commands.inspect import ShownPiece, shown_pieces
+from prep.commands.inspection import ShownPiece, shown_pieces
 from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
 from prep.dataset.finished import Place, opened
 from prep.stages.statistics import STATISTICS_NAME, Statistics
@@ -22,6 +23,12 @@ from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, buc
 REPORT_NAME = "report"
 _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write a data set's report and print its path; return the exit status."""
+    print(write_report(options.out, to=options.to))
+    return 0
 
 
 def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections import Counter
@@ -9,15 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prep.config import SourceConfig
-from prep.inputs.line_check import LineCounts, add_counts
-from prep.inputs.units import CutFiles, nothing_in, plan_units, read_unit
-from streaming_rwkv.config import UserError
+from prep.config import PrepConfig, SourceConfig
+from prep.document import LineCounts, add_counts
+from prep.inputs.readers import CutFiles, nothing_in, read_unit
+from prep.inputs.units import plan_units
+from streaming_rwkv.config import UserError, load_config
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train a tokenizer and print how to use it; return the exit status."""
+    config = load_config(PrepConfig, options.config, overrides=options.overrides)
+    tokenizer = train_tokenizer(
+        config.sources, vocab_size=options.vocab_size, to=options.to, most_bytes=options.most_bytes
+    )
+    print(f"{options.to}: {tokenizer.vocab_size} tokens; use it with tokenizer={options.to}")
+    return 0
 
 
 def train_tokenizer(

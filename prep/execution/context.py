@@ -9,7 +9,7 @@ from typing import Any
 
 from prep.config import PrepConfig
 from prep.dataset.shard_writer import ShardFormat
-from prep.inputs.units import Unit
+from prep.inputs.files import Unit
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, columns, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 

@@ -12,6 +12,7 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.execution.task_store import WorkError, write_durably
 from prep.inputs.files import InputFile, content_digest
+from prep.inputs.hooks import recipe_identity
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
 
@@ -27,7 +28,7 @@ _OF_UNITS = ("files/", "config.sources.")
 def make_plan(config: PrepConfig, tokenizer: TokenizerRecord, files: dict[str, list[InputFile]]) -> dict[str, Any]:
     """All that decides the output, as plain JSON values."""
     states = {file_name(file): [file.size, file.changed_ns] for of in files.values() for file in of}
-    plan = {"format": FORMAT, "config": config.deciding(), "tokenizer": tokenizer.model_dump(), "files": states}
+    plan = {"format": FORMAT, "config": recipe_identity(config), "tokenizer": tokenizer.model_dump(), "files": states}
     loaded: dict[str, Any] = json.loads(json.dumps(plan))
     return loaded
 

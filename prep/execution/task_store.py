@@ -25,7 +25,6 @@ import xxhash
 from streaming_rwkv.config import Config, UserError
 from streaming_rwkv.filesystem import make_folder, try_flock, warn_without_flock
 
-WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
 TEMPORARY_FOLDER = "tmp"
 _RECORD_NAME = "record.json"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 _UTF16 = "UTF-16: save it as UTF-8"
 _SIGNATURES = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
@@ -19,21 +16,6 @@ _SIGNATURES = {
 }
 
 
-class LineCounts(NamedTuple):
-    """Lines of a file or a part of it."""
-
-    lines: int  # that are not blank
-    not_objects: int
-
-    def plus(self, other: LineCounts) -> LineCounts:
-        return LineCounts(self.lines + other.lines, self.not_objects + other.not_objects)
-
-    @property
-    def are_json_lines(self) -> bool:
-        """True if at least half of them are JSON objects."""
-        return 2 * self.not_objects <= self.lines
-
-
 def signature(begin: bytes) -> str | None:
     """Return the format that a file's first bytes belong to, and how to fix it; None for what may be text."""
     for magic, what in _SIGNATURES.items():
@@ -42,7 +24,7 @@ def signature(begin: bytes) -> str | None:
     return _UTF16 if begin[:2].count(0) == 1 else None
 
 
-def describe(counts: LineCounts, *, first: bytes, is_utf8: bool) -> str | None:
+def describe(lines: int, not_objects: int, *, first: bytes, is_utf8: bool) -> str | None:
     """Return an error's text for a file whose lines are not JSON lines.
 
     Args:
@@ -52,7 +34,7 @@ def describe(counts: LineCounts, *, first: bytes, is_utf8: bool) -> str | None:
     Returns:
         None for a single broken document in a file of its own.
     """
-    are_all = counts.not_objects == counts.lines
+    are_all = not_objects == lines
     begins = "it begins with" if are_all else "the first of them begins with"
     if what := signature(first):
         what = f"it is {what}"
@@ -60,23 +42,13 @@ def describe(counts: LineCounts, *, first: bytes, is_utf8: bool) -> str | None:
         what = f"{begins} '[': let the name of a file that is one array end in .json, or write one object a line"
     elif first.startswith(b"{") and first.rstrip().endswith((b"{", b",")):
         what = f"{begins} an object that goes on over lines: write one object a line"
-    elif counts.lines == 1:
+    elif lines == 1:
         return None
     elif not is_utf8:
         what = "it is not UTF-8: convert it"
     else:
         what = f"{begins} {first.decode(errors='replace')!r}: write one object a line, or take it out of the source"
     found = (
-        "no line of it is a JSON object"
-        if are_all
-        else f"{counts.not_objects:,} of its {counts.lines:,} lines are not JSON objects"
+        "no line of it is a JSON object" if are_all else f"{not_objects:,} of its {lines:,} lines are not JSON objects"
     )
     return f"{found}; {what}"
-
-
-def add_counts(counts: Iterable[tuple[str, LineCounts]]) -> dict[str, LineCounts]:
-    """Sum the counts by file name."""
-    sums: dict[str, LineCounts] = {}
-    for name, of_part in counts:
-        sums[name] = sums.get(name, LineCounts(0, 0)).plus(of_part)
-    return sums

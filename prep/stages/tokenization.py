@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.document import Documents, Rejection, content_hashes, in_validation
+from prep.document import Documents, LineCounts, Rejection, add_counts, content_hashes, in_validation
 from prep.execution.context import Job
 from prep.execution.intermediate import (
     HASHES_NAME,
@@ -29,9 +29,9 @@ from prep.execution.intermediate import (
     write_hashes,
 )
 from prep.execution.task_store import DoneRecord, finish, load_done, temporary_folder
-from prep.inputs.line_check import LineCounts, add_counts
-from prep.inputs.readers import FILTERED, TRANSFORMED_AWAY, InputError
-from prep.inputs.units import Unit, read_unit
+from prep.inputs.faults import FILTERED, TRANSFORMED_AWAY, InputError
+from prep.inputs.files import Unit
+from prep.inputs.readers import read_unit
 from prep.ragged import gather, offsets_of
 from prep.stages import buckets
 from streaming_rwkv.tokenizer import TokenBatch, Tokenizer

@@ -19,7 +19,7 @@ from prep.build import build, count
 from prep.dataset.shard_reader import read_shard
 from prep.dataset.verification import verify
 from prep.execution.task_store import WorkError
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
 from streaming_rwkv.tokenizer import HuggingFaceTokenizer, load_tokenizer

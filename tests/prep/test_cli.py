@@ -35,7 +35,7 @@ def test_build_verify_inspect(recipe, tmp_path, capsys):
     assert main(["build", recipe, "seed=3"]) == 0
     assert "fingerprint" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert "whole; 1 streams, 1 packs" in capsys.readouterr().out
+    assert "OK; 1 streams, 1 packs" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out"), "--count", "1", "--skip", "1"]) == 0
     shown = capsys.readouterr().out
     assert "train/corpus/1-256 pack 0 document" in shown

@@ -12,7 +12,7 @@ import pytest
 from prep.build import Observer, build
 from prep.execution.context import Job
 from prep.execution.engine import start
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
 from prep.inputs.units import plan_units
 from prep.stages.tokenization import Progress
 from streaming_rwkv.config import UserError

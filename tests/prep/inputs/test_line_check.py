@@ -15,10 +15,13 @@ from prep.build import build, count
 from prep.commands.convert import convert
 from prep.commands.train_tokenizer import train_tokenizer
 from prep.config import SourceConfig
-from prep.inputs.files import find_files
-from prep.inputs.line_check import LineCounts, add_counts, describe, signature
-from prep.inputs.readers import InputError, Part
-from prep.inputs.units import CutFiles, Unit, plan_units
+from prep.document import LineCounts, add_counts
+from prep.inputs.discovery import find_files
+from prep.inputs.faults import InputError
+from prep.inputs.files import Part, Unit
+from prep.inputs.line_check import describe, signature
+from prep.inputs.readers import CutFiles
+from prep.inputs.units import plan_units
 
 DOCUMENTS = [{"text": f"document {number}"} for number in range(60)]
 LINES = "".join(json.dumps(document) + "\n" for document in DOCUMENTS).encode()
@@ -155,8 +158,7 @@ def test_counts_are_added_by_file():
 
 
 def test_one_broken_line_is_a_broken_document_unless_it_says_what_it_is():
-    one = LineCounts(1, 1)
-    assert describe(one, first=b'{"text": "cut o', is_utf8=True) is None
-    assert describe(one, first=b"[1]", is_utf8=True) is not None
+    assert describe(1, 1, first=b'{"text": "cut o', is_utf8=True) is None
+    assert describe(1, 1, first=b"[1]", is_utf8=True) is not None
     assert signature(b"PAR1\x15\x04") == "a parquet file: let its name end in .parquet"
     assert signature(b'{"text"') is None

@@ -9,7 +9,8 @@ import socket
 
 import pytest
 
-from prep.inputs.files import InputFile, _glob_pattern, find_files, opened
+from prep.inputs.discovery import _glob_pattern, find_files
+from prep.inputs.files import InputFile, opened
 from streaming_rwkv.config import UserError
 
 
@@ -173,7 +174,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree):
 
 
 def not_read(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.files"]
+    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"]
 
 
 def write(root, *files):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +16,8 @@ from prep.dataset.finished import Place, opened
 from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.console import shown
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
+
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +95,19 @@ def selected(
     return streams
 
 
-def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: int, count: int) -> None:
-    """Print `count` pieces."""
-    with opened(out) as place:
-        manifest = place.manifest()
-        streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
-        for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
-            print(shown(str(piece), lines=True))
+def run(options: argparse.Namespace) -> int:
+    """Print pieces of a data set; return the exit status."""
+    try:
+        with opened(options.out) as place:
+            manifest = place.manifest()
+            streams = selected(
+                manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
+            )
+            pieces = shown_pieces(place, manifest, streams)
+            for piece in itertools.islice(pieces, options.skip, options.skip + options.count):
+                print(shown(str(piece), lines=True))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
+        return _BROKEN_PIPE
+    return 0
