@@ -1,6 +1,6 @@
 """`convert`: a folder of JSON files to a folder of parquet files with one column, `text`.
 
-`build` reads JSON as well; parquet is smaller, is read faster, and can be cut into units.
+`build` reads JSON as well; parquet is smaller, faster to read, and can be divided into units.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from streaming_rwkv.console import shown
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
-_ORIGIN_KEY = "streaming-rwkv.origin"  # of a parquet file's metadata: what it was made of
+_ORIGIN_KEY = "streaming-rwkv.origin"  # in a parquet file's metadata: the file and key that it was made from
 _REJECTED_KEY = "streaming-rwkv.rejected"
 _Task = tuple[InputFile, Path, SourceConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedFile:
-    """What became of one file."""
+    """The result for one file."""
 
     name: str
     documents: int
@@ -52,17 +52,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[ConvertedFile]:
-    """Convert every JSON file below `folder`; names are kept, `.json.gz` and the like become `.parquet`.
+    """Convert every JSON file below `folder`; names are kept, with `.parquet` in place of suffixes such as `.json.gz`.
 
-    A file whose parquet is there, made of the same file by the same key, is left alone, so an interrupted conversion
-    goes on. By one process at a time for each folder.
+    A file that has been converted with the same key and has not changed since is skipped, so an interrupted conversion
+    can be resumed. Only one process may convert into a folder at a time.
 
     Raises:
-        UserError: nothing to convert, two files with one name to be, a broken file; at the end, if there was no text.
+        UserError: nothing to convert, two files with one target, a broken file, or, at the end, no text in any file.
     """
     files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
     if not files:
-        raise UserError(f"{folder}: no JSON file below it; parquet needs no conversion")
+        raise UserError(f"{folder}: found no JSON file below it; parquet needs no conversion")
     places = {file: Path(to) / f"{file.stem}.parquet" for file in files}
     for place, count in Counter(places.values()).items():
         if count > 1:
@@ -98,9 +98,11 @@ def _convert_file(task: _Task) -> ConvertedFile:
     rejected: Counter[str] = Counter()
     documents = 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.writing")  # always the same: what a kill left is taken over
+    temporary = place.with_name(
+        f".{place.name}.writing"
+    )  # a fixed name, so that the next run overwrites a killed one's file
     try:
-        # Open files: of a name with a colon pyarrow would make a URI.
+        # An open file, since pyarrow would take a name with a colon for a URI.
         with temporary.open("wb") as opened, pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer:
             for texts in _row_groups(_texts(file, config, rejected)):
                 documents += len(texts)
@@ -113,7 +115,7 @@ def _convert_file(task: _Task) -> ConvertedFile:
 
 
 def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:
-    """What lies in `place` if it was made of `origin`."""
+    """Return the result that is stored in `place` if it was made from `origin`, else None."""
     try:
         with place.open("rb") as opened:
             metadata = pq.read_metadata(opened)

@@ -1,4 +1,4 @@
-"""`inspect`: documents as the model will see them, one after another."""
+"""`inspect`: documents as the model sees them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPiece:
-    """One piece of a document, decoded."""
+    """A decoded piece of a document."""
 
     stream: str
-    pack: int  # within the stream
+    pack: int  # index in the stream
     key: int
     start: int
     targets: int
     bytes: int
-    begins: bool  # with bos
-    ends: bool  # with eos
+    begins: bool  # True if it begins with bos
+    ends: bool  # True if it ends with eos
     text: str
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class ShownPiece:
 
 
 def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
-    """All pieces of `streams` in stored order. A character that is cut between two pieces shows as U+FFFD."""
+    """Yield all pieces of `streams` in stored order; a character cut between two pieces is shown as U+FFFD."""
     tokenizer = place.tokenizer(manifest)
     for stream in streams:
         for number, pack in enumerate(_packs(place, stream)):
@@ -66,7 +66,7 @@ def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) 
 
 def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
     names = [f"{stream.path}/{shard.basename}" for shard in stream.shards]
-    for name, shard in zip(names, stream.shards, strict=True):  # one by one: seldom is more than the first wanted
+    for name, shard in zip(names, stream.shards, strict=True):  # one by one, since usually only the first is needed
         for file in place.files([(name, None)]):
             yield from read_shard(file, shard, where=f"{place.location}/{name}")
 
@@ -74,10 +74,10 @@ def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any
 def selected(
     manifest: Manifest, *, split: str, source: str | None, bucket: str | None, where: str
 ) -> list[StreamRecord]:
-    """The streams that match.
+    """Return the streams that match.
 
     Raises:
-        DataError: none does.
+        DataError: no stream matches.
     """
     streams = [
         stream

@@ -1,4 +1,4 @@
-"""`report`: what a data set holds, as one self-contained page and as the same figures in JSON."""
+"""`report`: a self-contained page about a data set, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
-    """Write report.html and report.json into the folder `to` (by default the data set's own).
+    """Write report.html and report.json to the folder `to`, by default the data set's own.
 
     Raises:
-        DataError: no finished data set there, or one without its statistics.
-        UserError: the folder cannot be written to.
+        DataError: no finished data set, or one without its statistics.
+        UserError: the folder cannot be created or written to.
     """
     if to is None and is_remote(out):
-        raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
+        raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
     with opened(out) as place:
         manifest = place.manifest()
@@ -60,11 +60,13 @@ def _statistics(place: Place) -> Statistics:
             return Statistics.model_validate_json(file.read_bytes())
     except DataError:
         pass
-    raise DataError(f"{place.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
+    raise DataError(
+        f"{place.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
+    )
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
-    """Everything that the page shows, as plain values."""
+    """Return all numbers of the page."""
     buckets = [bucket_name(lower, upper) for lower, upper in bucket_bounds(manifest.edges)]
     streams = [_stream_figures(stream, manifest) for stream in manifest.streams]
     fill: list[int] = [0] * statistics.fill_bins
@@ -118,7 +120,7 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
 
 
 def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece]]:
-    """The first pieces of some streams of each source: from a short, and from a long bucket."""
+    """Return the first pieces of each source's shortest and longest bucket."""
     samples: dict[str, list[ShownPiece]] = {}
     for source in manifest.books:
         streams = [stream for stream in manifest.select("train") if stream.source == source]
@@ -135,16 +137,16 @@ def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece
 
 
 def report_page(figures: dict[str, Any], samples: dict[str, list[ShownPiece]], *, title: str) -> str:
-    """One HTML file without references to any other."""
+    """Return the page as HTML without references to other files."""
     sources = list(figures["books"])
     colors = dict(zip(sources, itertools.cycle(PALETTE)))
     sections = [
         ("Length of documents", _length_plots(figures, colors)),
         ("Tokens by bucket and source", _token_plot(figures, colors)),
-        ("How full the packs are", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
-        ("Where the documents went", _books_table(figures) + _rejection_plot(figures)),
+        ("Fill of packs", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
+        ("Documents and tokens by source", _books_table(figures) + _rejection_plot(figures)),
         ("Streams", _streams_table(figures)),
-        ("As the model will see them", _samples(samples)),
+        ("Samples, as the model sees them", _samples(samples)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     return (
@@ -214,7 +216,7 @@ def _rejection_plot(figures: dict[str, Any]) -> str:
         for reason, count in books["rejected"].items():
             drops[reason] += count
     shown = {reason: count for reason, count in sorted(drops.items(), key=lambda item: -item[1]) if count}
-    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was left out.</p>"
+    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was rejected.</p>"
 
 
 def _streams_table(figures: dict[str, Any]) -> str:

@@ -35,24 +35,24 @@ def run(options: argparse.Namespace) -> int:
 def train_tokenizer(
     sources: dict[str, SourceConfig], *, vocab_size: int, to: str | Path, most_bytes: int = 1 << 28
 ) -> Tokenizer:
-    """Train on up to `most_bytes` of text, an equal share of each source, and save it in the folder `to`.
+    """Train on up to `most_bytes` of text, the same amount from each source, and save the tokenizer in the folder `to`.
 
-    The vocabulary holds all 256 bytes, so every text can be encoded, and one special token that is bos and eos. The
-    merges depend on the text alone, not on the number of threads.
+    The vocabulary contains all 256 bytes, so that every text can be encoded, and one special token, both bos and eos.
+    The merges depend on the text alone, not on the number of threads.
 
     Raises:
-        UserError: a vocabulary too small for the bytes; a folder that cannot be written to, or with something in it; an
-            empty or unreadable source.
+        UserError: the vocabulary is too small for the bytes; the folder cannot be written to, or is not empty; a
+            source is empty or cannot be read.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
+        raise UserError(f"--vocab-size: found {vocab_size}, expected at least 257: the bytes and an end of text")
     folder = Path(to).absolute()
     make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
     if any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; choose another `--to`, or remove it")
+        raise UserError(f"{folder}: is not empty; choose another `--to`, or remove the folder")
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -73,12 +73,12 @@ def train_tokenizer(
         (whole / "special_tokens_map.json").write_text(json.dumps(special))
         tokenizer = load_tokenizer(whole)
         tokenizer.save(whole)
-        whole.rename(folder)  # over the empty one: all of it is there, or nothing
+        whole.rename(folder)  # replaces the empty folder atomically
     return tokenizer
 
 
 def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
-    """Texts of a source up to `most_bytes`, spread over its units."""
+    """Yield texts of a source up to `most_bytes`, spread over its units."""
     units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
     of_each = -(-most_bytes // len(units))
     has_any = False

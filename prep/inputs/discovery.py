@@ -1,4 +1,4 @@
-"""Where input files lie: local folders and S3, listed and opened the same way."""
+"""Discovery of input files in local folders and on S3, by the same rules."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _EXPECTED = (
 )
 _UNDERSCORE = "beginning with '_'"
 _ENDINGS_SHOWN = 8
-_LONGEST_ENDING = 12  # beyond that it is the end of a sentence
+_LONGEST_ENDING = 12  # a longer one is not a file type
 
 
 def find_files(source: str, paths: list[str]) -> list[InputFile]:
-    """All readable files below `paths`, sorted by name. Files that are not read are counted in a line of the log.
+    """Return all readable files below `paths`, sorted by name; log the number of files that are not read, by reason.
 
     Raises:
-        UserError: a path that is not there, or with nothing readable below it.
+        UserError: a path does not exist, or has no readable file below it.
     """
     paths = [checked_location(path) for path in paths]
     paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
@@ -65,13 +65,13 @@ def _check_name(source: str, path: str) -> None:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"sources.{source}: {os.fsencode(path)!r}: a name that is not UTF-8 (from an archive made elsewhere?); "
+            f"sources.{source}: {os.fsencode(path)!r}: its name is not UTF-8 (from an archive of another system?); "
             "names are part of the documents' keys: rename it"
         ) from None
 
 
 def _once(paths: Iterable[str]) -> Iterator[str]:
-    """Each file by one path, the first, even if links lead to it on others."""
+    """Yield each file once, by the first of its paths, even if links give it others."""
     seen: set[str] = set()
     for path in paths:
         real = path if is_remote(path) else os.path.realpath(path)
@@ -81,10 +81,10 @@ def _once(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _common_root(files: Collection[str], paths: list[str]) -> str:
-    """What all names are relative to: the folder that was given, or the nearest one above all that were."""
+    """Return the folder that names are relative to: the given folder, or the deepest one above all given paths."""
     folders = [path.rstrip("/") for path in paths if path.rstrip("/") not in files and not _is_pattern(path)]
     single = [file.rpartition("/")[0] for file in files if not any(file.startswith(f"{above}/") for above in folders)]
-    # Not os.path.commonpath, which makes one slash of the two in s3://.
+    # Not os.path.commonpath, which reduces s3:// to s3:/.
     parts = [folder.split("/") for folder in (*folders, *single)]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     root = "/".join(level[0] for level in shared)
@@ -100,7 +100,7 @@ def _counted(not_read: dict[str, str]) -> str:
 
 
 def _walk(source: str, path: str, not_read: dict[str, str]) -> Iterator[tuple[str, int, int]]:
-    """(path, bytes, when it was changed) of each readable file; of others, `not_read` gets the reason."""
+    """Yield (path, bytes, modification time) of each readable file; put the reason for others into `not_read`."""
     if is_remote(path):
         yield from _walk_s3(source, path, not_read)
         return
@@ -141,7 +141,7 @@ def _is_hidden(folder: str) -> bool:
 
 
 def _hidden_folder(folder: str, pattern: str) -> str | None:
-    """Return the first hidden folder on the way to `folder`; as in a shell, `*` matches none, but `_*` does."""
+    """Return the first hidden folder in a path; as in a shell, `*` does not match hidden names, but `_*` does."""
     names = folder.split("/")
     for depth, name in enumerate(names, start=1):
         wanted = (part for part in pattern.split("/") if part[:1] == name[:1])
@@ -156,7 +156,7 @@ def _note_hidden(path: str, not_read: dict[str, str]) -> None:
 
 
 def _is_pattern(path: str) -> bool:
-    """A glob; names of local files and folders may have brackets too."""
+    """Return True for a glob; an existing local path is none, even if it has brackets."""
     return glob.has_magic(path) and (is_remote(path) or not os.path.lexists(path))
 
 
@@ -166,7 +166,7 @@ def _check_suffix(source: str, path: str) -> None:
 
 
 def _is_wanted(path: str, not_read: dict[str, str]) -> bool:
-    """Return True for a file to read; it was not named, but is in a folder or matches a pattern."""
+    """Return True if a file that was found in a folder or by a pattern is to be read."""
     name = os.path.basename(path)
     if name.startswith((".", "_")):
         _note_hidden(path, not_read)
@@ -187,7 +187,7 @@ def _ending(name: str) -> str:
 
 
 def _leads_back(path: str, top: str) -> bool:
-    """Whether this is a link to a folder on the way to it from `top`: files below would be found again and again."""
+    """Return True for a link to a folder between it and `top`, below which the same files would be found again."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
@@ -203,11 +203,11 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); mend it, or take it out of the source")
+    return UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or remove it from the source")
 
 
 def _stat(path: str, not_read: dict[str, str]) -> tuple[str, int, int] | None:
-    """Return (path, bytes, when it was changed), or None for a pipe, which would block, or a device without end."""
+    """Return (path, bytes, modification time), or None for a pipe or device, which could block or never end."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -222,7 +222,7 @@ def _walk_s3(source: str, url: str, not_read: dict[str, str]) -> Iterator[tuple[
     bucket, _, path = url.removeprefix("s3://").partition("/")
     path = path.rstrip("/")
     magic = _is_pattern(url)
-    # As `glob` has it for local files, and what lies below a folder that matches.
+    # As `glob` for local files, and everything below a folder that matches.
     pattern = re.compile((_glob_pattern(path) if magic else re.escape(path)) + ("(/.*)?" if path else ".*"))
     fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)] if magic else path
     try:
@@ -230,7 +230,9 @@ def _walk_s3(source: str, url: str, not_read: dict[str, str]) -> Iterator[tuple[
             found = f"s3://{bucket}/{name}"
             if name == path:
                 _check_suffix(source, url)
-            elif name.endswith("/") or not pattern.fullmatch(name):  # the first stands for a folder
+            elif name.endswith("/") or not pattern.fullmatch(
+                name
+            ):  # a key that ends in a slash is a folder's placeholder
                 continue
             elif folder := _hidden_folder_s3(name, path, magic=magic):
                 _note_hidden(f"s3://{bucket}/{folder}", not_read)
@@ -252,7 +254,7 @@ def _hidden_folder_s3(name: str, path: str, *, magic: bool) -> str | None:
 
 
 def _glob_pattern(path: str) -> str:
-    """The regular expression of a glob: `*` and `?` stay within a folder, `**/` stands for any number of them."""
+    """Return the regular expression of a glob: `*` and `?` match within a folder, `**/` any number of folders."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])", path)
     special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     literal = (special.get(part) or (f"[^{part[2:]}" if part.startswith("[!") else part) for part in parts[1::2])

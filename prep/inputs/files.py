@@ -29,13 +29,13 @@ _HASHED_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """A file of a source."""
+    """A local file or an object on S3 that belongs to a source."""
 
     source: str
-    name: str  # relative to the source's folder, with forward slashes: part of the documents' keys
+    name: str  # relative to the source's folder, with forward slashes; part of the documents' keys
     path: str
     size: int
-    changed_ns: int  # when its content last changed, as its file system tells
+    changed_ns: int  # the modification time
 
     @property
     def suffix(self) -> str:
@@ -44,7 +44,7 @@ class InputFile:
 
     @property
     def compression(self) -> str:
-        """`.gz` and the like, or nothing."""
+        """The suffix of the compression such as `.gz`, or an empty string."""
         return next((compression for compression in COMPRESSIONS if self.suffix.endswith(compression)), "")
 
     @property
@@ -55,7 +55,7 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A file, or a part of one that can be read by itself."""
+    """A whole file, or a part of one that can be read separately."""
 
     file: InputFile
     first_row: int = 0
@@ -70,30 +70,31 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What one worker does in one go."""
+    """A unit of work: the parts of files that one worker processes at a time."""
 
-    name: str  # of the work on it: another one for other rows, other files, or another configuration of the source
+    name: str  # a digest of its rows, its files and the source's settings
     source: str
     parts: tuple[Part, ...]
-    input_bytes: int  # its share of the progress
+    input_bytes: int  # weight in the progress display
 
 
 @lru_cache
 def bucket_store(name: str) -> Store:
+    """Return the store of a bucket, the same one for each call."""
     return open_store(f"s3://{name}")
 
 
 def content_digest(file: InputFile) -> str:
-    """What tells two contents of one size apart: a hash of a local file's bytes, an object's ETag.
+    """Return a value that differs between contents of one size: a hash of a local file's bytes, or an object's ETag.
 
     Raises:
-        UserError: it cannot be read, or is another than when it was listed.
+        UserError: the file cannot be read, or has changed since it was listed.
     """
     if is_remote(file.path):
         bucket, _, name = file.path.removeprefix("s3://").partition("/")
         found = bucket_store(bucket).find(name)
         if found is None:
-            raise UserError(f"{file.path}: is gone since it was listed; run the command again")
+            raise UserError(f"{file.path}: has been removed since it was listed; run the command again")
         return f"etag {found.etag}"
     digest = xxhash.xxh3_128()
     with opened(file) as stream:
@@ -104,11 +105,11 @@ def content_digest(file: InputFile) -> str:
 
 @contextlib.contextmanager
 def opened(file: InputFile) -> Iterator[IO[bytes]]:
-    """`file` for reading, seekable.
+    """Open a file for reading; the stream is seekable.
 
     Raises:
-        UserError: it cannot be opened, or is another than when it was listed, now or at the end; of an object, reading
-            raises it too.
+        UserError: the file cannot be opened, or has changed since it was listed, on opening or at the end; for an
+            object, also while reading.
     """
     if is_remote(file.path):
         bucket, _, name = file.path.removeprefix("s3://").partition("/")
@@ -126,12 +127,12 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
 
 
 def _open_unbuffered(path: str) -> io.FileIO:
-    """Open without waiting, even for the other end of a pipe that has taken a file's place."""
+    """Open without blocking, even if a pipe has replaced the file."""
     return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 class _LocalFile(io.RawIOBase):
-    """Of which a read that fails is the disk's fault: to a decompressor it would look like a broken file."""
+    """A local file whose read errors are reported as such; a decompressor would take them for a damaged file."""
 
     def __init__(self, raw: io.FileIO, path: str) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class _LocalFile(io.RawIOBase):
         except OSError as error:
             raise UserError(
                 f"{self._path}: cannot be read ({error.strerror or error}); finished work is kept, run the same "
-                "command again when it can be"
+                "command again once it can be read"
             ) from error
 
     def close(self) -> None:
@@ -166,9 +167,9 @@ class _LocalFile(io.RawIOBase):
 def _check_unchanged(file: InputFile, raw: io.FileIO) -> None:
     status = os.fstat(raw.fileno())
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{file.path}: has become a {SPECIAL} since it was listed; expected a file")
+        raise UserError(f"{file.path}: was replaced by a {SPECIAL} after it was listed; expected a file")
     if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
         raise UserError(
             f"{file.path}: has changed since it was listed: {file.size:,} bytes then, {status.st_size:,} now; wait "
-            "until nothing writes it any more, then run the same command again"
+            "until no program writes to it, then run the same command again"
         )

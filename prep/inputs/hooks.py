@@ -28,13 +28,13 @@ class Hooks:
         self._missing = BrokenRow(missing_text(config.text))
 
     def apply(self, records: Sequence[Any], *, rows: NDArray[np.int64]) -> list[Any]:
-        """Return the text of each record, or whatever else it has in its place; a BrokenRow if it is rejected.
+        """Return the text of each record, unchecked, or a BrokenRow if the record is rejected.
 
         Args:
-            records: dicts; a BrokenRow stays as it is.
+            records: dicts; a BrokenRow among them is returned unchanged.
 
         Raises:
-            InputError: a hook raises an exception.
+            InputError: a hook raised an exception.
         """
         values: list[Any] = []
         for row, record in zip(rows.tolist(), records, strict=True):
@@ -71,10 +71,10 @@ def _plain(value: str) -> str | BrokenRow:
 
 
 def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
-    """Import `module:function`, the current folder included.
+    """Import `module:function`; modules in the current folder are found too.
 
     Raises:
-        UserError: no such module or function, no Python, or whatever the module raises.
+        UserError: no such module or function, a syntax error, or an exception raised by the module.
     """
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -89,7 +89,7 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
         ) from error
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the module is a user's, and may end the program too
+    except BaseException as error:  # a user's module may raise anything, SystemExit too
         raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; fix it") from error
     if not callable(hook):
         raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")

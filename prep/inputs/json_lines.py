@@ -20,8 +20,8 @@ from prep.inputs.line_check import describe, signature
 _READ_BYTES = 1 << 20
 _MOST_LINE_BYTES = 1 << 28
 _MOST_ARRAY_BYTES = 1 << 30
-_ARRAY_RECORDS = 1 << 10  # of a JSON array at a time; the array itself is read as a whole
-_BEGIN_BYTES = 60  # of a file that is something else, shown to say what it is
+_ARRAY_RECORDS = 1 << 10  # items of a JSON array per batch; the array itself is read as a whole
+_BEGIN_BYTES = 60  # of a file in another format, shown in the error
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 TOO_LONG = f"line longer than {_MOST_LINE_BYTES >> 20} MiB"
@@ -88,7 +88,7 @@ def _values(records: list[Any], *, used: str | None) -> list[Any]:
 
 
 def check_lines(file: InputFile, counts: LineCounts) -> None:
-    """Check that a file that was read as JSON lines holds them, by the counts of all its lines.
+    """Check that a file is JSON lines, by the counts of all its lines.
 
     Raises:
         InputError: more than half of its lines are not JSON objects.
@@ -117,7 +117,7 @@ def _not_objects(records: list[Any]) -> int:
 
 
 def _texts(lines: list[bytes], text: str) -> list[Any] | None:
-    """The value of each line's key `text`; None if something is broken among them."""
+    """Return the value of the key `text` of each line, or None if any of the lines is broken."""
     if max(map(len, lines)) > _MOST_LINE_BYTES:
         return None
     try:
@@ -146,12 +146,12 @@ def _object(value: Any) -> dict[str, Any] | BrokenRow:
 
 
 def _loosely_parsed(content: bytes) -> tuple[Any, str]:
-    """Parse with Python's own parser, which knows the NaN and Infinity that its `dumps` writes.
+    """Parse with Python's own parser, which accepts the NaN and Infinity that its `dumps` writes.
 
-    Strings may then hold surrogates, for bytes that are not UTF-8 and for half a pair.
+    Strings may then contain surrogates, for bytes that are not UTF-8 and for half a surrogate pair.
 
     Returns:
-        The value, or BrokenRow; the reason to reject it if such a string is used.
+        The value, or a BrokenRow; the reason to reject it if such a string is used.
     """
     reason = INVALID_JSON
     try:
@@ -172,7 +172,7 @@ def _integer(digits: str) -> int | float:
 
 
 def _with_text(value: Any, *, used: str | None, reason: str) -> dict[str, Any] | BrokenRow:
-    """Return the object, or BrokenRow if a string that is used holds surrogates.
+    """Return the object, or a BrokenRow if a string that is used contains surrogates.
 
     Args:
         used: the only key that is used; None for all of them.
@@ -192,10 +192,10 @@ def _with_text(value: Any, *, used: str | None, reason: str) -> dict[str, Any] |
 def _whole_array(
     blocks: Iterator[bytes], file: InputFile, *, used: str | None
 ) -> tuple[Iterator[bytes], list[Any] | None]:
-    """The items of the array that the file consists of, or None and all its blocks again.
+    """Return the items of a file that is one array; for another file None, and all its blocks again.
 
     Raises:
-        InputError: it begins as an array and is none, is too long, or more than half of its items are no objects.
+        InputError: the array is malformed or too long, or more than half of its items are not objects.
     """
     first = next(blocks, b"")
     if not first.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
@@ -207,7 +207,7 @@ def _whole_array(
         if size > _MOST_ARRAY_BYTES:
             raise InputError(
                 f"{file.path}: is one JSON array of more than {_MOST_ARRAY_BYTES >> 20:,} MiB, and an array is read as "
-                "a whole; write one object a line (`jq -c '.[]'` does)"
+                "a whole; write one object per line (`jq -c '.[]'` does)"
             )
     content = b"".join(read).removeprefix(_BYTE_ORDER_MARK)
     try:
@@ -217,13 +217,13 @@ def _whole_array(
         array, reason = _loosely_parsed(content)
         if isinstance(array, BrokenRow):
             raise InputError(
-                f"{file.path}: begins with '[' but is no JSON array ({error}); mend it, or write one object a line"
+                f"{file.path}: begins with '[' but is not a JSON array ({error}); fix it, or write one object per line"
             ) from None
         records = [_with_text(item, used=used, reason=reason) for item in array]
     if 2 * (not_objects := _not_objects(records)) > len(records):
         raise InputError(
             f"{file.path}: {not_objects:,} of the {len(records):,} items of its array are not JSON objects; write one "
-            "object for each document, or take it out of the source"
+            "object for each document, or remove it from the source"
         )
     return iter(()), records
 
@@ -234,9 +234,9 @@ def _prepend(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Lists of whole lines without their newline; a very long line is joined once.
+    """Yield lists of whole lines without their newlines; a very long line is joined once.
 
-    One longer than _MOST_LINE_BYTES may come cut off, but still longer than that.
+    A line longer than _MOST_LINE_BYTES may be cut off, but stays longer than that.
     """
     begun: list[bytes] = []
     size = 0
@@ -257,7 +257,7 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
 
 
 def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
-    """The part's bytes, decompressed."""
+    """Yield the part's bytes, decompressed."""
     file = part.file
     if part.byte_range is not None:
         begin, end = part.byte_range
@@ -266,7 +266,7 @@ def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:
     elif not file.compression:
         yield from _read_blocks(raw, file.size, file)
     elif file.size == 0:
-        raise InputError(f"{file.path}: is empty, and not even an empty file is when compressed; download it again")
+        raise InputError(f"{file.path}: is empty, which no compressed file is; download it again")
     else:
         try:
             yield from decompressed(raw, file.compression)
@@ -278,6 +278,9 @@ def _read_blocks(raw: IO[bytes], size: int, file: InputFile) -> Iterator[bytes]:
     while size > 0:
         block = raw.read(min(size, _READ_BYTES))
         if not block:
-            raise InputError(f"{file.path}: has lost {size} bytes since it was listed; is another program writing it?")
+            raise InputError(
+                f"{file.path}: is {size} bytes shorter than when it was listed; wait until "
+                "no program writes to it, then run the same command again"
+            )
         size -= len(block)
         yield block

@@ -1,4 +1,4 @@
-"""The check that a file holds JSON lines: judged by all of its lines, however it is cut into units."""
+"""Diagnosis of files that are not JSON lines, for error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIGNATURES = {
 
 
 def signature(begin: bytes) -> str | None:
-    """Return the format that a file's first bytes belong to, and how to fix it; None for what may be text."""
+    """Return the format that a file's first bytes indicate, with a remedy; None if they may be text."""
     for magic, what in _SIGNATURES.items():
         if begin.startswith(magic):
             return what
@@ -25,9 +25,11 @@ def signature(begin: bytes) -> str | None:
 
 
 def describe(lines: int, not_objects: int, *, first: bytes, is_utf8: bool) -> str | None:
-    """Return an error's text for a file whose lines are not JSON lines.
+    """Return the text of the error for a file that is not JSON lines.
 
     Args:
+        lines: the number of lines that are not blank.
+        not_objects: the number of lines among them that are not JSON objects.
         first: the beginning of the first line that is not a JSON object.
         is_utf8: whether that line is UTF-8.
 
@@ -39,15 +41,15 @@ def describe(lines: int, not_objects: int, *, first: bytes, is_utf8: bool) -> st
     if what := signature(first):
         what = f"it is {what}"
     elif first.startswith(b"["):
-        what = f"{begins} '[': let the name of a file that is one array end in .json, or write one object a line"
+        what = f"{begins} '[': let the name of a file that is one array end in .json, or write one object per line"
     elif first.startswith(b"{") and first.rstrip().endswith((b"{", b",")):
-        what = f"{begins} an object that goes on over lines: write one object a line"
+        what = f"{begins} an object that spans several lines: write one object per line"
     elif lines == 1:
         return None
     elif not is_utf8:
         what = "it is not UTF-8: convert it"
     else:
-        what = f"{begins} {first.decode(errors='replace')!r}: write one object a line, or take it out of the source"
+        what = f"{begins} {first.decode(errors='replace')!r}: write one object per line, or remove it from the source"
     found = (
         "no line of it is a JSON object" if are_all else f"{not_objects:,} of its {lines:,} lines are not JSON objects"
     )

@@ -27,10 +27,10 @@ _SIGNATURE_BYTES = 12 + 16  # nonce and tag
 
 
 def read_parquet_layout(file: InputFile, *, text: str) -> list[tuple[int, int]]:
-    """(bytes of text, rows) of each row group.
+    """Return (bytes of text, rows) of each row group.
 
     Raises:
-        InputError: not a parquet file.
+        InputError: the file is not parquet.
     """
     with opened(file) as raw, _naming(file, "cannot be read as parquet"):
         metadata = _open_parquet(raw, file).metadata
@@ -80,7 +80,7 @@ def _text_bytes(row_group: Any, text: str) -> int:
     return sum(part.total_uncompressed_size for part in wanted or parts)
 
 
-# Beside pyarrow's own errors its bindings raise Python's: KeyError, OverflowError, UnicodeDecodeError, …
+# Besides pyarrow's own errors its bindings raise Python's: KeyError, OverflowError, UnicodeDecodeError, …
 _PYARROW_ERRORS = (
     pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, NotImplementedError, MemoryError
 )  # fmt: skip
@@ -88,17 +88,19 @@ _PYARROW_ERRORS = (
 
 @contextlib.contextmanager
 def _naming(file: InputFile, problem: str) -> Iterator[None]:
-    """Turn what pyarrow raises into an error that names the file.
+    """Turn an error of pyarrow into one that names the file.
 
     Raises:
-        InputError: anything but a UserError was raised.
+        InputError: pyarrow raised an error.
     """
     try:
         yield
-    except UserError:  # the file system's, of the file below pyarrow
+    except UserError:  # of the file below pyarrow
         raise
     except MemoryError as error:
-        raise InputError(f"{file.path}: {problem} ({_reason_of(error)}); it is damaged, or memory is short") from error
+        raise InputError(
+            f"{file.path}: {problem} ({_reason_of(error)}); it is damaged, or memory is exhausted"
+        ) from error
     except _PYARROW_ERRORS as error:
         raise InputError(f"{file.path}: {problem} ({_reason_of(error)}); download it again") from error
 
@@ -108,10 +110,10 @@ def _reason_of(error: BaseException) -> str:
 
 
 def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
-    """The file, of which every page that carries a checksum is compared with it when it is read.
+    """Open a parquet file; pages that have a checksum are verified when they are read.
 
     Raises:
-        InputError: not parquet, or encrypted.
+        InputError: the file is not parquet, or is encrypted.
     """
     raw.seek(max(0, file.size - _FOOTER_READ_BYTES))
     tail = raw.read()[-len(_ENCRYPTED_MAGIC) - _FOOTER_LENGTH.size :]
@@ -119,33 +121,34 @@ def _open_parquet(raw: IO[bytes], file: InputFile) -> pq.ParquetFile:
     if not is_encrypted:
         with _naming(file, "cannot be read as parquet"):
             parquet = pq.ParquetFile(raw, buffer_size=_READ_BYTES, page_checksum_verification=True)
-            # A plain footer of an encrypted file is signed. Asked for an encrypted column, pyarrow aborts the process.
+            # An encrypted file may have a plain but signed footer. Reading its encrypted columns, pyarrow aborts.
             signed_bytes = _FOOTER_LENGTH.unpack_from(tail)[0] - parquet.metadata.serialized_size
             is_encrypted = signed_bytes == _SIGNATURE_BYTES
     if is_encrypted:
-        raise InputError(f"{file.path}: is encrypted parquet; decrypt it, or take it out of the source")
+        raise InputError(f"{file.path}: is encrypted parquet; decrypt it, or remove it from the source")
     return parquet
 
 
 def _check_text_column(schema: pa.Schema, file: InputFile, config: SourceConfig) -> None:
     twice = [name for name, count in Counter(schema.names).items() if count > 1]
-    if twice and (config.has_hooks or config.text in twice):  # a hook's record has one value of each name
+    if twice and (config.has_hooks or config.text in twice):  # a hook's record has one value per name
         name = config.text if config.text in twice else twice[0]
         raise InputError(
-            f"{file.path}: has {schema.names.count(name)} columns {name!r}, and which one is meant cannot be told; "
-            "write it with other names"
+            f"{file.path}: has {schema.names.count(name)} columns {name!r}, which is ambiguous; rename them"
         )
     if config.transform is not None:
         return
     if config.text not in schema.names:
         raise InputError(
-            f"{file.path}: no column {config.text!r}, it has {', '.join(schema.names)}; name the right one with "
+            f"{file.path}: no column {config.text!r}, found {', '.join(schema.names)}; name the right one with "
             f"`sources.{file.source}.text`, or make the text with `sources.{file.source}.transform`"
         )
     kind = schema.field(config.text).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (_is_string(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{file.path}: column {config.text!r} is of type {kind}, expected strings; name another one")
+        raise InputError(
+            f"{file.path}: column {config.text!r} is of type {kind}, expected strings; name another column"
+        )
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -160,10 +163,10 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _records(batch: pa.RecordBatch) -> list[Any]:
-    """A dict, or BrokenRow if one of its strings is no UTF-8, for each row."""
+    """Return a dict for each row, or a BrokenRow if one of its strings is not UTF-8."""
     try:
         return list(batch.to_pylist())
-    except _PYARROW_ERRORS:  # a value that Python cannot hold, somewhere
+    except _PYARROW_ERRORS:  # one of the values has no Python equivalent
         columns = [[_value(value, name) for value in batch[name]] for name in batch.schema.names]
     records = (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
     return [next((value for value in of.values() if isinstance(value, BrokenRow)), of) for of in records]
@@ -175,13 +178,15 @@ def _value(scalar: pa.Scalar, column: str) -> Any:
     except UnicodeDecodeError:
         return BrokenRow(INVALID_UTF8)
     except _PYARROW_ERRORS as error:
-        return UnreadableValue(f"column {column!r} holds a {scalar.type} that Python cannot hold ({_reason_of(error)})")
+        return UnreadableValue(
+            f"column {column!r} has a {scalar.type} that Python cannot represent ({_reason_of(error)})"
+        )
 
 
 class UnreadableValue:
-    """A value beside the text that Python cannot hold: a time with nanoseconds, a date beyond the year 9999.
+    """A value that Python cannot represent: a time with nanoseconds, a date after the year 9999.
 
-    A hook that leaves it alone works; one that uses it raises the error that names it.
+    A hook that uses the value raises an error that names its column; other hooks are not affected.
     """
 
     def __init__(self, problem: str) -> None:
@@ -198,13 +203,13 @@ class UnreadableValue:
 
 
 def _strings(column: pa.Array) -> list[Any]:
-    """str, None for null, or BrokenRow for each row."""
+    """Return a str, None for null, or a BrokenRow, for each row."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type) or not len(column):
         return [None] * len(column)
     column = column.cast(pa.large_binary())
-    # By way of buffers: to_pylist() is ten times slower, and to_numpy() imports pandas.
+    # Through buffers: to_pylist() is ten times slower, and to_numpy() imports pandas.
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int64, len(column) + 1, offset=8 * column.offset).tolist()
     content = memoryview(data or b"")

@@ -29,10 +29,10 @@ class Batch:
     """Some rows of one file."""
 
     file: InputFile
-    rows: NDArray[np.int64]  # (N,) where each text stands
+    rows: NDArray[np.int64]  # (N,) the row of each text
     texts: list[str]
     rejections: list[Rejection]
-    not_objects: int = 0  # of the rejections: lines that are not JSON objects
+    not_objects: int = 0  # the number of rejections that are lines without a JSON object
 
     @property
     def line_counts(self) -> LineCounts:
@@ -44,10 +44,10 @@ class Batch:
 
 
 def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
-    """The unit's documents in chunks, in order.
+    """Read a unit's documents, in order and in chunks.
 
     Raises:
-        InputError: a file that is broken.
+        InputError: a file is broken, or a hook fails.
     """
     pending: list[Batch] = []
     characters = documents = 0
@@ -117,20 +117,20 @@ def _documents(batches: list[Batch]) -> Documents:
 
 
 class CutFiles:
-    """Files that are read in several parts: each is checked to hold JSON lines once all its parts have been read."""
+    """Check of files that are read in several parts: they must be JSON lines, counted over all parts of a file."""
 
     def __init__(self, units: Iterable[Unit]) -> None:
         self._remaining = Counter(part.file for unit in units for part in unit.parts if part.is_cut)
         self._counts: dict[InputFile, LineCounts] = {}
 
     def has_read(self, unit: Unit, line_counts: Mapping[str, LineCounts]) -> None:
-        """Take note of a unit that was read to its end.
+        """Record a unit that was read to its end, and check the files that it completes.
 
         Args:
-            line_counts: of its parts of such files, by file name.
+            line_counts: the counts of the unit's parts of such files, by file name.
 
         Raises:
-            InputError: a file that is not JSON lines.
+            InputError: a file is not JSON lines.
         """
         cut = [part.file for part in unit.parts if part.is_cut]
         for file in dict.fromkeys(cut):
@@ -143,7 +143,7 @@ class CutFiles:
 
 
 def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
-    """What to say of a source of which no document is left: `rejected` are counts by reason."""
+    """Return the error for a source without any usable document; `rejected` has counts by reason."""
     why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
     remedy = (
         f"name the right key with `sources.{source}.text`" if missing_text(config.text) in rejected else "fix the files"

@@ -24,10 +24,10 @@ _OPENED_AT_ONCE = 16
 
 
 def find_sources(sources: dict[str, SourceConfig]) -> dict[str, list[InputFile]]:
-    """The files of each source, sources and files by name.
+    """Return the files of each source, sources and files sorted by name.
 
     Raises:
-        UserError: a path that is not there, or with nothing readable below it.
+        UserError: a path does not exist, or has no readable file below it.
     """
     return {source: find_files(source, config.paths) for source, config in sorted(sources.items())}
 
@@ -35,13 +35,13 @@ def find_sources(sources: dict[str, SourceConfig]) -> dict[str, list[InputFile]]
 def plan_units(
     sources: dict[str, SourceConfig], *, unit_bytes: int, files: dict[str, list[InputFile]] | None = None
 ) -> tuple[Unit, ...]:
-    """All units in canonical order: sources by name, files by name, rows.
+    """Divide sources into units, in canonical order: by source, file and row.
 
     Args:
-        files: of each source, if they have been found already.
+        files: the files of each source, if they have been found already.
 
     Raises:
-        UserError: an empty source, or a file that cannot be opened.
+        UserError: a source is empty, or a file cannot be opened.
     """
     units: list[Unit] = []
     for source, of_source in (files or find_sources(sources)).items():
@@ -55,7 +55,7 @@ def plan_units(
 
 
 def _identity(part: Part) -> list[Any]:
-    """What the documents of a part follow from; not where it lies."""
+    """Return all that determines a part's documents, which its location does not."""
     file = part.file
     return [file.name, file.size, file.changed_ns, part.first_row, part.row_groups, part.byte_range]
 
@@ -69,13 +69,13 @@ def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) ->
         for file in files:
             yield from _parts(file, config, unit_bytes)
         return
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # what takes the time is waiting
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for S3
         for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes)), files):
             yield from parts
 
 
 def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
-    """The file's parts with their sizes, each about `unit_bytes` where the format can be cut."""
+    """Yield a file's parts with their sizes, about `unit_bytes` each if the format can be divided."""
     if file.suffix == ".parquet":
         yield from _row_group_parts(file, config, unit_bytes)
     elif file.suffix in LINES_SUFFIXES and file.size > unit_bytes and not is_remote(file.path):
@@ -97,7 +97,7 @@ def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> 
 
 
 def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Cut after the first line that ends at or beyond each multiple of `unit_bytes`."""
+    """Cut after the first line end that is at least `unit_bytes` from the cut before."""
     begin = row = first_row = at = 0
     with opened(file) as stream:
         while block := stream.read(_SCAN_BYTES):
@@ -114,7 +114,7 @@ def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
 
 
 def _group(parts: Iterable[tuple[Part, int]], unit_bytes: int) -> Iterator[list[tuple[Part, int]]]:
-    """Small parts together, in order, up to `unit_bytes`."""
+    """Group consecutive small parts up to `unit_bytes`."""
     group: list[tuple[Part, int]] = []
     total = 0
     for part, size in parts:

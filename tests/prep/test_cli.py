@@ -88,7 +88,7 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
-        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "at least 257 are needed"),
+        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "found 9, expected at least 257"),
         (
             ["train-tokenizer", "{recipe}", "--vocab-size", "260", "--to", "{recipe}/bpe"],
             "recipe.yaml/bpe: this folder of the tokenizer cannot be made, or not written to (Not a directory); mend "

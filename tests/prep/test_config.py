@@ -28,8 +28,8 @@ def test_by_default_there_is_a_worker_for_each_core(tmp_path):
     ("line", "message"),
     [
         ("pack_token: 9", "a.yaml: pack_token: unknown key; did you mean 'pack_tokens'"),
-        ("edges: [512, 256]", r"edges: found \[512, 256\], expected rising lengths"),
-        ("edges: []", "expected rising lengths"),
+        ("edges: [512, 256]", r"edges: found \[512, 256\], expected increasing lengths"),
+        ("edges: []", "expected increasing lengths"),
         ("edges: [9000]", "the largest is 9000, but a pack holds pack_tokens=8192"),
         ("validation: 1.5", "validation: found 1.5"),
         ("long_documents: cut", "long_documents: found 'cut'.*'split', 'truncate' or 'drop'"),

@@ -140,9 +140,9 @@ def test_another_key_may_hold_the_text(tmp_path):
         ("a.jsonl.bz2", bz2.compress(lines("x" * 99))[:-3], "broken bzip2"),
         ("a.jsonl.bz2", b"no bzip2", "broken bzip2"),
         ("a.jsonl.XZ", b"", "is empty"),
-        ("a.jsonl.gz", b"", "is empty, and not even an empty file is when compressed; download it again"),
+        ("a.jsonl.gz", b"", "is empty, which no compressed file is; download it again"),
         ("a.json.zst", b"", "is empty"),
-        ("a.json", b'[{"text": "one"},', "begins with '\\[' but is no JSON array"),
+        ("a.json", b'[{"text": "one"},', "begins with '\\[' but is not a JSON array"),
         ("a.parquet", b"PAR1 not really PAR1", "cannot be read as parquet .*; download it again"),
         ("a.parquet", b"", "cannot be read as parquet"),
     ],
@@ -175,13 +175,13 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
         (
             "a.json",
             json.dumps({"text": "one"}, indent=1).encode(),
-            "an object that goes on over lines: write one object",
+            "an object that spans several lines: write one object",
         ),
-        ("a.json", b'{"text": "one",\n "url": "u"}', "an object that goes on over lines"),
+        ("a.json", b'{"text": "one",\n "url": "u"}', "an object that spans several lines"),
         (
             "a.jsonl",
             b"<!DOCTYPE html>\n<title>404</title>",
-            "it begins with '<!DOCTYPE html>': write one object a line",
+            "it begins with '<!DOCTYPE html>': write one object per line",
         ),
         ("a.jsonl", (lines("x" * 99)[:80] + b"\n") * 2, 'it begins with \'{"text": "xxx'),
     ],
@@ -287,7 +287,7 @@ def test_an_array_that_is_too_long_is_an_error_before_it_is_read(tmp_path, monke
     monkeypatch.setattr(json_lines, "_MOST_ARRAY_BYTES", 1 << 20)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * (3 << 20) + b"]"))
     with pytest.raises(
-        InputError, match=r"a\.json\.gz: is one JSON array of more than 1 MiB, .* write one object a line"
+        InputError, match=r"a\.json\.gz: is one JSON array of more than 1 MiB, .* write one object per line"
     ):
         read(tmp_path / "a.json.gz")
 
@@ -310,7 +310,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
     reading = read_part(unit.parts[0], source)
     next(reading)
     os.truncate(file, 2_000_000)
-    with pytest.raises(InputError, match=r"a\.jsonl: has lost \d+ bytes since it was listed"):
+    with pytest.raises(InputError, match=r"a\.jsonl: is \d+ bytes shorter than when it was listed"):
         list(reading)
     with pytest.raises(UserError, match=r"a\.jsonl: has changed since it was listed"):
         list(read_part(unit.parts[0], source))

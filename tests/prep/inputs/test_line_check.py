@@ -31,13 +31,13 @@ CSV = b"id,text\n" + b"".join(b"%d,document\n" % number for number in range(60))
 CHINESE = "".join(json.dumps({"text": "床前明月光"}, ensure_ascii=False) + "\n" for _ in DOCUMENTS)
 
 OTHER_FILES = {
-    "pretty-printed": (PRETTY, "no line of it is a JSON object; it begins with an object that goes on over lines"),
+    "pretty-printed": (PRETTY, "no line of it is a JSON object; it begins with an object that spans several lines"),
     "array over lines": (
         ARRAY_OVER_LINES,
         "61 of its 62 lines are not JSON objects; the first of them begins with '[': let the name of a file that is "
         "one array end in .json",
     ),
-    "CSV": (CSV, "no line of it is a JSON object; it begins with 'id,text': write one object a line"),
+    "CSV": (CSV, "no line of it is a JSON object; it begins with 'id,text': write one object per line"),
     "GBK": (CHINESE.encode("gbk"), "no line of it is a JSON object; it is not UTF-8: convert it"),
     "UTF-16": (LINES.decode().encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     "gzip": (gzip.compress(LINES, mtime=0), "it is compressed with gzip: add .gz to its name"),

@@ -82,22 +82,22 @@ def test_a_value_that_python_cannot_hold_stops_only_hooks_that_use_it(tmp_path: 
     assert texts_of(tmp_path / "a.parquet", filter=f"{hooks}:keep") == ["zero", "one"]
     expected = f"{tmp_path}/a.parquet: row {0 if kind == 'an unknown time zone' else 1}: a hook of `sources.s` raised"
     refused = refusal(tmp_path / "a.parquet", transform=f"{hooks}:shows")
-    assert refused.startswith(f"{expected} InputError: column 'when' holds a ")
-    assert "that Python cannot hold (" in refused
+    assert refused.startswith(f"{expected} InputError: column 'when' has a ")
+    assert "that Python cannot represent (" in refused
 
 
 def test_a_hook_that_compares_such_a_value_is_named(tmp_path: Path, hooks: str) -> None:
     far = pa.array([300_000_000_000_000_000], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["x"], "when": far}), tmp_path / "a.parquet")
     refused = refusal(tmp_path / "a.parquet", filter=f"{hooks}:uses")
-    assert "row 0: a hook of `sources.s` raised InputError: column 'when' holds a timestamp[us]" in refused
+    assert "row 0: a hook of `sources.s` raised InputError: column 'when' has a timestamp[us]" in refused
 
 
 def test_two_columns_of_one_name_are_an_error_where_they_matter(tmp_path: Path, hooks: str) -> None:
     column = pa.array(["x"])
     pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_arrays([column] * 3, names=["text", "other", "other"]), tmp_path / "b.parquet")
-    expected = "has 2 columns {!r}, and which one is meant cannot be told; write it with other names"
+    expected = "has 2 columns {!r}, which is ambiguous; rename them"
     for more in ({}, {"filter": f"{hooks}:keep"}, {"transform": f"{hooks}:subclass"}):
         assert refusal(tmp_path / "a.parquet", **more) == f"{tmp_path}/a.parquet: {expected.format('text')}"
     assert texts_of(tmp_path / "b.parquet") == ["x"]
@@ -129,7 +129,7 @@ def test_encrypted_parquet_is_named_and_ends_no_process(tmp_path: Path, plaintex
     with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
     assert refusal(tmp_path / "a.parquet") == (
-        f"{tmp_path}/a.parquet: is encrypted parquet; decrypt it, or take it out of the source"
+        f"{tmp_path}/a.parquet: is encrypted parquet; decrypt it, or remove it from the source"
     )
 
 
@@ -251,7 +251,7 @@ def test_row_groups_become_parts_whose_rows_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "column", "message"),
     [
-        ("body", pa.array(["x"]), "no column 'text', it has id, body; name the right one with `sources.s.text`"),
+        ("body", pa.array(["x"]), "no column 'text', found id, body; name the right one with `sources.s.text`"),
         ("text", pa.array([1]), "column 'text' is of type int64, expected strings"),
     ],
 )

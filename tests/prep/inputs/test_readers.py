@@ -50,7 +50,9 @@ def test_a_disk_that_fails_is_no_broken_file(tmp_path, monkeypatch, name):
     whole = [text for batch in read_part(part, source) for text in batch.texts]
     assert whole == texts
     monkeypatch.setattr("prep.inputs.files._open_unbuffered", FailingFile)
-    wanted = r"cannot be read \(Input/output error\); finished work is kept, run the same command again when it can be"
+    wanted = (
+        r"cannot be read \(Input/output error\); finished work is kept, run the same command again once it can be read"
+    )
     with pytest.raises(UserError, match=wanted) as caught:
         list(read_part(part, source))
     assert str(caught.value).startswith(f"{tmp_path / name}: cannot")
