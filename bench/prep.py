@@ -37,7 +37,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 from prep.config import SourceConfig  # noqa: E402
 from prep.dataset.verification import verify  # noqa: E402
-from prep.inputs.units import plan_units, read_unit  # noqa: E402
+from prep.inputs.readers import read_unit  # noqa: E402
+from prep.inputs.units import plan_units  # noqa: E402
 from streaming_rwkv.tokenizer import load_tokenizer  # noqa: E402
 
 HERE = Path(__file__).parent

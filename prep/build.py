@@ -18,11 +18,12 @@ from prep.dataset.finished import find_local_manifest, find_manifest
 from prep.dataset.names import REJECTED_NAME, STATISTICS_NAME
 from prep.dataset.upload import Transfers, check_free, publish
 from prep.execution.context import BuildContext
-from prep.execution.engine import Run, start
+from prep.execution.engine import start
 from prep.execution.observer import Observer
 from prep.execution.resume import BuildState, build_state, check_resumable
 from prep.execution.steps import run_step
 from prep.execution.task_store import explained_write_errors, locked
+from prep.execution.tasks import Run
 from prep.execution.work_folder import (
     check_folder_is_no_input,
     clear_work,

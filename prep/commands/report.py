@@ -1,7 +1,8 @@
-"""`report`: what a data set holds, as one self-contained page and as the same figures in JSON."""
+"""`report`: a self-contained page about a data set, and its numbers as JSON."""
 
 from __future__ import annotations
 
+import argparse
 import html
 import itertools
 import json
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.commands.inspect import ShownPiece, shown_pieces
+from prep.commands.inspection import ShownPiece, shown_pieces
 from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
@@ -24,15 +25,21 @@ _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
 
 
+def run(options: argparse.Namespace) -> int:
+    """Write a data set's report and print its path; return the exit status."""
+    print(write_report(options.out, to=options.to))
+    return 0
+
+
 def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
-    """Write report.html and report.json into the folder `to` (by default the data set's own).
+    """Write report.html and report.json to the folder `to`, by default the data set's own.
 
     Raises:
-        DataError: no finished data set there, or one without its statistics.
-        UserError: the folder cannot be written to.
+        DataError: no finished data set, or one without its statistics.
+        UserError: the folder cannot be created or written to.
     """
     if to is None and is_remote(out):
-        raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
+        raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
@@ -53,11 +60,13 @@ def _statistics(data_set: DataSet) -> Statistics:
             return Statistics.model_validate_json(file.read_bytes())
     except DataError:
         pass
-    raise DataError(f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
+    raise DataError(
+        f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
+    )
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
-    """Everything that the page shows, as plain values."""
+    """Return all numbers of the page."""
     buckets = [bucket_name(lower, upper) for lower, upper in bucket_bounds(manifest.edges)]
     streams = [_stream_figures(stream, manifest) for stream in manifest.streams]
     fill: list[int] = [0] * statistics.fill_bins
@@ -78,7 +87,7 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
             "fill": _fill(manifest.streams, manifest),
         },
         "buckets": buckets,
-        "books": {source: counts.model_dump() for source, counts in manifest.counts.items()},
+        "counts": {source: counts.model_dump() for source, counts in manifest.counts.items()},
         "streams": streams,
         "lengths": {
             source: {
@@ -111,7 +120,7 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
 
 
 def sample_pieces(data_set: DataSet, manifest: Manifest) -> dict[str, list[ShownPiece]]:
-    """The first pieces of some streams of each source: from a short, and from a long bucket."""
+    """Return the first pieces of each source's shortest and longest bucket."""
     samples: dict[str, list[ShownPiece]] = {}
     for source in manifest.counts:
         streams = [stream for stream in manifest.select("train") if stream.source == source]
@@ -128,16 +137,16 @@ def sample_pieces(data_set: DataSet, manifest: Manifest) -> dict[str, list[Shown
 
 
 def report_page(figures: dict[str, Any], samples: dict[str, list[ShownPiece]], *, title: str) -> str:
-    """One HTML file without references to any other."""
-    sources = list(figures["books"])
+    """Return the page as HTML without references to other files."""
+    sources = list(figures["counts"])
     colors = dict(zip(sources, itertools.cycle(PALETTE)))
     sections = [
         ("Length of documents", _length_plots(figures, colors)),
         ("Tokens by bucket and source", _token_plot(figures, colors)),
-        ("How full the packs are", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
-        ("Where the documents went", _books_table(figures) + _rejection_plot(figures)),
+        ("Fill of packs", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
+        ("Documents and tokens by source", _documents_table(figures) + _rejection_plot(figures)),
         ("Streams", _streams_table(figures)),
-        ("As the model will see them", _samples(samples)),
+        ("Samples, as the model sees them", _samples(samples)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     return (
@@ -183,18 +192,18 @@ def _token_plot(figures: dict[str, Any], colors: dict[str, str]) -> str:
     return grouped_bars(tokens, colors=colors, x_name="bucket", y_name="tokens") + legend(colors)
 
 
-def _books_table(figures: dict[str, Any]) -> str:
+def _documents_table(figures: dict[str, Any]) -> str:
     rows = [
         [
             source,
-            books["documents_read"],
-            *(books["documents"][split] for split in SPLITS),
-            books["duplicates"],
-            sum(books["rejected"].values()),
-            books["targets_read"],
-            books["targets_cut"],
+            counts["documents_read"],
+            *(counts["documents"][split] for split in SPLITS),
+            counts["duplicates"],
+            sum(counts["rejected"].values()),
+            counts["targets_read"],
+            counts["targets_cut"],
         ]
-        for source, books in figures["books"].items()
+        for source, counts in figures["counts"].items()
     ]
     head = ["source", "read", *SPLITS, "duplicates", "rejected", "tokens read", "tokens cut"]
     return _table(head, rows, text_columns=1)
@@ -202,12 +211,12 @@ def _books_table(figures: dict[str, Any]) -> str:
 
 def _rejection_plot(figures: dict[str, Any]) -> str:
     drops: dict[str, int] = defaultdict(int)
-    for books in figures["books"].values():
-        drops["duplicate"] += books["duplicates"]
-        for reason, count in books["rejected"].items():
+    for counts in figures["counts"].values():
+        drops["duplicate"] += counts["duplicates"]
+        for reason, count in counts["rejected"].items():
             drops[reason] += count
     shown = {reason: count for reason, count in sorted(drops.items(), key=lambda item: -item[1]) if count}
-    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was left out.</p>"
+    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was rejected.</p>"
 
 
 def _streams_table(figures: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.inputs.units import Unit
+from prep.inputs.files import Unit
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 

@@ -20,13 +20,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from prep.execution.context import BuildContext
+from prep.execution.tasks import Run, Task
 from streaming_rwkv.config import UserError
 from streaming_rwkv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-Task = Callable[[BuildContext, Any, Callable[[Any], None]], Any]
-Run = Callable[[Task, Sequence[Any]], Iterator[tuple[int, Any]]]
 
 
 class WorkerError(UserError):

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prep.document import Rejection
-from prep.execution.reports import TokenizationProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizationProgress:
+    """The amounts read and tokenized since the last report."""
+
+    source: str
+    documents: int
+    text_bytes: int
+    tokens: int
 
 
 class Observer:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prep.document import Rejection
-from prep.execution.observer import Observer
-from prep.execution.reports import TokenizationProgress
+from prep.execution.observer import Observer, TokenizationProgress
 from streaming_rwkv.console import shown
 
 _REJECTIONS_SHOWN = 5

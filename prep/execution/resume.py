@@ -16,6 +16,7 @@ from typing import Any
 from prep.config import PrepConfig
 from prep.execution.task_store import WorkError
 from prep.inputs.files import InputFile, content_digest
+from prep.inputs.hooks import recipe_identity
 from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
@@ -52,7 +53,7 @@ class BuildState:
 def build_state(config: PrepConfig, tokenizer: TokenizerRecord, files: dict[str, list[InputFile]]) -> BuildState:
     """Return the state of a build that is about to start."""
     states = {state_key(file): [file.size, file.changed_ns] for of_source in files.values() for file in of_source}
-    values = {"format": FORMAT, "config": config.deciding(), "tokenizer": tokenizer.model_dump(), "files": states}
+    values = {"format": FORMAT, "config": recipe_identity(config), "tokenizer": tokenizer.model_dump(), "files": states}
     return BuildState(config=config, files=files, values=json.loads(json.dumps(values)))
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prep.execution.engine import Run, Task
 from prep.execution.observer import Observer
+from prep.execution.tasks import Run, Task
 
 
 def run_step(

@@ -21,7 +21,7 @@ from prep.execution.task_store import (
     WorkError,
     done_folder,
 )
-from prep.inputs.units import Unit
+from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import atomic_folder, write_atomically
 from streaming_rwkv.location import is_remote

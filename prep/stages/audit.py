@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.document import Documents, Rejection
-from prep.execution.observer import Observer
-from prep.execution.reports import AuditSample, TokenizationProgress
+from prep.execution.observer import Observer, TokenizationProgress
+from prep.execution.tasks import AuditSample
 from streaming_rwkv.config import UserError
 from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
 

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.execution.context import BuildContext, unit_task
-from prep.execution.engine import Run
 from prep.execution.intermediate import DUPLICATES_TASK, HASHES_NAME, read_hashes, write_duplicates
 from prep.execution.observer import Observer
-from prep.execution.reports import Report
 from prep.execution.steps import run_step
 from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_task_folder
+from prep.execution.tasks import Report, Run
 from prep.ragged import offsets_of
 from prep.stages.records import UnitRecord
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from prep.execution.context import BuildContext
-from prep.execution.engine import Run
 from prep.execution.observer import Observer
-from prep.execution.reports import Report
 from prep.execution.resume import state_key
 from prep.execution.steps import run_step
+from prep.execution.tasks import Report, Run
 from prep.inputs.files import InputFile, content_digest
 
 

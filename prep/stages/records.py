@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from prep.document import LineCounts
 from prep.execution.intermediate import Block
 from prep.execution.task_store import DoneRecord
-from prep.inputs.line_check import LineCounts
 from streaming_rwkv.config import Config
 from streaming_rwkv.shards import ShardRecord, Split, bucket_name, stream_path
 

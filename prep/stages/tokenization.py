@@ -17,7 +17,6 @@ import numpy as np
 from prep.dataset.names import REJECTED_NAME
 from prep.document import Documents, Rejection, content_hashes, in_validation
 from prep.execution.context import BuildContext, unit_task
-from prep.execution.engine import Run
 from prep.execution.intermediate import (
     HASHES_NAME,
     PIECES_NAME,
@@ -27,13 +26,14 @@ from prep.execution.intermediate import (
     write_blocks,
     write_hashes,
 )
-from prep.execution.observer import Observer
-from prep.execution.reports import Report, TokenizationProgress
+from prep.execution.observer import Observer, TokenizationProgress
 from prep.execution.steps import run_step
 from prep.execution.task_store import finish, load_done, temporary_task_folder
+from prep.execution.tasks import Report, Run
 from prep.execution.work_folder import mark_audited
-from prep.inputs.readers import FILTERED, TRANSFORMED_AWAY, InputError
-from prep.inputs.units import CutFiles, Unit, nothing_in, read_unit
+from prep.inputs.faults import FILTERED, TRANSFORMED_AWAY, InputError
+from prep.inputs.files import Unit
+from prep.inputs.readers import CutFiles, nothing_in, read_unit
 from prep.ragged import gather, offsets_of
 from prep.stages import buckets
 from prep.stages.audit import sample_for_audit

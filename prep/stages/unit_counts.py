@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.document import Rejection
+from prep.document import LineCounts, Rejection, add_counts
 from prep.execution.intermediate import Block, SortedPieces
-from prep.inputs.line_check import LineCounts, add_counts
-from prep.inputs.units import Unit
+from prep.inputs.files import Unit
 from prep.ragged import offsets_of
 from prep.stages.records import LENGTHS_PER_DOUBLING, StreamCount, UnitRecord
 

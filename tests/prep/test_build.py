@@ -20,7 +20,7 @@ from prep.dataset.shard_reader import read_shard
 from prep.dataset.verification import verify
 from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
 from prep.stages.audit import Audit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
@@ -279,7 +279,7 @@ def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_
 def test_an_empty_source_stops(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=r"sources\.corpus: no document in .*corpus; mend or remove the source"):
+    with pytest.raises(UserError, match=r"sources\.corpus: no document in .*corpus; fix the files or remove"):
         build(config())
 
 

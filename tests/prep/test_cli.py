@@ -35,7 +35,7 @@ def test_build_verify_inspect(recipe, tmp_path, capsys):
     assert main(["build", recipe, "seed=3"]) == 0
     assert "fingerprint" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert "whole; 1 streams, 1 packs" in capsys.readouterr().out
+    assert "OK; 1 streams, 1 packs" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out"), "--count", "1", "--skip", "1"]) == 0
     shown = capsys.readouterr().out
     assert "train/corpus/1-256 pack 0 document" in shown
@@ -88,7 +88,7 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
-        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "at least 257 are needed"),
+        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "found 9, expected at least 257"),
         (
             ["train-tokenizer", "{recipe}", "--vocab-size", "260", "--to", "{recipe}/bpe"],
             "recipe.yaml/bpe: this folder of the tokenizer cannot be made or written to (Not a directory); fix "

@@ -54,7 +54,7 @@ def test_files_are_hashed_only_where_size_is_equal_and_time_is_not(config, corpu
 
 
 def test_an_object_that_was_written_again_is_compared_by_its_etag(config, s3_place, tmp_path):
-    files._bucket.cache_clear()
+    files.bucket_store.cache_clear()
     store = open_store(s3_place)
     store.put_bytes(b'{"text": "x"}\n', "a.jsonl")
     sources = {"corpus": {"paths": s3_place}}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.commands.convert import convert
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
 from streaming_rwkv.config import UserError
 
 
@@ -34,10 +34,10 @@ def test_a_folder_becomes_a_folder_of_the_same_shape(tmp_path, write_lines):
 
 def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_lines):
     write_lines(tmp_path / "in" / "a.jsonl", ["one"])
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
     write_lines(tmp_path / "in" / "a.jsonl", ["two"])
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
@@ -45,16 +45,16 @@ def test_what_is_there_of_another_key_is_converted_anew(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "one", "text": "two"}\n{"title": "three"}\n')
     to = tmp_path / "out"
     wanted = [({"no 'text'": 1}, False), ({"no 'text'": 1}, True), ({}, False)]
-    for (rejected, was_there), text in zip(wanted, ["text", "text", "title"], strict=True):
+    for (rejected, existed), text in zip(wanted, ["text", "text", "title"], strict=True):
         (file,) = convert(str(tmp_path / "a.jsonl"), to, text=text)
-        assert (file.rejected, file.was_there) == (rejected, was_there)
+        assert (file.rejected, file.existed) == (rejected, existed)
     assert pq.read_table(to / "a.parquet")["text"].to_pylist() == ["one", "three"]
 
 
 def test_an_older_source_is_another_source(tmp_path, write_lines):
     for text, changed in (("one", 2_000_000_000), ("two", 1_000_000_000)):
         os.utime(write_lines(tmp_path / "a.jsonl", [text]), (changed, changed))
-        assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+        assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
@@ -63,14 +63,14 @@ def test_what_is_there_and_broken_is_converted_anew(tmp_path, write_lines, conte
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.parquet").write_bytes(content)
-    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
 def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     pq.write_table(pa.table({"x": [1]}), tmp_path / "out" / "a.parquet")
-    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
 def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monkeypatch):
@@ -88,8 +88,8 @@ def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monk
 def test_a_colon_in_a_path_is_no_protocol(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     monkeypatch.chdir(tmp_path)
-    for was_there in (False, True):
-        assert [file.was_there for file in convert("a.jsonl", "v:1")] == [was_there]
+    for existed in (False, True):
+        assert [file.existed for file in convert("a.jsonl", "v:1")] == [existed]
     with (tmp_path / "v:1" / "a.parquet").open("rb") as file:
         assert pq.read_table(file)["text"].to_pylist() == ["one"]
 

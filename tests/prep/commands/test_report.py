@@ -70,7 +70,7 @@ def test_the_figures_are_the_manifests(finished, tmp_path):
     assert figures["totals"]["documents_read"] == 82
     assert sum(figures["lengths"]["corpus"].values()) == 81  # before deduplication
     assert sum(figures["fill"].values()) == figures["totals"]["packs"]
-    assert figures["books"]["corpus"]["rejected"] == {"'text' is not a string": 1}
+    assert figures["counts"]["corpus"]["rejected"] == {"'text' is not a string": 1}
 
 
 def test_without_a_data_set_or_its_statistics(finished, tmp_path):

@@ -238,9 +238,9 @@ def test_a_local_data_set_is_uploaded(local, store, capsys):
     assert main(["upload", str(local), store.location]) == 0
     assert objects_of(store) == files_of(local)
     assert main(["upload", str(local), store.location]) == 0
-    assert "already there, nothing to do" in capsys.readouterr().out
+    assert "already uploaded, nothing to do" in capsys.readouterr().out
     assert main(["verify", store.location]) == 0
-    assert "whole; " in capsys.readouterr().out
+    assert "OK; " in capsys.readouterr().out
 
 
 def test_a_damaged_data_set_is_not_uploaded(local, store, tmp_path):

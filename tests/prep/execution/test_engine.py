@@ -12,9 +12,8 @@ import pytest
 from prep.build import build
 from prep.execution.context import BuildContext
 from prep.execution.engine import start
-from prep.execution.observer import Observer
-from prep.execution.reports import TokenizationProgress
-from prep.inputs.readers import InputError
+from prep.execution.observer import Observer, TokenizationProgress
+from prep.inputs.faults import InputError
 from prep.inputs.units import plan_units
 from streaming_rwkv.config import UserError
 

@@ -12,8 +12,8 @@ from prep.commands.dry_run import count, count_table
 from prep.commands.tables import document_table, stream_table
 from prep.document import Rejection
 from prep.execution import progress
+from prep.execution.observer import TokenizationProgress
 from prep.execution.progress import observing
-from prep.execution.reports import TokenizationProgress
 
 
 def run(console: Console) -> None:

@@ -27,7 +27,7 @@ def proxy(s3_server) -> Iterator[FaultProxy]:
 @pytest.fixture
 def mixed(s3_server, s3_place, write_lines, tmp_path) -> str:
     """A corpus in a folder, and the same in a bucket."""
-    files._bucket.cache_clear()
+    files.bucket_store.cache_clear()
     root = tmp_path / "corpus"
     write_lines(root / "a.jsonl", [f"line {number}" for number in range(400)])
     write_lines(root / "deep" / "b.json.gz", ["two"])
@@ -82,7 +82,9 @@ def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path, cap
     for path in paths:
         found = [file.name for file in files.find_files("s", [mixed + path])]
         assert found == [file.name for file in files.find_files("s", [f"{tmp_path}/corpus{path}"])], path
-        remote, local = [record.getMessage() for record in caplog.records if record.name == "prep.inputs.files"] or [
+        remote, local = [
+            record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"
+        ] or [
             "",
             "",
         ]
@@ -118,7 +120,9 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mi
     recipe = config(sources={"corpus": {"paths": mixed}})
     names = ("a.jsonl", "deep/b.json.gz", "c.parquet")
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_bucket", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=4)))
+        patched.setattr(
+            files, "bucket_store", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=4))
+        )
         for name in names:
             proxy.clear()
             proxy.add(Fault(kind="silent", method="GET", path=name))

@@ -9,7 +9,8 @@ import socket
 
 import pytest
 
-from prep.inputs.files import InputFile, _glob_pattern, find_files, opened
+from prep.inputs.discovery import _glob_pattern, find_files
+from prep.inputs.files import InputFile, opened
 from streaming_rwkv.config import UserError
 
 
@@ -129,7 +130,9 @@ def test_globs_in_a_bucket_are_those_of_a_folder(tree, pattern):
 
 def test_a_file_that_changes_between_listing_and_the_end_is_an_error(tree):
     (file,) = find_files("s", [str(tree / "b")])
-    changed = r"b/1\.jsonl\.zst: has changed since it was listed: 13 bytes then, 14 now; wait until nothing writes it"
+    changed = (
+        r"b/1\.jsonl\.zst: has changed since it was listed: 13 bytes then, 14 now; wait until no program writes to it"
+    )
     with pytest.raises(UserError, match=changed), opened(file) as stream:  # noqa: PT012  # at the end of the block
         assert stream.read() == b"x" * 13
         with open(file.path, "ab") as more:
@@ -161,7 +164,7 @@ def test_a_folder_with_brackets_gives_names_as_any_other(tree):
 
 def test_a_name_that_is_not_utf8_is_an_error(tree):
     (tree / os.fsdecode("文.jsonl".encode("gbk"))).write_bytes(b"")
-    with pytest.raises(UserError, match=r"\\xce\\xc4\.jsonl': a name that is not UTF-8"):
+    with pytest.raises(UserError, match=r"\\xce\\xc4\.jsonl': its name is not UTF-8"):
         names(tree, "")
 
 
@@ -173,7 +176,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree):
 
 
 def not_read(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.files"]
+    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"]
 
 
 def write(root, *files):
@@ -259,5 +262,5 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_refused_at_once(tree):
     (file,) = find_files("s", [str(tree / "b")])
     os.unlink(file.path)
     os.mkfifo(file.path)
-    with pytest.raises(UserError, match=r"1\.jsonl\.zst: has become a named pipe, socket or device"), opened(file):
+    with pytest.raises(UserError, match=r"1\.jsonl\.zst: was replaced by a named pipe, socket or device"), opened(file):
         raise AssertionError("never read")
