@@ -72,7 +72,7 @@ def counts(**changes: object) -> SourceCounts:
     return SourceCounts(**(values | changes))
 
 
-def test_buckets_lie_side_by_side():
+def test_buckets_are_adjacent():
     assert bucket_bounds([256, 512, 2048]) == [(1, 256), (257, 512), (513, 2048)]
 
 
@@ -88,7 +88,7 @@ def test_a_streams_folder():
     assert manifest().streams[0].path == "train/c4/1-256"
 
 
-def test_a_manifest_survives_its_file(tmp_path):
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
     (tmp_path / "manifest.json").write_bytes(manifest().to_json())
     again = read_manifest(tmp_path)
     assert again == manifest()
@@ -141,7 +141,7 @@ def test_no_manifest_means_no_finished_data_set(tmp_path):
         (manifest().to_json().replace(b"{", b'{"edgse": 1,', 1), "edgse: unknown key; did you mean 'edges'"),
     ],
 )
-def test_a_manifest_that_cannot_be_read_says_why(content, message):
+def test_an_invalid_manifest_is_refused_with_the_reason(content, message):
     with pytest.raises(DataError, match=f"^here: {message}"):
         parse_manifest(content, where="here")
 
@@ -162,7 +162,7 @@ def test_a_source_outside_the_data_set_is_refused(name):
         parse_manifest(json.dumps(content).encode(), where="here")
 
 
-def test_books_balance():
+def test_counts_balance():
     assert counts().imbalance() is None
     assert counts(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
     assert counts(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
@@ -188,7 +188,7 @@ def pack(lengths: list[int], tokens: int, **changes: object) -> dict[str, object
     return whole | changes
 
 
-def test_a_pack_by_the_contract():
+def test_a_valid_pack_passes():
     check_pack(pack([2, 4], 6), pack_tokens=4, vocab_size=97, where="here")
 
 

@@ -15,7 +15,7 @@ from prep.commands.inspection import ShownPiece, shown_pieces
 from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
-from prep.stages.statistics import Statistics
+from prep.stages.distributions import Statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.location import is_remote

@@ -19,9 +19,9 @@ from prep.dataset.upload import Transfers
 from prep.execution.context import BuildContext, unit_task
 from prep.execution.task_store import done_folder
 from prep.inputs.hooks import recipe_identity
+from prep.stages.distributions import statistics_bytes
 from prep.stages.packing import shard_format
 from prep.stages.records import PackedWindow, UnitRecord, Window, WindowRecord
-from prep.stages.statistics import statistics_bytes
 from streaming_rwkv.filesystem import atomic_file, fsync, write_atomically
 from streaming_rwkv.shards import (
     FORMAT,

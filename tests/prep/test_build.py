@@ -30,7 +30,7 @@ LENGTHS = [0, 1, 2, 254, 255, 256, 257, 258, 2046, 2047, 2048, 2049, 2050, 4096,
 
 
 def text_of(tokens: int, *, seed: int) -> str:
-    """A text of exactly so many tokens in the test tokenizer: digits are never merged."""
+    """Return a text of the given number of tokens in the test tokenizer: digits are never merged."""
     return "".join(str(digit) for digit in np.random.default_rng(seed).integers(0, 10, tokens))
 
 
@@ -174,7 +174,7 @@ def test_manifest_counts_are_those_of_the_shards(config, write_lines, tmp_path):
 # --- long documents ---
 
 
-def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
+def test_truncate_drops_the_remainder_and_counts_it(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="truncate")).manifest
     counts = manifest.counts["corpus"]
@@ -250,7 +250,9 @@ def test_on_error_stop_stops_at_the_first(config, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, tmp_path, monkeypatch):
+def test_on_error_stop_does_not_stop_at_documents_rejected_by_the_configuration(
+    config, write_lines, tmp_path, monkeypatch
+):
     hooks = (
         "def keep(record): return record['text'] != 'b'\ndef text(record): return record['text'].strip('c') or None\n"
     )
@@ -283,7 +285,7 @@ def test_an_empty_source_stops(config, tmp_path):
         build(config())
 
 
-def test_a_source_of_which_nothing_is_left_says_why(config, tmp_path):
+def test_a_source_without_usable_documents_is_refused_with_the_reasons(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b'{"text": 5}\n')
     with pytest.raises(UserError, match=r"no document in .*; rejected: 1 \('text' is not a string\)"):
@@ -312,7 +314,7 @@ def test_a_finished_data_set_is_left_alone(config, write_lines, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_another_configuration_over_it_is_refused_saying_what_changed(config, write_lines, tmp_path):
+def test_another_configuration_over_a_finished_data_set_is_refused_with_the_changes(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     build(config())
     with pytest.raises(WorkError) as caught:
@@ -324,7 +326,7 @@ def test_another_configuration_over_it_is_refused_saying_what_changed(config, wr
     assert "choose another `out=`" in message
 
 
-def test_changed_input_is_refused_saying_what_changed(config, write_lines, tmp_path):
+def test_changed_input_under_a_finished_data_set_is_refused_with_the_changes(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     write_lines(tmp_path / "corpus" / "b.jsonl", ["two"])
     build(config())
@@ -339,7 +341,7 @@ def test_changed_input_is_refused_saying_what_changed(config, write_lines, tmp_p
     assert "files/corpus/c.jsonl: new" in message
 
 
-def test_a_copied_data_set_is_finished_too(config, write_lines, tmp_path):
+def test_a_data_set_copied_without_its_work_folder_is_finished(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     build(config())
     shutil.rmtree(tmp_path / "out" / ".prep")
@@ -348,7 +350,7 @@ def test_a_copied_data_set_is_finished_too(config, write_lines, tmp_path):
         build(config(seed=18))
 
 
-def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_path):
+def test_a_folder_with_unexpected_files_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
@@ -356,7 +358,7 @@ def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_pa
         build(config())
 
 
-def test_a_data_set_among_its_own_input_is_refused(config, write_lines, tmp_path):
+def test_a_data_set_inside_its_own_input_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     with pytest.raises(
         WorkError, match=r"out: is inside \S+/corpus, which sources\.corpus reads; choose another `out=`"
@@ -364,7 +366,7 @@ def test_a_data_set_among_its_own_input_is_refused(config, write_lines, tmp_path
         build(config(out=str(tmp_path / "corpus" / "out")))
 
 
-def test_a_place_that_cannot_be_a_folder_is_refused(config, write_lines, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
@@ -405,7 +407,7 @@ def raise_the_last_id(texts, ids, offsets):
     ids[offsets[-2] + 1 :] += 1
 
 
-def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
+def test_a_difference_from_the_reference_encodes_everything_again_with_it(
     config, write_lines, tmp_path, monkeypatch, caplog
 ):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
@@ -421,7 +423,7 @@ def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def test_units_without_a_difference_in_their_sample_are_made_again_too(config, write_lines, tmp_path, monkeypatch):
+def test_units_without_a_difference_in_their_sample_are_encoded_again_too(config, write_lines, tmp_path, monkeypatch):
     for name in "ab":
         write_lines(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
 
@@ -439,8 +441,8 @@ def test_units_without_a_difference_in_their_sample_are_made_again_too(config, w
     assert not (tmp_path / "out" / ".prep" / "by-reference").exists()
 
 
-def test_a_kill_does_not_decide_by_which_library_ids_are_made(config, write_lines, tmp_path, monkeypatch):
-    """One that is killed when a unit is done, but before its sample was compared."""
+def test_a_kill_does_not_hide_a_difference_from_the_reference(config, write_lines, tmp_path, monkeypatch):
+    """The build is killed when a unit is finished and its sample is not compared yet."""
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
     build(config(out=str(tmp_path / "right")))
     alter_fast(monkeypatch, raise_the_last_id)
@@ -481,7 +483,7 @@ def unaudited(mkdir):
     return without
 
 
-def test_of_long_documents_the_beginning_is_compared(config, write_lines, tmp_path, monkeypatch, caplog):
+def test_the_audit_compares_the_beginning_of_long_documents(config, write_lines, tmp_path, monkeypatch, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789" * 100])
 
     def alter(texts, ids, offsets):
@@ -501,11 +503,11 @@ def test_a_count_uses_the_reference_too(config, write_lines, tmp_path, monkeypat
     alter_fast(monkeypatch, alter)
     (record,) = count(config())
     assert (record.documents, record.rejected) == (2, {})
-    assert "all texts are encoded with the reference" in caplog.text
+    assert "all texts are encoded again with the reference" in caplog.text
 
 
 def sentencepiece_without(character: str, folder: Path) -> Path:
-    """A BPE with byte fallback as Llama 2 has it; `character` has no token of its own, so its byte stands for it."""
+    """Return a BPE with byte fallback, like Llama 2's; `character` has no token and is encoded as its byte."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     tokens += [chr(code) for code in range(0x21, 0x7F) if chr(code) != character]
     made = Tokenizer(
@@ -560,7 +562,7 @@ def byte_level_without_capitals(file: Path) -> Path:
     return file
 
 
-def test_documents_with_a_byte_that_has_no_token_are_left_out_for_that(config, write_lines, tmp_path, caplog):
+def test_documents_with_a_byte_that_has_no_token_are_rejected(config, write_lines, tmp_path, caplog):
     file = byte_level_without_capitals(tmp_path / "tokenizer.json")
     write_lines(tmp_path / "corpus" / "a.jsonl", ["the fox", "the Fox", "ABBA", "中文"])
     built = build(config(tokenizer=str(file), eos_token="</s>")).manifest
@@ -587,7 +589,7 @@ def test_merges_that_are_dropped_by_chance_are_not(config, write_lines, tokenize
     assert [stream.shards for stream in dropping.streams] == [stream.shards for stream in plain.streams]
 
 
-def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_are_rejected(
+def test_a_tokenizer_that_only_hugging_face_can_encode_builds_and_false_ends_are_rejected(
     config, write_lines, tmp_path
 ):
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
@@ -639,7 +641,7 @@ def test_verify_finds_a_missing_shard(finished):
         (lambda values: values["streams"].pop(), "do not hold the documents and targets of the manifest's counts"),
     ],
 )
-def test_verify_finds_a_manifest_that_says_something_else(finished, change, message):
+def test_verify_finds_a_manifest_that_does_not_match(finished, change, message):
     out, _ = finished
     values = json.loads((out / "manifest.json").read_bytes())
     change(values)

@@ -58,7 +58,7 @@ def lay_out(folder: Path, long_text: str) -> tuple[list[str], dict[str, int]]:
 @pytest.mark.parametrize(
     "megabytes", [1, pytest.param(50, marks=pytest.mark.slow)], ids=lambda megabytes: f"{megabytes}MB-on-one-line"
 )
-def test_books_under_everything(config, tmp_path, long_documents, megabytes):
+def test_counts_balance_for_every_kind_of_document(config, tmp_path, long_documents, megabytes):
     long_text = "0123456789 " * (megabytes * 1_000_000 // 11)
     fine, broken = lay_out(tmp_path / "corpus", long_text)
     counts = build(config(long_documents=long_documents, validation=0.3, split_seed=1)).manifest.counts["corpus"]

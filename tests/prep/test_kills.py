@@ -31,11 +31,11 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def corpus(tmp_path, write_lines) -> Path:
-    """Many units of different kinds: some seconds of work in small steps."""
-    draw = random.Random(0)
+    """A corpus of many units of different kinds: some seconds of work in small steps."""
+    rng = random.Random(0)
     words = ["alpha", "beta", "床前", "明月光", "def f():\n", "0123456789", "🎉", " "]
     for number in range(24):
-        texts = ["".join(draw.choices(words, k=draw.choice([3, 30, 300, 2000]))) for _ in range(40)]
+        texts = ["".join(rng.choices(words, k=rng.choice([3, 30, 300, 2000]))) for _ in range(40)]
         write_lines(tmp_path / "corpus" / f"{number:02}.jsonl{'.gz' if number % 2 else ''}", [*texts, *texts[:3]])
     return tmp_path / "corpus"
 
@@ -69,7 +69,7 @@ def expected(corpus: Path, tokenizer_folder: Path, recipe: Callable[..., Path], 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokenizer_folder, tmp_path):
+def test_a_build_killed_at_random_moments_gives_the_same_bytes(corpus, recipe, tokenizer_folder, tmp_path):
     wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
     file = recipe(tmp_path / "timed")
     begun = time.monotonic()
@@ -77,7 +77,7 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
         assert process.wait() == 0, process.stderr.read()
     whole_run = time.monotonic() - begun
 
-    draw = random.Random(1)
+    rng = random.Random(1)
     kills = builds = 0
     while kills < 20:
         out = tmp_path / f"killed{builds}"
@@ -87,9 +87,9 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
             is_empty, begun = not out.exists(), time.monotonic()
             with started(recipe(out)) as process:
                 try:
-                    finished = process.wait(timeout=draw.uniform(0.3, 1.0) * whole_run) == 0
+                    finished = process.wait(timeout=rng.uniform(0.3, 1.0) * whole_run) == 0
                     assert finished, process.stderr.read()
-                    if is_empty:  # the first run was slow: else all would end before their kill
+                    if is_empty:  # the first run may have been slow; later ones would then end before their kill
                         whole_run = min(whole_run, time.monotonic() - begun)
                 except subprocess.TimeoutExpired:
                     kill(process)
@@ -99,7 +99,7 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
 
 
 @pytest.mark.slow
-def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
+def test_workers_end_with_the_main_process(recipe, tmp_path):
     with started(recipe(tmp_path / "out")) as process:
         wait_for(lambda: len(workers(process.pid)) == 2)
         os.kill(process.pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
+def test_the_death_of_a_worker_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
     wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
     file = recipe(tmp_path / "out")
     with started(file) as process:
@@ -122,7 +122,7 @@ def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tok
     assert content(tmp_path / "out") == wanted
 
 
-# --- what a start finds ---
+# --- starts after an interruption ---
 
 
 class Stop(Exception):

@@ -89,7 +89,7 @@ def name_of(path: str, store: Store) -> str:
     return path.partition("?")[0].removeprefix(f"/{store.bucket}/{store.prefix}/")
 
 
-# --- what a build leaves there ---
+# --- a finished build ---
 
 
 def test_a_build_into_a_bucket_gives_the_bytes_of_a_local_one(remote, local, store, tmp_path):
@@ -103,7 +103,7 @@ def test_a_build_into_a_bucket_gives_the_bytes_of_a_local_one(remote, local, sto
     assert verify(store.location) == built.manifest
 
 
-def test_shards_go_up_first_and_the_manifest_last(remote, store, s3_server, monkeypatch):
+def test_shards_are_uploaded_first_and_the_manifest_last(remote, store, s3_server, monkeypatch):
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         build(remote())
@@ -168,7 +168,7 @@ def test_the_work_folder_is_in_the_cache_by_default(recipe, monkeypatch):
         recipe(out="/y", work="/x")
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
@@ -181,7 +181,7 @@ def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
     assert objects_of(store) == before
 
 
-def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remote, store, tmp_path):
+def test_another_remote_data_set_is_refused_even_with_work_of_this_recipe(remote, store, tmp_path):
     class Killed(Observer):
         def step(self, name, *, totals, in_bytes=False):
             raise KeyboardInterrupt
@@ -195,7 +195,7 @@ def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remot
     assert objects_of(store) == before
 
 
-def test_a_local_data_set_is_no_place_to_work_in(remote, recipe, tmp_path):
+def test_a_local_data_set_is_refused_as_work_folder(remote, recipe, tmp_path):
     build(recipe(out=str(tmp_path / "mine")))
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     with pytest.raises(WorkError, match=r"mine: holds a finished data set of its own; choose an empty `work=`"):
@@ -211,7 +211,7 @@ def test_other_objects_are_left_alone(remote, store, name):
     assert list(store.list()) == [name]
 
 
-def test_a_bucket_that_is_not_there_is_noticed_before_the_work(remote, tmp_path):
+def test_a_missing_bucket_is_noticed_before_the_work(remote, tmp_path):
     with pytest.raises(StorageError, match="NoSuchBucket: there is no such bucket"):
         build(remote(out="s3://no-such-bucket/x"))
     assert not (tmp_path / "work" / ".prep" / "done").exists()
@@ -224,7 +224,7 @@ def test_wrong_credentials_are_noticed_before_the_work(remote, monkeypatch, caps
     assert not (tmp_path / "work" / ".prep" / "done").exists()
 
 
-def test_what_an_unfinished_build_with_other_settings_left_is_removed(remote, local, store, tmp_path):
+def test_objects_of_an_unfinished_build_with_other_settings_are_removed(remote, local, store, tmp_path):
     store.put_bytes(b"another build's", "train/corpus/1-32/shard.00999.mds.zstd")
     store.put_bytes(b"another build's", "train/corpus/1-32/shard.00000.mds.zstd")
     build(remote())
@@ -291,7 +291,7 @@ def test_unexpected_files_are_not_uploaded(local, store, tmp_path, name):
     assert store.list() == {}
 
 
-def test_pages_and_hidden_files_stay_here(local, store, tmp_path):
+def test_report_pages_and_hidden_files_are_not_uploaded(local, store, tmp_path):
     received = shutil.copytree(local, tmp_path / "received")
     for name in ("report.html", "report.json", ".DS_Store", "tokenizer/.DS_Store"):
         (received / name).write_text("mine")
@@ -307,7 +307,7 @@ def test_another_data_set_is_not_overwritten_by_an_upload(local, store, recipe, 
     assert objects_of(store) == files_of(local)
 
 
-def test_an_upload_goes_on_without_sending_twice(local, store, s3_server, monkeypatch):
+def test_a_resumed_upload_sends_no_object_twice(local, store, s3_server, monkeypatch):
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         proxy.add(Fault(kind="status", status=403, method="PUT", skip=7))
@@ -337,7 +337,7 @@ def damage(server: S3Server, store: Store, name: str) -> None:
         client.put_object(**key, Body=bytes(content), Metadata=client.head_object(**key)["Metadata"])
 
 
-def test_verify_finds_what_was_damaged_or_lost_there(local, store, s3_server):
+def test_verify_finds_damaged_and_missing_objects(local, store, s3_server):
     upload(local, store.location)
     shard = next(name for name in store.list() if name.endswith(".zstd"))
     damage(s3_server, store, shard)

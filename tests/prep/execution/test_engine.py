@@ -47,7 +47,7 @@ def test_every_engine_gives_the_same_bytes(config, corpus, tmp_path, engine):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("engine", [{"workers": 2}, {"engine": "ray", "workers": 2}], ids=str)
-def test_a_users_error_in_a_worker_comes_back_as_it_is(config, corpus, engine):
+def test_a_user_error_in_a_worker_is_raised_unchanged(config, corpus, engine):
     (corpus / "9.jsonl.gz").write_bytes(b"no gzip, and long enough not to be taken for the end of one")
     with pytest.raises(InputError, match=r"9\.jsonl\.gz: broken gzip"):
         build(config(**SMALL, **engine))
@@ -85,7 +85,7 @@ def test_progress_reaches_the_observer(config, corpus, engine):
 
 def doubled(context: BuildContext, item: int, report: object) -> int:
     if item == 13:
-        raise KeyError("a mistake of our own")
+        raise KeyError("a bug of our own")
     return 2 * item
 
 
@@ -97,16 +97,16 @@ def context_of(config: object, corpus: Path) -> BuildContext:
     return BuildContext(config=made, units=tuple(plan_units(made.sources, unit_bytes=1 << 20)), vocab_size=320)
 
 
-def test_processes_answer_with_the_items_index(config, corpus):
+def test_processes_yield_each_items_index_and_result(config, corpus):
     with start(context_of(config, corpus), on_report=lambda report: None) as run:
         assert sorted(run(doubled, [5, 6, 7, 8, 9])) == [(0, 10), (1, 12), (2, 14), (3, 16), (4, 18)]
         assert sorted(run(doubled, [1])) == [(0, 2)]
         assert list(run(doubled, [])) == []
 
 
-def test_a_mistake_in_a_worker_is_raised_here(config, corpus):
+def test_a_bug_in_a_worker_is_raised_in_the_main_process(config, corpus):
     with (
-        pytest.raises(KeyError, match="a mistake of our own"),
+        pytest.raises(KeyError, match="a bug of our own"),
         start(context_of(config, corpus), on_report=lambda report: None) as run,
     ):
         list(run(doubled, [1, 13, 2]))

@@ -34,7 +34,7 @@ def test_a_terminal_has_a_bar_for_each_source():
         assert expected in shown
 
 
-def test_a_log_has_lines(monkeypatch):
+def test_progress_in_a_log_is_lines(monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     console = Console(file=io.StringIO(), width=160)
     run(console)
@@ -54,7 +54,7 @@ def test_the_first_rejections_of_a_reason_are_shown():
     assert lines[-1].endswith("further ones are only listed in rejected.jsonl")
 
 
-def test_of_further_rejections_a_dry_run_has_no_list():
+def test_a_dry_run_only_counts_further_rejections():
     console = Console(file=io.StringIO(), width=200)
     with observing(console, are_listed=False) as observer:
         for row in range(9):
