@@ -263,7 +263,7 @@ def test_a_link_is_not_followed_by_an_upload(local, store, tmp_path, name):
     (received / name).symlink_to(tmp_path / "secret")
     with pytest.raises(WorkError) as raised:
         upload(received, store.location)
-    assert str(raised.value).startswith(f"{received}/{name}: is a symbolic link, and an upload sends regular files")
+    assert str(raised.value).startswith(f"{received}/{name}: is a symbolic link; an upload sends regular files")
     assert store.list() == {}
 
 
