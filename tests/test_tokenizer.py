@@ -199,9 +199,9 @@ def test_a_world_vocabulary_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "0 lines, and 256 of the 256 single bytes are no tokens"),
-        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are no tokens \(the first is 0x64\)"),
-        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are no tokens \(the first is 0x61\)"),
+        ([], "0 lines, and 256 of the 256 single bytes are not tokens"),
+        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are not tokens \(the first is 0x64\)"),
+        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are not tokens \(the first is 0x61\)"),
         ([*world_lines(), "-1 'xyz' 3"], r":259: found \"-1 'xyz' 3\", expected an id from 1 to 65535"),
         ([*world_lines(), "0 'xyz' 3"], "expected an id from 1 to 65535"),
         ([*world_lines(), "65536 'xyz' 3"], "expected an id from 1 to 65535"),
@@ -559,7 +559,7 @@ for name in ("some/other", "tok"):
     )
     name, error, local_error = done.stdout.splitlines()
     assert name == "some/model"
-    assert error.startswith("tokenizer 'some/other': neither a local folder nor to be had from the Hugging Face hub")
+    assert error.startswith("tokenizer 'some/other': not a local folder, and the Hugging Face hub does not provide it")
     assert "huggingface-cli login" in error
     assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, nor to be had from")
     assert "train-tokenizer RECIPE --vocab-size N --to tok" in local_error
