@@ -561,7 +561,7 @@ for name in ("some/other", "tok"):
     assert name == "some/model"
     assert error.startswith("tokenizer 'some/other': not a local folder, and the Hugging Face hub does not provide it")
     assert "huggingface-cli login" in error
-    assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, nor to be had from")
+    assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, and the Hugging Face hub does not")
     assert "train-tokenizer RECIPE --vocab-size N --to tok" in local_error
 
 
