@@ -103,8 +103,9 @@ def run(options: argparse.Namespace) -> int:
             streams = selected(
                 manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
             )
-            pieces = shown_pieces(data_set, manifest, streams)
-            for piece in itertools.islice(pieces, options.skip, options.skip + options.count):
+            end = options.skip + options.count
+            # Without a variable for the generator: it must be closed before the data set is.
+            for piece in itertools.islice(shown_pieces(data_set, manifest, streams), options.skip, end):
                 print(shown(str(piece), lines=True))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has ended

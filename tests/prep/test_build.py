@@ -281,7 +281,9 @@ def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_
 def test_an_empty_source_stops(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=r"sources\.corpus: no document in .*corpus; fix the files or remove"):
+    with pytest.raises(
+        UserError, match=r"sources\.corpus: no document in .*corpus; fix the files or remove the source"
+    ):
         build(config())
 
 

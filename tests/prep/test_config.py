@@ -1,4 +1,4 @@
-"""What a YAML may say, and what is answered if it says something else."""
+"""Recipes: defaults, and errors for wrong settings."""
 
 from __future__ import annotations
 

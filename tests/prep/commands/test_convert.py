@@ -1,4 +1,4 @@
-"""JSON to parquet, folder to folder."""
+"""Conversion of folders of JSON to folders of parquet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_folder_becomes_a_folder_of_the_same_shape(tmp_path, write_lines):
     assert pq.read_table(tmp_path / "out" / "deep" / "c4-train.0.parquet")["text"].to_pylist() == ["three"]
 
 
-def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_lines):
+def test_a_converted_file_is_skipped_until_its_source_changes(tmp_path, write_lines):
     write_lines(tmp_path / "in" / "a.jsonl", ["one"])
     assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
     assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
@@ -41,7 +41,7 @@ def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_li
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
-def test_what_is_there_of_another_key_is_converted_anew(tmp_path):
+def test_another_key_converts_again(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "one", "text": "two"}\n{"title": "three"}\n')
     to = tmp_path / "out"
     wanted = [({"no 'text'": 1}, False), ({"no 'text'": 1}, True), ({}, False)]
@@ -59,7 +59,7 @@ def test_an_older_source_is_another_source(tmp_path, write_lines):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut off"])
-def test_what_is_there_and_broken_is_converted_anew(tmp_path, write_lines, content):
+def test_a_broken_target_is_converted_again(tmp_path, write_lines, content):
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.parquet").write_bytes(content)
@@ -73,7 +73,7 @@ def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
     assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
-def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monkeypatch):
+def test_leftovers_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     started = (
         "import os, pyarrow.parquet as pq, prep.commands.convert as c\nc._texts = lambda *_: os.kill(os.getpid(), 9)\n"
@@ -85,7 +85,7 @@ def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monk
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.parquet"]
 
 
-def test_a_colon_in_a_path_is_no_protocol(tmp_path, write_lines, monkeypatch):
+def test_a_path_may_contain_a_colon(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     monkeypatch.chdir(tmp_path)
     for existed in (False, True):
@@ -124,7 +124,7 @@ def test_a_broken_file_leaves_no_half_a_parquet(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_files_that_would_meet_are_refused(tmp_path, write_lines):
+def test_files_with_one_target_are_refused(tmp_path, write_lines):
     write_lines(tmp_path / "a.jsonl", ["one"])
     write_lines(tmp_path / "a.json.gz", ["two"])
     with pytest.raises(UserError, match=r"a\.json\.gz, a\.jsonl would all become .*a\.parquet"):

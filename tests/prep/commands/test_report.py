@@ -1,4 +1,4 @@
-"""The page and its figures."""
+"""The report's page and numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_END_TAG = {"meta"}
 
 
 class Checker(html.parser.HTMLParser):
-    """Every tag is closed, and nothing is loaded from elsewhere."""
+    """Check that every tag is closed and that nothing is loaded from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def finished(config, write_lines, tmp_path):
     return build(config(validation=0.2)).manifest
 
 
-def test_the_page_is_whole_and_stands_alone(finished, tmp_path):
+def test_the_page_is_complete_and_self_contained(finished, tmp_path):
     page = write_report(tmp_path / "out")
     assert page == tmp_path / "out" / "report.html"
     checker = Checker()

@@ -379,4 +379,4 @@ def test_inspect_and_report(local, store, capsys, tmp_path):
     assert main(["report", store.location, "--to", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a" / "report.json").read_bytes() == (tmp_path / "b" / "report.json").read_bytes()
     assert main(["report", store.location]) == 1
-    assert "name a folder for it with `--to FOLDER`" in capsys.readouterr().err
+    assert "name a local folder with `--to FOLDER`" in capsys.readouterr().err

@@ -19,7 +19,7 @@ BAD_BYTE = b'{"text": "%b", "url": "http://x/\xff"}'
 def read(
     path: Path, *, unit_bytes: int = 1 << 20, **config: object
 ) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """((row, text) of the documents, (row, reason) of the rejections)."""
+    """Return (row, text) of the documents and (row, reason) of the rejections."""
     source = SourceConfig(paths=[str(path)], **config)
     texts, rejections = [], []
     for unit in plan_units({"s": source}, unit_bytes=unit_bytes):

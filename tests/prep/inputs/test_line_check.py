@@ -1,4 +1,4 @@
-"""Files that are no JSON lines, however they are cut."""
+"""Files that are not JSON lines, however they are divided into units."""
 
 from __future__ import annotations
 

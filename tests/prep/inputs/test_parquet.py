@@ -1,4 +1,4 @@
-"""Parquet that pyarrow cannot read, or Python cannot hold: one error that names file, row and column."""
+"""Parquet: kinds of columns, row groups, and errors that name file, row and column."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_value_that_python_cannot_hold_stops_only_hooks_that_use_it(tmp_path: Path, hooks: str, kind: str) -> None:
+def test_a_value_that_python_cannot_represent_stops_only_hooks_that_use_it(
+    tmp_path: Path, hooks: str, kind: str
+) -> None:
     try:
         UNREADABLE[kind].to_pylist()
     except Exception:  # noqa: BLE001  # whatever it is: the reader must cope
@@ -105,7 +107,7 @@ def test_two_columns_of_one_name_are_an_error_where_they_matter(tmp_path: Path, 
 
 
 class _PlainKeys(encryption.KmsClient):
-    """A key service without keys, for writing files that nobody decrypts."""
+    """A key service that does not encrypt keys, for files that are never decrypted."""
 
     def __init__(self, _: object) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def test_a_part_reads_by_itself(tmp_path):
 
 
 class FailingFile(io.FileIO):
-    """A disk that gives the first 64 kB and the last ones, and nothing between."""
+    """A disk that can only read the first and the last 64 KiB of a file."""
 
     def readinto(self, buffer):
         if 1 << 16 <= self.tell() < os.fstat(self.fileno()).st_size - (1 << 16):

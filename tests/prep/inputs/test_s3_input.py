@@ -26,7 +26,7 @@ def proxy(s3_server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def mixed(s3_server, s3_place, write_lines, tmp_path) -> str:
-    """A corpus in a folder, and the same in a bucket."""
+    """Create a corpus in a folder, and a copy in a bucket."""
     files.bucket_store.cache_clear()
     root = tmp_path / "corpus"
     write_lines(root / "a.jsonl", [f"line {number}" for number in range(400)])
