@@ -149,7 +149,7 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
             )
         )  # fmt: skip
     manifest = Manifest(
-        format=FORMAT, pack_tokens=pack_tokens, edges=list(EDGES), tokenizer=tokenizer.record(), config={}, books={},
+        format=FORMAT, pack_tokens=pack_tokens, edges=list(EDGES), tokenizer=tokenizer.record(), config={}, counts={},
         streams=records,
     )  # fmt: skip
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -106,7 +106,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             kind="huggingface", name="random", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0
         ),
         config={},
-        books={},
+        counts={},
         streams=records,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -37,7 +37,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 from prep.config import SourceConfig  # noqa: E402
 from prep.dataset.verification import verify  # noqa: E402
-from prep.inputs.units import plan_units, read_unit  # noqa: E402
+from prep.inputs.readers import read_unit  # noqa: E402
+from prep.inputs.units import plan_units  # noqa: E402
 from streaming_rwkv.tokenizer import load_tokenizer  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -247,7 +248,7 @@ def check_tokens(out: Path, options: argparse.Namespace) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     theirs = [np.fromfile(file, dtype) for file in sorted((out / "datatrove" / "tokens").glob("*.ds"))]
     manifest = verify(out / "prep")
-    ours = sum(book.targets_read for book in manifest.books.values())
+    ours = sum(book.targets_read for book in manifest.counts.values())
     found = sum(len(ids) for ids in theirs)
     if ours != found:
         raise SystemExit(f"prep has {ours:,} tokens and ends, datatrove {found:,}: not the same work, no comparison")

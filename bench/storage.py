@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from prep.dataset.finished import StoredPlace
+from prep.dataset.finished import RemoteDataSet
 from prep.dataset.upload import Transfers
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import Store, open_store
@@ -112,7 +112,7 @@ def upload_ours(store: Store, prefix: str, files: list[Path], hashes: dict[str, 
 
 def download_ours(store: Store, prefix: str, hashes: dict[str, str], scratch: Path) -> None:
     """As `prep verify` does it: each file checked, some ahead, none kept."""
-    place = StoredPlace(store=store, folder=scratch)
+    place = RemoteDataSet(store=store, folder=scratch)
     for _ in place.files([(f"{prefix}/{name}", sha256) for name, sha256 in hashes.items()]):
         pass
 

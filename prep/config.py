@@ -1,28 +1,24 @@
-"""What a user writes in yamls/prep/NAME.yaml."""
+"""The recipe of a data set: the settings that yamls/prep/NAME.yaml may contain."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
 
-from prep.execution.task_store import WORK_FOLDER
-from prep.inputs.hook_code import code_digest
-from streaming_rwkv.config import Config, LoadedConfig, UserError
+from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import check_source_name
 
-# Neither where the data lie nor how many processes work on them decides what comes out.
-_NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
+WORK_FOLDER = ".prep"  # in the folder where this machine writes
+# Settings that do not affect the output: locations, the number of processes, checks.
+NOT_DECIDING = {"out", "work", "workers", "engine", "on_error", "audit_bytes"}
 
 
 class SourceConfig(Config):
@@ -54,10 +50,10 @@ class SourceConfig(Config):
             raise ValueError(f"found {name!r}, expected module:function, e.g. my_hooks:keep")
         return name
 
-    def deciding(self) -> dict[str, Any]:
-        """What decides, with the files' content, which documents there are."""
-        hooks = {hook: _hook_identity(getattr(self, hook)) for hook in ("filter", "transform")}
-        return self.model_dump(exclude={"paths"}) | hooks
+    @property
+    def has_hooks(self) -> bool:
+        """True if the source's records are filtered or transformed."""
+        return self.filter is not None or self.transform is not None
 
 
 class PrepConfig(LoadedConfig):
@@ -66,45 +62,51 @@ class PrepConfig(LoadedConfig):
     out: str
     """The data set's folder, or s3://bucket/path."""
     work: str | None = None
-    """With out=s3://…: the folder for unfinished work and for shards on their way; by default one of its own in
-    ~/.cache/streaming-rwkv/prep. It must be the same when an interrupted build goes on, or the work is done again."""
+    """With out=s3://…: the local folder for unfinished work and for shards that are not uploaded yet; by default a
+    subfolder of ~/.cache/streaming-rwkv/prep. Resuming an interrupted build needs the same folder; with another one all
+    work is repeated."""
     tokenizer: str
     """`rwkv-world`, a folder, a tokenizer.json, or a name on the Hugging Face hub."""
     bos_token: str | None = None
+    """The token that begins each document; by default the one that the tokenizer's files name."""
     eos_token: str | None = None
+    """The token that ends each document; by default the one that the tokenizer's files name."""
     sources: dict[str, SourceConfig] = Field(min_length=1)
+    """Corpora by name; a name becomes part of the shards' paths."""
 
     edges: list[int] = Field(default=[256, 512, 768, 1024, 1280, 1536, 1792, 2048])
-    """Upper lengths (inputs) of the buckets; a longer document is cut at the largest."""
+    """The upper length of each bucket, in inputs; documents longer than the largest are cut at it."""
     pack_tokens: int = Field(default=8192, ge=1)
-    """The most inputs in one pack."""
+    """The maximum number of inputs in a pack."""
     validation: float = Field(default=0.005, ge=0, lt=1)
-    """The fraction of documents, by their content's hash, that goes to the validation split."""
+    """The fraction of documents in the validation split; a hash of the text selects them."""
     split_seed: int = Field(default=0, ge=0, lt=1 << 64)
-    """Which documents those are."""
+    """Random seed that selects the validation documents."""
     seed: int = Field(default=17, ge=0, lt=1 << 64)
-    """The order in which packs are written."""
+    """Random seed of the order in which packs are written."""
     long_documents: Literal["split", "truncate", "drop"] = "split"
+    """How to treat documents longer than the largest edge: cut into pieces, keep the first piece, or reject."""
     deduplicate: Literal["exact", "none"] = "exact"
-    """`exact`: of documents with equal text, over all sources, the first is kept (sources by name, files by path)."""
+    """`exact` keeps the first of all documents with equal text, across sources (sources by name, files by path)."""
     on_error: Literal["skip", "stop"] = "skip"
-    """What a broken line or document does; a broken file always stops the build."""
+    """`skip` counts broken documents, `stop` stops at the first. A broken file always stops the build."""
 
     compression_level: int = Field(default=1, ge=1, le=22)
-    """zstd's. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
+    """The compression level of zstd. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
     shard_bytes: int = Field(default=72 << 20, ge=1 << 10, lt=1 << 32)
-    """The most uncompressed bytes in a shard. The default holds a full window: 2²⁴ tokens of 4 bytes, and columns."""
+    """The maximum uncompressed size of a shard. The default holds a full window: 2²⁴ tokens of 4 bytes, and columns."""
     unit_bytes: int = Field(default=1 << 23, ge=1)
-    """Input for one unit of work, where the format can be cut there."""
+    """The approximate amount of input in a unit of work; formats that cannot be divided make larger units."""
     window_tokens: int = Field(default=1 << 24, ge=1)
-    """Tokens of one bucket that are packed together: what bounds the memory of packing."""
+    """The number of tokens of a bucket that are packed together; bounds the memory of packing."""
 
     workers: int | None = Field(default=None, ge=1)
-    """Processes; by default one for each core."""
+    """The number of processes; by default one per core."""
     engine: Literal["processes", "ray"] = "processes"
+    """Run units of work in processes on this machine, or as Ray tasks."""
     audit_bytes: int = Field(default=1 << 15, ge=0)
-    """Text of each unit on which the fast tokenizer is compared with the one that defines the ids; beyond 4,096 units
-    of a sample of about so many."""
+    """Bytes of text per unit that are re-encoded with the reference tokenizer as a check. Above 4,096 units, about
+    4,096 of them are sampled."""
 
     _location = field_validator("out")(checked_location)
 
@@ -124,7 +126,7 @@ class PrepConfig(LoadedConfig):
     @classmethod
     def _edges_rise(cls, edges: list[int]) -> list[int]:
         if not edges or edges[0] < 1 or any(left >= right for left, right in itertools.pairwise(edges)):
-            raise ValueError(f"found {edges}, expected rising lengths such as [256, 512, 1024]")
+            raise ValueError(f"found {edges}, expected increasing lengths such as [256, 512, 1024]")
         return edges
 
     @model_validator(mode="after")
@@ -141,13 +143,13 @@ class PrepConfig(LoadedConfig):
         if self.work is not None and (is_remote(self.work) or not is_remote(self.out)):
             raise ValueError(
                 f"work: found {self.work!r} with out={self.out}; expected a local folder, and only with out=s3://…: "
-                "otherwise the work is done in the data set's own folder"
+                "otherwise unfinished work is kept in the data set's own folder"
             )
         return self
 
     @property
     def folder(self) -> Path:
-        """Where this machine writes: the data set's folder, or the work folder of one in object storage."""
+        """The folder to which this machine writes: the data set's, or for one in object storage a local work folder."""
         if not is_remote(self.out):
             return Path(self.out).expanduser()
         if self.work is not None:
@@ -162,43 +164,3 @@ class PrepConfig(LoadedConfig):
     @property
     def worker_count(self) -> int:
         return self.workers or usable_cores()
-
-    def deciding(self) -> dict[str, Any]:
-        """The part that decides the output: what a manifest records, and what must not change under a build."""
-        values = self.model_dump(exclude=_NOT_DECIDING)
-        values["sources"] = {name: source.deciding() for name, source in sorted(self.sources.items())}
-        return self.with_interpolations(values)
-
-
-def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
-    """Import `module:function`, the current folder included.
-
-    Raises:
-        UserError: no such module or function, no Python, or whatever the module raises.
-    """
-    module_name, _, function_name = name.partition(":")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        hook: Callable[[dict[str, Any]], Any] = getattr(importlib.import_module(module_name), function_name)
-    except SyntaxError as error:
-        raise UserError(f"hook {name!r}: {error.filename}, line {error.lineno}: {error.msg}; mend it") from error
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
-        ) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the module is a user's, and may end the program too
-        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; mend it") from error
-    if not callable(hook):
-        raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
-    return hook
-
-
-def _hook_identity(name: str | None) -> str | None:
-    """The hook's name and the content of its module and its helpers: an edited hook gives other documents."""
-    if name is None:
-        return None
-    load_hook(name)
-    return f"{name} (sha256 {code_digest(name.partition(':')[0])[:16]})"

@@ -1,20 +1,19 @@
-"""Documents: their texts, stable keys, content hashes, and which split they belong to."""
+"""Documents: their texts, stable keys, content hashes and splits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from prep.inputs.line_check import LineCounts
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
-    """A document that cannot be used: where it stands and why."""
+    """A document that cannot be used, with its place and the reason."""
 
     source: str
     file: str
@@ -25,6 +24,29 @@ class Rejection:
         return f"{self.file}: row {self.row}: {self.reason}"
 
 
+class LineCounts(NamedTuple):
+    """Counts of the lines of a file, or of a part of it."""
+
+    lines: int  # without blank ones
+    not_objects: int
+
+    def plus(self, other: LineCounts) -> LineCounts:
+        return LineCounts(self.lines + other.lines, self.not_objects + other.not_objects)
+
+    @property
+    def are_json_lines(self) -> bool:
+        """True if at least half of them are JSON objects."""
+        return 2 * self.not_objects <= self.lines
+
+
+def add_counts(counts: Iterable[tuple[str, LineCounts]]) -> dict[str, LineCounts]:
+    """Add up counts by file name."""
+    sums: dict[str, LineCounts] = {}
+    for name, of_part in counts:
+        sums[name] = sums.get(name, LineCounts(0, 0)).plus(of_part)
+    return sums
+
+
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """N documents as a reader yields them, in the order of the input."""
@@ -32,18 +54,18 @@ class Documents:
     source: str
     texts: list[str]
     keys: NDArray[np.uint64]  # (N,)
-    rows: NDArray[np.int64]  # (N,) where each stands in its file
+    rows: NDArray[np.int64]  # (N,) the row of each in its file
     files: list[str]  # names of the files
     file_of: NDArray[np.int64]  # (N,) index into `files`
-    rejections: list[Rejection]  # what was read besides them
-    line_counts: dict[str, LineCounts]  # by file; of a parquet file its rows
+    rejections: list[Rejection]  # rows that were read but cannot be used
+    line_counts: dict[str, LineCounts]  # by file; for a parquet file, counts of its rows
 
     @property
     def read(self) -> int:
         return len(self.texts) + len(self.rejections)
 
     def without(self, reasons: dict[int, str]) -> Documents:
-        """Leave out the documents at these indices, each for its reason."""
+        """Return the documents without those at the given indices, which become rejections with these reasons."""
         kept = [index for index in range(len(self.texts)) if index not in reasons]
         rejections = [
             Rejection(
@@ -65,15 +87,15 @@ class Documents:
 
 
 def document_keys(source: str, file: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(N,) a 64-bit hash of (source, file, row): the same document has it in every build.
+    """Return (N,) 64-bit hashes of (source, file, row), which are the same in every build.
 
-    `file` is relative to the source's folder, so moving a corpus changes no key.
+    `file` is relative to the source's folder, so moving a corpus does not change keys.
     """
     return mix(rows.astype(np.uint64), seed=xxhash.xxh3_64_intdigest(f"{source}\0{file}".encode()))
 
 
 def mix(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:
-    """SplitMix64's output for each value: a seeded bijection of 64 bits that looks random."""
+    """Return SplitMix64 of each value: a seeded, random-looking bijection of 64 bits."""
     mixed = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -81,16 +103,16 @@ def mix(values: NDArray[np.uint64], *, seed: int) -> NDArray[np.uint64]:
 
 
 def content_hashes(encoded: Sequence[bytes], *, seed: int) -> NDArray[np.uint64]:
-    """(N, 2) the 128-bit XXH3 of each text's UTF-8: equal texts, equal hashes."""
+    """Return (N, 2) the 128-bit XXH3 of each encoded text, as two 64-bit numbers."""
     digest = xxhash.xxh3_128_digest
     joined = b"".join([digest(text, seed) for text in encoded])
     return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def in_validation(hashes: NDArray[np.uint64], *, fraction: float) -> NDArray[np.bool_]:
-    """(N,) which documents belong to the validation split.
+    """Return (N,) True for documents of the validation split.
 
-    Only the text decides, so neither order nor workers nor files that are added move a document, and equal texts
-    never lie on both sides.
+    Only the text decides: a document keeps its split in any order, with any number of workers and when files are added,
+    and equal texts are in the same split.
     """
     return hashes[:, 0] < np.uint64(int(fraction * 2**64))

@@ -1,4 +1,4 @@
-"""Runs of values of different length within one flat array."""
+"""Ragged arrays: runs of values of different lengths in one flat array."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T", bound=np.generic)
 
 
 def gather(values: NDArray[T], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[T]:
-    """`values[start : start + length]` of every run, one after another. Runs may overlap and come in any order."""
-    if len(starts):  # neighbours that lie in a row are one run: each costs as much as a thousand bytes
+    """Concatenate `values[start : start + length]` of all runs, which may overlap and be in any order."""
+    if len(starts):  # adjacent runs are joined: a run costs as much time as a thousand bytes
         begins = np.concatenate([[True], starts[1:] != starts[:-1] + lengths[:-1]])
         starts, lengths = starts[begins], np.add.reduceat(lengths, np.nonzero(begins)[0])
-    # By way of buffers: pa.array() and to_numpy() would import pandas, half a second in every process.
+    # Through buffers: pa.array() and to_numpy() would import pandas, which takes half a second per process.
     child = pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
     buffers = [None, pa.py_buffer(np.ascontiguousarray(starts)), pa.py_buffer(np.ascontiguousarray(lengths))]
     views = pa.Array.from_buffers(pa.large_list_view(child.type), len(starts), buffers, children=[child])
@@ -25,7 +25,7 @@ def gather(values: NDArray[T], starts: NDArray[np.int64], lengths: NDArray[np.in
 
 
 def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """(N + 1,) where each run begins if they lie one after another, and where the last one ends."""
+    """Return (N + 1,) the begin of each run in their concatenation, and the end of the last."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets

@@ -1,15 +1,15 @@
-"""THE ON-DISK CONTRACT: what `prep` writes, what training reads, and how either knows that it is whole.
+"""The on-disk contract between `prep`, which writes data sets, and training, which reads them.
 
-    {out}/manifest.json                      written last; its hash is the data set's fingerprint
+    {out}/manifest.json                      written last; the data set's fingerprint is computed from it
     {out}/tokenizer/                         the tokenizer's own files: a data set is complete in itself
-    {out}/{split}/{source}/{bucket}/         one stream: index.json and shard.NNNNN.mds.zstd, as Streaming has it
+    {out}/{split}/{source}/{bucket}/         one stream: index.json and shard.NNNNN.mds.zstd, as Streaming reads them
 
 One MDS sample is one *pack*: pieces of documents of one bucket of one source, at most `pack_tokens` inputs.
 
     column    type               meaning, P = pieces in the pack
     tokens    (S,) uint16|uint32 the stored tokens of all pieces, one after another, unpadded
     lengths   (P,) uint32        stored tokens of each piece; they add up to S
-    starts    (P,) uint32        where in its document the piece's first input stands; 0 where a document begins
+    starts    (P,) uint32        position of the piece's first input in its document; 0 where a document begins
     bytes     (P,) uint32        UTF-8 bytes of text behind the targets of each piece
     keys      (P,) uint64        stable key of the document (source, file, row)
 
@@ -17,7 +17,7 @@ A document of text tokens t1 … tn is stored as [bos, t1 … tn, eos]. A piece 
 (all but its last) and m - 1 targets (all but its first). Consecutive pieces of a long document share one token,
 so every text token and one end per document is a target exactly once. docs/contract.md has a worked example.
 
-This module imports neither torch nor streaming: `prep`'s workers and training both stand on it.
+This module imports neither torch nor streaming: the workers of `prep` import it, and so does training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 
-FORMAT = "streaming-rwkv/1"
+FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -49,12 +49,12 @@ class DataError(UserError):
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The narrowest stored type that holds every token id below `vocab_size`."""
+    """Return the narrowest stored type that holds every token id below `vocab_size`."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def columns(vocab_size: int) -> dict[str, str]:
-    """MDS column encodings, sorted by name as MDSWriter sorts them."""
+    """Return the MDS encoding of each column, sorted by name as MDSWriter sorts them."""
     return {
         "bytes": "ndarray:uint32",
         "keys": "ndarray:uint64",
@@ -65,25 +65,25 @@ def columns(vocab_size: int) -> dict[str, str]:
 
 
 def bucket_name(lower: int, upper: int) -> str:
-    """Folder of the bucket that holds lengths `lower` … `upper`, both included."""
+    """Return the folder name of the bucket with lengths `lower` … `upper`, both included."""
     return f"{lower}-{upper}"
 
 
 def bucket_bounds(edges: Sequence[int]) -> list[tuple[int, int]]:
-    """[(1, 256), (257, 512), …] from the upper edges [256, 512, …]."""
+    """Return [(1, 256), (257, 512), …] for the upper edges [256, 512, …]."""
     return [(previous + 1, edge) for previous, edge in zip([0, *edges[:-1]], edges, strict=True)]
 
 
 def stream_path(split: str, source: str, bucket: str) -> str:
-    """Folder of a stream below the data set, with forward slashes as object keys have them."""
+    """Return a stream's folder below the data set, with forward slashes as in object keys."""
     return f"{split}/{source}/{bucket}"
 
 
 def check_source_name(name: str) -> str:
-    """A source's name if it can be a folder's, wherever it is written.
+    """Return the name of a source if it can be the name of a folder.
 
     Raises:
-        ValueError: it cannot; `../` or an absolute path would lead out of a data set, or out of a reader's cache.
+        ValueError: it cannot be; `../` or an absolute path would lead out of a data set, or out of a reader's cache.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(f"found {name!r}, expected a folder name: letters, digits, '_', '-' and '.'")
@@ -91,25 +91,26 @@ def check_source_name(name: str) -> str:
 
 
 class ShardRecord(Config):
-    """One shard file: the compressed bytes as they lie on disk, and what they expand to."""
+    """One shard file: its compressed bytes as stored, and the raw bytes that they expand to."""
 
     basename: str
     bytes: PositiveInt
     sha256: str
     raw_bytes: PositiveInt
+    raw_sha256: str
     packs: PositiveInt
 
     @field_validator("basename")
     @classmethod
     def _plain(cls, name: str) -> str:
-        # A reader joins this with its cache folder: `../` or an absolute path would write outside it.
+        # A reader appends this to its cache folder: `../` or an absolute path would write outside it.
         if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise ValueError(f"found {name!r}, expected a plain file name without folders")
         return name
 
 
 def shard_records(index: bytes) -> list[ShardRecord]:
-    """The shards that an index.json of MDS lists, as its stream's record has them.
+    """Parse an index.json of MDS into the shard records of its stream.
 
     Raises:
         ValueError, KeyError, TypeError: not an index of compressed MDS shards with sha256 hashes.
@@ -120,6 +121,7 @@ def shard_records(index: bytes) -> list[ShardRecord]:
             bytes=shard["zip_data"]["bytes"],
             sha256=shard["zip_data"]["hashes"]["sha256"],
             raw_bytes=shard["raw_data"]["bytes"],
+            raw_sha256=shard["raw_data"]["hashes"]["sha256"],
             packs=shard["samples"],
         )
         for shard in json.loads(index)["shards"]
@@ -147,7 +149,7 @@ class StreamRecord(Config):
     def _adds_up(self) -> StreamRecord:
         if self.lower > self.upper:
             raise ValueError(f"{self.path}: lower is {self.lower}, above upper {self.upper}")
-        # The order of packs is planned with the stream's number, and read with those of its shards.
+        # The order of packs is planned with the stream's count, and packs are read with the counts of its shards.
         if (packs := sum(shard.packs for shard in self.shards)) != self.packs:
             raise ValueError(f"{self.path}: found {self.packs} packs, but its shards have {packs} in all")
         return self
@@ -166,7 +168,7 @@ class StreamRecord(Config):
 
 
 class TokenizerRecord(Config):
-    """Which tokenizer made the tokens; `sha256` is over what decides the ids."""
+    """The tokenizer that made the tokens; `sha256` covers everything that decides the ids."""
 
     kind: Literal["huggingface", "rwkv-world"]
     name: str
@@ -183,8 +185,8 @@ class TokenizerRecord(Config):
         return self
 
 
-class SourceBooks(Config):
-    """Where every document and every target of a source went; `targets` counts text tokens and ends."""
+class SourceCounts(Config):
+    """Counts of a source's documents and targets, read and written; targets are text tokens and ends of documents."""
 
     documents_read: NonNegativeInt
     documents: dict[Split, NonNegativeInt]
@@ -196,7 +198,7 @@ class SourceBooks(Config):
     targets_cut: NonNegativeInt  # by `long_documents: truncate`; 0 otherwise
 
     def imbalance(self) -> str | None:
-        """What does not add up, or None."""
+        """Return a description of the counts that do not add up, or None."""
         documents = sum(self.documents.values()) + self.duplicates + sum(self.rejected.values())
         if documents != self.documents_read:
             return f"{self.documents_read} documents read, {documents} accounted for"
@@ -207,14 +209,14 @@ class SourceBooks(Config):
 
 
 class Manifest(Config):
-    """What a data set holds. Written last: where it stands, the data set is whole."""
+    """The contents of a data set. It is written last: a data set with a manifest is complete."""
 
     format: str
     pack_tokens: PositiveInt
     edges: list[PositiveInt] = Field(min_length=1)
     tokenizer: TokenizerRecord
     config: dict[str, Any]  # the prep configuration, as far as it decides the output
-    books: dict[str, SourceBooks]  # by source
+    counts: dict[str, SourceCounts]  # by source
     streams: list[StreamRecord]
 
     @field_validator("edges")
@@ -239,20 +241,31 @@ class Manifest(Config):
         return self
 
     def to_json(self) -> bytes:
-        """The canonical bytes: equal manifests are equal files."""
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        """Return the canonical bytes: equal manifests are equal files."""
+        return _canonical_json(self.model_dump())
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the canonical bytes: names this data set in checkpoints and errors."""
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """Identify this data set in checkpoints and errors, whatever version of zstandard compressed its shards.
+
+        The sha256 of the manifest's canonical bytes, without the sizes and hashes that depend on compression: those
+        of compressed shards, and of the indexes that list them. The shards' raw bytes count, through `raw_sha256`.
+        """
+        values = self.model_dump(
+            exclude={"streams": {"__all__": {"index_sha256": True, "shards": {"__all__": {"bytes", "sha256"}}}}}
+        )
+        return hashlib.sha256(_canonical_json(values)).hexdigest()
 
     def select(self, split: Split) -> list[StreamRecord]:
         return [stream for stream in self.streams if stream.split == split]
 
 
+def _canonical_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
 def parse_manifest(content: bytes, *, where: str) -> Manifest:
-    """Check and build a manifest from its bytes.
+    """Parse and check the content of a manifest.json.
 
     Raises:
         DataError: not JSON, another format, or fields that are missing, unknown or of the wrong kind.
@@ -267,7 +280,8 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(
-            f"{where}: format {found!r}, this version reads {FORMAT!r}; rebuild with `python -m prep build`"
+            f"{where}: found format {found!r}, but this version reads {FORMAT!r}; rebuild the data set with "
+            "`python -m prep build RECIPE`, after removing this one or with another `out=`"
         )
     try:
         return validate(Manifest, values, where=where)
@@ -276,10 +290,10 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a local data set.
+    """Read the manifest of a local data set.
 
     Raises:
-        DataError: none there (nothing was built, or the build did not finish), or not valid.
+        DataError: there is none (nothing was built, or the build did not finish), or it is not valid.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -305,12 +319,12 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def piece_bounds(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """(P + 1,) offsets of the pieces within `tokens`."""
+    """Return the (P + 1,) offsets of the pieces within `tokens`."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, vocab_size: int, where: str) -> None:
-    """Refuse a pack that breaks the contract: its numbers would reach the model as noise.
+    """Check that a pack follows the contract: otherwise its numbers would reach the model as noise.
 
     Raises:
         DataError: columns of different length, lengths that do not add up, a piece without a target, too many inputs,

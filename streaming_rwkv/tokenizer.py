@@ -1,12 +1,12 @@
-"""One face for every tokenizer: Hugging Face's (fast ids through fastokens) and RWKV World's.
+"""One interface for all tokenizers: Hugging Face's (fast ids through fastokens) and RWKV World's.
 
-`load_tokenizer` takes what a user writes in a YAML: `rwkv-world`, a folder, a `tokenizer.json`, Llama 3's
-`tokenizer.model`, or a name on the Hugging Face hub. What it returns encodes *text only*: neither bos nor eos is
-added, and a text that spells a special token out ("<|end_of_text|>") is encoded as the characters it consists of,
-so no document can smuggle in a false end. `save` writes a folder that is complete in itself: it loads here again
-as the same tokenizer, and with `transformers.AutoTokenizer` for the Hugging Face kind.
+`load_tokenizer` accepts `rwkv-world`, a folder, a `tokenizer.json`, Llama 3's `tokenizer.model`, or a name on the
+Hugging Face hub. The tokenizer encodes *text only*: neither bos nor eos is added, and a text that spells out a special
+token ("<|end_of_text|>") is encoded as its characters, so a document cannot contain a false end. `save` writes a
+self-contained folder, which loads as the same tokenizer here, and in `transformers.AutoTokenizer` for the Hugging Face
+kind.
 
-Nothing here imports torch or transformers, except to convert a hub repository that has no tokenizer.json.
+Nothing here imports torch or transformers, except to convert a hub repository without a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
 _WORLD_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 RECORD_NAME = "record.json"
 _HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-# What `Tokenizer.save` writes, by kind: where folders cannot be listed, a reader asks for these.
+# The files that `Tokenizer.save` writes, by kind, for readers that cannot list a folder.
 SAVED_FILES = {"huggingface": [*_HUB_FILES, RECORD_NAME], "rwkv-world": [WORLD_VOCABULARY, RECORD_NAME]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """The ids of N texts, one after another: text i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """The ids of N texts, concatenated: text i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: NDArray[np.uint32]  # (offsets[-1],)
     offsets: NDArray[np.int64]  # (N + 1,)
@@ -77,12 +77,12 @@ class TokenBatch:
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """A mapping of text to ids and back.
 
     Attributes:
-        vocab_size: every id is below it; what a model's embedding needs.
-        bos_id, eos_id: what a stored document begins and ends with; equal where the vocabulary has one of them.
-        sha256: over all that decides the ids.
+        vocab_size: the size of a model's embedding; every id is below it.
+        bos_id, eos_id: the first and last id of a stored document; equal if the vocabulary has only one of them.
+        sha256: a hash of everything that decides the ids.
     """
 
     kind: Literal["huggingface", "rwkv-world"]
@@ -99,51 +99,53 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def token_bytes(self) -> NDArray[np.uint32]:
-        """(vocab_size,) UTF-8 bytes of text behind each id; 0 where no text stands behind it (bos, eos, unused).
+        """(vocab_size,) The number of UTF-8 bytes of each id's text; 0 for ids without text (bos, eos, unused).
 
-        Exact where the vocabulary is byte-level. Elsewhere (a normalizer, SentencePiece's marked spaces) it is the
-        weight by which a document's bytes are shared out among its pieces.
+        Exact for a byte-level vocabulary. For others (a normalizer, SentencePiece's marked spaces) it is the weight by
+        which a document's bytes are divided among its pieces.
         """
 
     @abstractmethod
     def load(self) -> None:
-        """Read now what encoding needs, which else the first text does; starts no threads, so a process may fork.
+        """Load the data for encoding before the first text; starts no threads, so the process can fork afterwards.
 
         Raises:
-            TokenizerError: no library can make a tokenizer of the files.
+            TokenizerError: no library supports the files.
         """
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
-        """The ids of each text, without bos and eos, in one buffer.
+        """Encode each text, without bos and eos, into one buffer.
 
         Raises:
-            TextError: the vocabulary has no ids for one of the texts.
+            TextError: one of the texts cannot be encoded with the vocabulary.
         """
 
     @abstractmethod
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The same ids from the implementation that defines them; slow, to audit `encode_batch` on a sample."""
+        """Encode with the reference implementation, which is slow; used to check a sample of `encode_batch`."""
 
     @abstractmethod
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
-        """The text behind `ids`. bos and eos stand for no text; a character that is cut at an end becomes U+FFFD."""
+        """Return the text of `ids`. bos and eos have no text; a character that is cut at an end becomes U+FFFD."""
 
     @abstractmethod
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The parts of `decode(tokens)`, each as soon as no later token can change it; in time linear in the tokens."""
+        """Yield the parts of `decode(tokens)` as soon as no later token can change them, in linear time."""
 
     @abstractmethod
     def _write_files(self, folder: Path) -> None: ...
 
     def encode(self, text: str) -> NDArray[np.uint32]:
+        """Encode one text, without bos and eos."""
         return self.encode_batch([text]).ids
 
     def use_reference(self) -> None:
-        """From now on `encode_batch` gives the ids of `encode_reference`: the fast library was found to differ."""
+        """Make `encode_batch` use the reference from now on, because the fast library's ids differ."""
         self._fast_is_wrong = True
 
     def record(self) -> TokenizerRecord:
+        """Return the record of this tokenizer for a manifest or folder."""
         return TokenizerRecord(
             kind=self.kind,
             name=self.name,
@@ -154,7 +156,7 @@ class Tokenizer(ABC):
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write all files into `folder` (made if missing), from which `load_tokenizer` gives this tokenizer again."""
+        """Write all files to `folder`, creating it if missing; `load_tokenizer` loads the same tokenizer from it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_files(folder)
@@ -164,16 +166,16 @@ class Tokenizer(ABC):
 def load_tokenizer(
     name_or_path: str | Path, *, bos_token: str | None = None, eos_token: str | None = None
 ) -> Tokenizer:
-    """The tokenizer that `name_or_path` stands for.
+    """Load the tokenizer that `name_or_path` refers to.
 
     Args:
         name_or_path: `rwkv-world`; a folder (of a data set, of transformers, or with Llama 3's `tokenizer.model`);
             one of these files itself; or a name on the Hugging Face hub such as `meta-llama/Llama-3.1-8B`.
-        bos_token, eos_token: for a Hugging Face tokenizer whose files do not name them, or to choose others.
+        bos_token, eos_token: replace those that a Hugging Face tokenizer's files name, if any.
 
     Raises:
-        TokenizerError: nothing readable there, no eos, or files that are not what their record says.
-        LocationError: in object storage, or with a scheme.
+        TokenizerError: no readable tokenizer, no eos, or files that differ from their record.
+        LocationError: the location is in object storage, or has a scheme.
     """
     path = Path(checked_local(name_or_path, remedy="copy the tokenizer's folder to this machine")).expanduser()
     if str(name_or_path) == WORLD_NAME:
@@ -216,8 +218,8 @@ def _load_folder(folder: Path, *, bos_token: str | None, eos_token: str | None) 
         tokenizer = _load_file(file, name=name, named=_special_names(folder), bos_token=bos_token, eos_token=eos_token)
     if record and record.sha256 != tokenizer.sha256 and not (bos_token or eos_token):
         raise TokenizerError(
-            f"{folder}: its files give {tokenizer.sha256}, its {RECORD_NAME} says {record.sha256}; they were changed "
-            f"after they were saved: restore them, or delete {RECORD_NAME} if the change is meant"
+            f"{folder}: its files have the hash {tokenizer.sha256}, its {RECORD_NAME} says {record.sha256}; they "
+            f"were changed after they were saved: restore them, or delete {RECORD_NAME} if the change is intended"
         )
     return tokenizer
 
@@ -225,7 +227,7 @@ def _load_folder(folder: Path, *, bos_token: str | None, eos_token: str | None) 
 def _load_file(
     file: Path, *, name: str, named: dict[str, str], bos_token: str | None, eos_token: str | None
 ) -> Tokenizer:
-    """`named`: the special tokens that files beside this one name."""
+    """Load a tokenizer from a file; `named` are the special tokens that other files in its folder name."""
     if file.name == WORLD_VOCABULARY:
         return WorldTokenizer(file, name=WORLD_NAME)
     if file.suffix == ".model":
@@ -235,7 +237,7 @@ def _load_file(
         try:
             definition = orjson.loads(file.read_bytes())
         except ValueError as error:
-            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
+            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer again") from None
     return HuggingFaceTokenizer(
         check_definition(definition, where=str(file)),
         name=name,
@@ -255,14 +257,14 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
     try:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except unreachable as error:
-        if "/" not in name:  # as nearly every name on the hub has
+        if "/" not in name:  # nearly every name on the hub has one
             raise TokenizerError(
-                f"tokenizer {name!r}: no such folder in {Path.cwd()}, nor to be had from the Hugging Face hub "
-                f"({type(error).__name__}); make it with `python -m prep train-tokenizer RECIPE --vocab-size N --to "
+                f"tokenizer {name!r}: no such folder in {Path.cwd()}, and the Hugging Face hub does not provide it "
+                f"({type(error).__name__}); create it with `python -m prep train-tokenizer RECIPE --vocab-size N --to "
                 f"{name}`, or give {WORLD_NAME!r}, another folder, or a name on the hub"
             ) from error
         raise TokenizerError(
-            f"tokenizer {name!r}: neither a local folder nor to be had from the Hugging Face hub "
+            f"tokenizer {name!r}: not a local folder, and the Hugging Face hub does not provide it "
             f"({type(error).__name__}: {_first_line(error)}); check the name, run `huggingface-cli login` if it is "
             "gated, or give a local folder"
         ) from error
@@ -277,11 +279,11 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
         ) from None
     with tempfile.TemporaryDirectory() as converted:
         try:
-            # The commit that was just looked at; code that it brings is neither run nor asked about.
+            # The commit of the snapshot; its own code is neither run nor offered to the user.
             theirs = AutoTokenizer.from_pretrained(name, revision=folder.name, trust_remote_code=False)
             theirs.save_pretrained(converted)
         except (ValueError, OSError, ImportError, LookupError, TypeError, AttributeError) as error:
-            is_code = "trust_remote_code" in str(error)  # whose advice is to run it
+            is_code = "trust_remote_code" in str(error)  # transformers advises to run it
             why = "without running its own code, which is never done" if is_code else f"({_first_line(error)})"
             raise TokenizerError(
                 f"tokenizer {name!r}: the hub has no tokenizer.json for it, and transformers cannot convert what it "
@@ -303,7 +305,7 @@ def _read_record(file: Path) -> TokenizerRecord | None:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token as transformers' files in `folder` name them."""
+    """Return the bos_token and eos_token that transformers' files in `folder` name."""
     named: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.is_file():
@@ -311,11 +313,11 @@ def _special_names(folder: Path) -> dict[str, str]:
         try:
             values = orjson.loads(file.read_bytes())
         except ValueError as error:
-            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer anew") from None
+            raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer again") from None
         if not isinstance(values, dict):
             raise TokenizerError(
                 f"{file}: found a {type(values).__name__}, expected a mapping of names to tokens; save the "
-                "tokenizer anew"
+                "tokenizer again"
             )
         for key in ("bos_token", "eos_token"):
             value = values.get(key)
@@ -326,7 +328,7 @@ def _special_names(folder: Path) -> dict[str, str]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """A panic of a Rust library, which Python sees as an exception that no `except Exception` catches."""
+    """Return True for a panic of a Rust library, which `except Exception` does not catch."""
     return type(error).__name__ == "PanicException"
 
 
@@ -335,14 +337,14 @@ def _first_line(error: BaseException) -> str:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """What a `tokenizer.json` defines. Ids come from fastokens where it supports the definition."""
+    """A tokenizer defined by a `tokenizer.json`. Ids come from fastokens if it supports the definition."""
 
     kind = "huggingface"
 
     def __init__(
         self, definition: dict[str, Any], *, name: str, bos_token: str | None, eos_token: str | None, where: str
     ) -> None:
-        """`definition`: the parsed tokenizer.json; `where`: what errors call it."""
+        """Create from `definition`, the parsed tokenizer.json; errors name it `where`."""
         self.name = name
         self._where = where
         ids = vocabulary_of(definition)
@@ -350,8 +352,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise TokenizerError(f"{where}: its vocabulary is empty")
         if eos_token is None:
             raise TokenizerError(
-                f"{where}: no end-of-text token is named, and every document ends with one; set `eos_token:` to one of "
-                f'{examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
+                f"{where}: its files name no end-of-text token, with which every document ends; set `eos_token:` "
+                f'to one of {examples(definition)}, or add a tokenizer_config.json with an "eos_token"'
             )
         bos_token = eos_token if bos_token is None else bos_token
         for key, token in (("eos_token", eos_token), ("bos_token", bos_token)):
@@ -413,9 +415,9 @@ class HuggingFaceTokenizer(Tokenizer):
         missing = missing_bytes(self._definition)
         if missing:
             logger.warning(
-                "tokenizer %s: its byte-level vocabulary has no token for %d bytes (%s); texts that hold one are left "
-                "out. Train one with all bytes: `python -m prep train-tokenizer`, or BpeTrainer(initial_alphabet="
-                "ByteLevel.alphabet())",
+                "tokenizer %s: its byte-level vocabulary has no token for %d bytes (%s); texts with one of them "
+                "are rejected. Train a tokenizer with all bytes: `python -m prep train-tokenizer`, or "
+                "BpeTrainer(initial_alphabet=ByteLevel.alphabet())",
                 self.name,
                 len(missing),
                 ", ".join(f"0x{byte:02x}" for byte in sorted(missing)[:4]) + ("…" if len(missing) > 4 else ""),
@@ -437,7 +439,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """By the reference: one text needs no speed, and where the fast library differs nothing compares it here."""
+        """Encode one text with the reference: speed does not matter, and nothing would notice differing fast ids."""
         return self.encode_reference([text])[0]
 
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -450,7 +452,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _check_bytes(self, texts: Sequence[str]) -> None:
-        """The reference drops a byte without a token and says nothing."""
+        """Raise TextError for bytes without a token, which the reference would drop silently."""
         if not self._missing_bytes:
             return
         normalizer = self._reference.normalizer
@@ -472,7 +474,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _text_bytes(self) -> list[bytes]:
-        """The bytes of text behind each id."""
+        """The bytes of each id's text."""
         table = [b""] * self.vocab_size
         to_bytes = byte_level_bytes if self._byte_level else marked_bytes
         for token, index in vocabulary_of(self._definition, added=False).items():
@@ -486,7 +488,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_bytes(self) -> NDArray[np.uint32]:
         if not self._byte_level:
             return np.fromiter(map(len, self._text_bytes), np.uint32, count=self.vocab_size)
-        lengths = np.zeros(self.vocab_size, np.uint32)  # a character of a byte-level token is a byte
+        lengths = np.zeros(self.vocab_size, np.uint32)  # each character of a byte-level token is one byte
         tokens = vocabulary_of(self._definition, added=False)
         lengths[np.fromiter(tokens.values(), np.int64, count=len(tokens))] = [*map(len, tokens)]
         for added in self._definition["added_tokens"]:
@@ -505,22 +507,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         if self._byte_level:
             return _decoded_bytes(self._text_bytes, tokens)
-        if all(_acts_near_by(step) for step in self._decoders):
+        if all(_is_local(step) for step in self._decoders):
             return self._decode_in_segments(tokens)
         return self._decode_from_the_beginning(tokens)
 
     def _decode_in_segments(self, tokens: Iterable[int]) -> Iterator[str]:
-        """A segment is a token, or a run of single bytes: they are characters only if all of the run are.
+        """Decode by segments: a segment is a token, or a run of single bytes, which are only decodable together.
 
-        A decoder treats the beginning of a text as a case of its own, so each segment is decoded behind the ones
-        before it, back to the last one with a text.
+        Decoders treat the beginning of a text specially, so each segment is decoded after those before it, back to the
+        last one with text.
         """
         has_bytes = any(step.get("type") == "ByteFallback" for step in self._decoders)
-        with_text: list[int] = []  # the last segment with a text of its own
+        with_text: list[int] = []  # the last segment that has text by itself
         context: list[int] = []
         segment: list[int] = []
         for token in itertools.chain(tokens, [None]):
-            if token in (self.bos_id, self.eos_id):  # `decode` does not see them either
+            if token in (self.bos_id, self.eos_id):  # `decode` skips them too
                 continue
             if token is not None and has_bytes and token in self._single_bytes:
                 segment.append(token)
@@ -531,20 +533,20 @@ class HuggingFaceTokenizer(Tokenizer):
                     yield after[len(before) :]
                 if self.decode(part):
                     with_text = context = list(part)
-                elif before:  # it may still part its neighbours
+                elif before:  # it may still separate its neighbors
                     context = [*with_text, *part]
                 else:
                     with_text = context = [*context, *part]
             segment = []
 
     def _decode_from_the_beginning(self, tokens: Iterable[int]) -> Iterator[str]:
-        """For decoders that may change any earlier text, such as a replacement over several tokens."""
+        """Decode with decoders that may change any earlier text, such as a replacement over several tokens."""
         seen: list[int] = []
         written, text = 0, ""
         for token in tokens:
             seen.append(token)
             text = self.decode(seen)
-            finished = len(text.rstrip("\ufffd"))  # a character that is cut in the middle may be completed
+            finished = len(text.rstrip("\ufffd"))  # an incomplete character may be completed
             if finished > written:
                 yield text[written:finished]
                 written = finished
@@ -565,18 +567,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class WorldTokenizer(Tokenizer):
-    """RWKV World's vocabulary: greedy longest match in a trie of bytes. Id 0 stands for no text: bos and eos."""
+    """RWKV World's tokenizer: greedy longest match in a trie of bytes. Id 0, without text, is bos and eos."""
 
     kind = "rwkv-world"
-    vocab_size = 65536  # the World models' embeddings have it; the highest id in the vocabulary is 65529
+    vocab_size = 65536  # the size of World models' embeddings; the highest id in the vocabulary is 65529
     bos_id = 0
     eos_id = 0
 
     def __init__(self, vocabulary: Path, *, name: str) -> None:
-        """Raises `TokenizerError` where the file is not a vocabulary by which any text can be written."""
+        """Create from a vocabulary file.
+
+        Raises:
+            TokenizerError: the file is not a vocabulary with which every text can be encoded.
+        """
         self.name = name
         self._vocabulary = vocabulary
-        if self.sha256 != _WORLD_SHA256:  # BlinkDL's own is known; to read it takes a third of a second
+        if self.sha256 != _WORLD_SHA256:  # BlinkDL's own is known to be valid, and reading it takes 0.3 s
             self._text_bytes  # noqa: B018
 
     @cached_property
@@ -585,7 +591,7 @@ class WorldTokenizer(Tokenizer):
 
     @cached_property
     def _text_bytes(self) -> list[bytes]:
-        """The bytes of text behind each id."""
+        """The bytes of each id's text."""
         table = [b""] * self.vocab_size
         ids: dict[bytes, int] = {}
 
@@ -622,8 +628,8 @@ class WorldTokenizer(Tokenizer):
             table[index], ids[token] = token, index
         if lacking := [byte for byte in range(256) if bytes([byte]) not in ids]:
             raise TokenizerError(
-                f"{self._vocabulary}: {len(lines)} lines, and {len(lacking)} of the 256 single bytes are no tokens "
-                f"(the first is 0x{lacking[0]:02x}), so not every text can be written; it may be cut off: copy it "
+                f"{self._vocabulary}: {len(lines)} lines, and {len(lacking)} of the 256 single bytes are not tokens "
+                f"(the first is 0x{lacking[0]:02x}), so not every text can be encoded; it may be cut off: copy it "
                 "again from its source"
             )
         return table
@@ -636,7 +642,7 @@ class WorldTokenizer(Tokenizer):
     def _trie(self) -> Any:
         import pyrwkv_tokenizer
 
-        self._text_bytes  # noqa: B018  # checks the file: the Rust constructor panics on what is not a vocabulary
+        self._text_bytes  # noqa: B018  # checks the file, since the Rust constructor panics on a malformed one
         try:
             return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
         except BaseException as error:
@@ -644,7 +650,7 @@ class WorldTokenizer(Tokenizer):
                 raise
             raise TokenizerError(
                 f"{self._vocabulary}: pyrwkv_tokenizer cannot read it ({_first_line(error)}); write tokens as in "
-                "BlinkDL's file: 'text' where they are text, b'\\x..' where they are bytes alone"
+                "BlinkDL's file: 'text' for text, b'\\x..' for bytes that are not text"
             ) from None
 
     def load(self) -> None:
@@ -661,7 +667,7 @@ class WorldTokenizer(Tokenizer):
 
     @cached_property
     def _greedy(self) -> Callable[[bytes], list[int]]:
-        """BlinkDL's definition, without a trie: at each place the longest token that the text goes on with."""
+        """BlinkDL's algorithm without a trie: at each position, the longest token that matches."""
         tokens = {token: index for index, token in enumerate(self._text_bytes) if token}
         longest: dict[bytes, int] = {}  # by the first two bytes, so that few lengths are tried
         for token in tokens:
@@ -694,7 +700,7 @@ class WorldTokenizer(Tokenizer):
 
 
 def _decoded_bytes(text_bytes: Sequence[bytes], tokens: Iterable[int]) -> Iterator[str]:
-    """Each character as soon as its last byte is there."""
+    """Yield each character as soon as its last byte has arrived."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if text := decoder.decode(text_bytes[token]):
@@ -703,8 +709,8 @@ def _decoded_bytes(text_bytes: Sequence[bytes], tokens: Iterable[int]) -> Iterat
         yield text
 
 
-def _acts_near_by(decoder: dict[str, Any]) -> bool:
-    """Whether what a decoder makes of a token depends on that token, its neighbour and the text's beginning alone."""
+def _is_local(decoder: dict[str, Any]) -> bool:
+    """Return True if a decoder's output for a token depends only on it, its neighbor and the beginning of the text."""
     match decoder.get("type"):
         case "ByteFallback" | "Fuse" | "Metaspace" | "WordPiece" | "BPEDecoder":
             return True

@@ -1,4 +1,4 @@
-"""What stands in a tokenizer.json: vocabulary, the bytes behind tokens; and Llama 3's, made from its tiktoken file."""
+"""The content of a tokenizer.json: vocabulary and bytes of tokens; and conversion of Llama 3's tiktoken file to it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from streaming_rwkv.config import UserError
 
 
 class TokenizerError(UserError):
-    """A tokenizer that cannot be read, or that lacks what the on-disk contract needs of it."""
+    """A tokenizer that cannot be read, or that does not meet the on-disk contract."""
 
 
 class TextError(TokenizerError):
-    """A text that the tokenizer has no ids for. `reason` says why, in the same words for all such texts."""
+    """A text that the tokenizer cannot encode; `reason` is the same for all texts with the same fault."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message, reason)
@@ -27,94 +27,116 @@ class TextError(TokenizerError):
         return str(self.args[0])
 
 
-MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; each id costs a row of every table
+MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
-    """Return the parsed tokenizer.json if all that is read of it here has the right form.
+    """Return a parsed tokenizer.json after checking the form of every field that is used here.
 
     Raises:
-        TokenizerError: names the file and the field.
+        TokenizerError: a field is wrong; the error names the file and the field.
     """
-
-    def wrong(field: str, found: Any, expected: str) -> TokenizerError:
-        return TokenizerError(
-            f"{where}: {field}: found {repr(found)[:60]}, expected {expected}; save the tokenizer anew, or copy it "
-            "again from its source"
-        )
-
     if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
         raise TokenizerError(f"{where}: no Hugging Face tokenizer: it has no 'model'")
-    model = definition["model"]
-    seen: dict[int, str] = {}
-
-    def take(token: str, index: Any, field: str) -> None:
-        if type(index) is not int or not 0 <= index < MOST_IDS:
-            raise wrong(field, index, f"an id from 0 to {MOST_IDS - 1}")
-        if seen.setdefault(index, token) != token:
-            raise TokenizerError(
-                f"{where}: {field}: id {index} belongs to {seen[index]!r} and to {token!r}; two tokens cannot share an "
-                "id: save the tokenizer anew, or copy it again from its source"
-            )
-
-    match vocab := model.get("vocab", {}):
-        case dict():
-            for token, index in vocab.items():
-                take(token, index, f"model.vocab[{token!r}]")
-        case list():
-            for index, pair in enumerate(vocab):
-                match pair:
-                    case [str(), int() | float()]:
-                        seen[index] = pair[0]
-                    case _:
-                        raise wrong(f"model.vocab[{index}]", pair, "[token, score]")
-        case _:
-            raise wrong("model.vocab", vocab, "a mapping of tokens to ids, or a list of [token, score]")
-    merges = model.get("merges")
-    if merges is not None:
-        if not isinstance(merges, list):
-            raise wrong("model.merges", merges, "a list")
-        is_text = bool(merges) and isinstance(merges[0], str)
-        for at, merge in enumerate(merges):
-            match merge:
-                case str() if is_text:
-                    pass
-                case [str(), str()] if not is_text:
-                    pass
-                case _:
-                    raise wrong(f"model.merges[{at}]", merge, '"left right" or ["left", "right"], the same in all')
-    added = definition.get("added_tokens", [])
-    if not isinstance(added, list):
-        raise wrong("added_tokens", added, "a list")
-    by_token = {token: index for index, token in seen.items()}
-    for at, token in enumerate(added):
-        field = f"added_tokens[{at}]"
-        if not isinstance(token, dict):
-            raise wrong(field, token, 'a mapping with "id" and "content"')
-        for key, kind in _TOKEN.items():
-            if type(token.get(key)) is not kind or token[key] == "":
-                raise wrong(f"{field}.{key}", token.get(key), "a text" if kind is str else "a number")
-        for key in _FLAGS:
-            if not isinstance(token.get(key, False), bool):
-                raise wrong(f"{field}.{key}", token[key], "true or false")
-        take(token["content"], token["id"], f"{field}.id")
-        if by_token.setdefault(token["content"], token["id"]) != token["id"]:
-            raise wrong(
-                f"{field}.id", token["id"], f"{by_token[token['content']]}, the id of {token['content']!r} above"
-            )
-    decoder = definition.get("decoder")
-    if not isinstance(decoder, dict | None):
-        raise wrong("decoder", decoder, "a mapping")
-    steps = (decoder or {}).get("decoders", [])
-    if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
-        raise wrong("decoder.decoders", steps, "a list of mappings")
+    ids = _Ids(where)
+    _check_vocabulary(definition["model"].get("vocab", {}), ids)
+    _check_merges(definition["model"].get("merges"), where)
+    _check_added_tokens(definition.get("added_tokens", []), ids)
+    _check_decoder(definition.get("decoder"), where)
     return definition
 
 
+class _Ids:
+    """The ids of a definition's tokens, checked as they are added."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.tokens: dict[int, str] = {}
+
+    def add(self, token: str, index: Any, field: str) -> None:
+        if type(index) is not int or not 0 <= index < MOST_IDS:
+            raise _wrong(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
+        if self.tokens.setdefault(index, token) != token:
+            raise TokenizerError(
+                f"{self.where}: {field}: id {index} belongs to {self.tokens[index]!r} and to {token!r}; two tokens "
+                "cannot share an id: save the tokenizer again, or copy it again from its source"
+            )
+
+
+def _wrong(where: str, field: str, found: Any, expected: str) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: {field}: found {repr(found)[:60]}, expected {expected}; save the tokenizer again, or copy it "
+        "again from its source"
+    )
+
+
+def _check_vocabulary(vocabulary: Any, ids: _Ids) -> None:
+    match vocabulary:
+        case dict():
+            for token, index in vocabulary.items():
+                ids.add(token, index, f"model.vocab[{token!r}]")
+        case list():
+            for index, pair in enumerate(vocabulary):
+                match pair:
+                    case [str(), int() | float()]:
+                        ids.tokens[index] = pair[0]
+                    case _:
+                        raise _wrong(ids.where, f"model.vocab[{index}]", pair, "[token, score]")
+        case _:
+            expected = "a mapping of tokens to ids, or a list of [token, score]"
+            raise _wrong(ids.where, "model.vocab", vocabulary, expected)
+
+
+def _check_merges(merges: Any, where: str) -> None:
+    if merges is None:
+        return
+    if not isinstance(merges, list):
+        raise _wrong(where, "model.merges", merges, "a list")
+    is_text = bool(merges) and isinstance(merges[0], str)
+    for at, merge in enumerate(merges):
+        match merge:
+            case str() if is_text:
+                pass
+            case [str(), str()] if not is_text:
+                pass
+            case _:
+                expected = '"left right" or ["left", "right"], the same in all'
+                raise _wrong(where, f"model.merges[{at}]", merge, expected)
+
+
+def _check_added_tokens(added: Any, ids: _Ids) -> None:
+    if not isinstance(added, list):
+        raise _wrong(ids.where, "added_tokens", added, "a list")
+    by_token = {token: index for index, token in ids.tokens.items()}
+    for at, token in enumerate(added):
+        field = f"added_tokens[{at}]"
+        if not isinstance(token, dict):
+            raise _wrong(ids.where, field, token, 'a mapping with "id" and "content"')
+        for key, kind in _TOKEN.items():
+            if type(token.get(key)) is not kind or token[key] == "":
+                expected = "a text" if kind is str else "a number"
+                raise _wrong(ids.where, f"{field}.{key}", token.get(key), expected)
+        for key in _FLAGS:
+            if not isinstance(token.get(key, False), bool):
+                raise _wrong(ids.where, f"{field}.{key}", token[key], "true or false")
+        ids.add(token["content"], token["id"], f"{field}.id")
+        known = by_token.setdefault(token["content"], token["id"])
+        if known != token["id"]:
+            raise _wrong(ids.where, f"{field}.id", token["id"], f"{known}, the id of {token['content']!r} above")
+
+
+def _check_decoder(decoder: Any, where: str) -> None:
+    if not isinstance(decoder, dict | None):
+        raise _wrong(where, "decoder", decoder, "a mapping")
+    steps = (decoder or {}).get("decoders", [])
+    if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
+        raise _wrong(where, "decoder.decoders", steps, "a list of mappings")
+
+
 def steps_of(definition: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
-    """The normalizers, pre-tokenizers or decoders of a definition, those of a `Sequence` one by one."""
+    """Return the normalizers, pre-tokenizers or decoders of a definition; the members of a `Sequence` are listed."""
     step = definition.get(part)
     if not isinstance(step, dict):
         return []
@@ -123,7 +145,7 @@ def steps_of(definition: dict[str, Any], part: str, members: str) -> list[dict[s
 
 
 def missing_bytes(definition: dict[str, Any]) -> frozenset[int]:
-    """The bytes of UTF-8 that a byte-level BPE cannot write: no token stands for them, nor one for what is unknown."""
+    """Return the bytes of UTF-8 that a byte-level BPE cannot encode: it has no token for them and no unknown token."""
     model = definition["model"]
     is_byte_level = any(
         step.get("type") == "ByteLevel" for step in steps_of(definition, "pre_tokenizer", "pretokenizers")
@@ -131,26 +153,26 @@ def missing_bytes(definition: dict[str, Any]) -> frozenset[int]:
     if not is_byte_level or model.get("type", "BPE") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
         return frozenset()
     tokens = model.get("vocab", {})
-    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # in no text
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # not used by UTF-8
     return frozenset(
         byte for byte, character in _byte_characters().items() if character not in tokens and byte not in never
     )
 
 
 def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
-    """Merges that are left out by chance would give other ids each time."""
+    """Return the change that turns off BPE dropout, with which ids would be random."""
     return {"dropout": None} if model.get("dropout") else {}
 
 
 def vocabulary_of(definition: dict[str, Any], *, added: bool = True) -> dict[str, int]:
-    """Token to id; Unigram models list [token, score] pairs in the order of their ids."""
+    """Return the id of each token; Unigram models list [token, score] pairs in the order of ids."""
     vocabulary = definition["model"].get("vocab", {})
     ids = {token: index for index, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
     return ids | {token["content"]: token["id"] for token in definition.get("added_tokens", [])} if added else ids
 
 
 def merges_as_strings(model: dict[str, Any]) -> dict[str, list[str]]:
-    """Merges as "left right", the older spelling: every library reads it, and in half the time of pairs."""
+    """Return the change that writes merges as "left right", which all libraries read, twice as fast as pairs."""
     merges = model.get("merges")
     if not merges or isinstance(merges[0], str) or any(" " in token for token in model["vocab"]):
         return {}
@@ -158,12 +180,13 @@ def merges_as_strings(model: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def examples(definition: dict[str, Any]) -> str:
+    """Return some special tokens, for an error message."""
     special = [token["content"] for token in definition.get("added_tokens", []) if token.get("special")]
     return ", ".join(special[:4]) if special else "the tokens of its vocabulary"
 
 
 def with_special(added: list[dict[str, Any]], ids: dict[str, int], special: tuple[str, str]) -> list[dict[str, Any]]:
-    """Mark bos and eos as special: only then does a text that spells them out keep to ordinary tokens."""
+    """Mark bos and eos as special, so that a text that spells them out is encoded as ordinary tokens."""
     known = {token["content"] for token in added}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     missing = [{"id": ids[token], "content": token, **plain} for token in dict.fromkeys(special) if token not in known]
@@ -171,7 +194,7 @@ def with_special(added: list[dict[str, Any]], ids: dict[str, int], special: tupl
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself if it is printable in Latin-1, else the next from U+0100 on."""
+    """Return GPT-2's printable character for each byte: itself if printable in Latin-1, else the next from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
@@ -181,17 +204,18 @@ _CHARACTER_BYTE = {character: bytes([byte]) for byte, character in _byte_charact
 
 
 def byte_level_bytes(token: str) -> bytes:
+    """Return the bytes of a byte-level token."""
     return b"".join([_CHARACTER_BYTE.get(character) or character.encode() for character in token])
 
 
 def marked_bytes(token: str) -> bytes:
-    """SentencePiece marks spaces with U+2581 and writes a byte without a token of its own as <0xNN>."""
+    """Return the bytes of a token of SentencePiece, which writes spaces as U+2581 and single bytes as <0xNN>."""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.removeprefix("##").replace("▁", " ").encode()
 
 
-# Llama 3 ships a bare tiktoken file; its pattern and special tokens are in Meta's llama-models, not in the file.
+# Llama 3's tiktoken file has only ranks; its pattern and special tokens are in Meta's llama-models.
 _LLAMA3_RANKS = 128_000
 LLAMA3_BOS, LLAMA3_EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _LLAMA3_SPECIAL = [
@@ -215,10 +239,10 @@ _LLAMA3_PATTERN = (
 
 
 def read_tiktoken(file: Path) -> dict[bytes, int]:
-    """The ranks in a tiktoken file: lines of `base64 rank`.
+    """Read the ranks in a tiktoken file: lines of `base64 rank`.
 
     Raises:
-        TokenizerError: another kind of file (a SentencePiece `tokenizer.model`, say).
+        TokenizerError: another kind of file, such as a SentencePiece `tokenizer.model`.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
@@ -234,10 +258,10 @@ def read_tiktoken(file: Path) -> dict[bytes, int]:
 
 
 def llama3_definition(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """A tokenizer.json's content that gives the ids of Llama 3's tiktoken vocabulary.
+    """Convert Llama 3's tiktoken vocabulary to the content of a tokenizer.json with the same ids.
 
     Raises:
-        TokenizerError: not Llama 3's number of ranks; another model's pattern is unknown, and a guess is not ids.
+        TokenizerError: the number of ranks is not Llama 3's, so the pattern that splits words is unknown.
     """
     if len(ranks) != _LLAMA3_RANKS:
         raise TokenizerError(
@@ -248,11 +272,11 @@ def llama3_definition(ranks: dict[bytes, int]) -> dict[str, Any]:
 
 
 def tiktoken_definition(ranks: dict[bytes, int], *, pattern: str, special: Sequence[str]) -> dict[str, Any]:
-    """A tokenizer.json's content with the ids of a tiktoken encoding.
+    """Convert a tiktoken encoding to the content of a tokenizer.json with the same ids.
 
     tiktoken merges the adjacent pair whose *joined* bytes have the lowest rank; a BPE model merges the pair that
-    comes first in its list. Every way to split a token into two tokens, in the order of the tokens' ranks, says the
-    same.
+    comes first in its list. Listing every split of a token into two tokens, in the order of the tokens' ranks, is
+    equivalent.
     """
     characters = _byte_characters()
     spelled = {token: "".join([characters[byte] for byte in token]) for token in ranks}

@@ -19,7 +19,7 @@ from streaming_rwkv.shards import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Manifest,
-    SourceBooks,
+    SourceCounts,
     StreamRecord,
     TokenizerRecord,
     columns,
@@ -111,8 +111,8 @@ def _write_data_set(
         for s, (split, wanted) in enumerate((("train", train), ("validation", validation or {})))
         for i, (key, packs) in enumerate(wanted.items())
     ]
-    books = {
-        source: SourceBooks(
+    counts = {
+        source: SourceCounts(
             documents_read=sum(s.documents for s in streams if s.source == source),
             documents={
                 split: sum(s.documents for s in streams if (s.source, s.split) == (source, split))
@@ -135,7 +135,7 @@ def _write_data_set(
         edges=sorted({s.upper for s in streams}),
         tokenizer=_save_tokenizer(folder / TOKENIZER_FOLDER),
         config={},
-        books=books,
+        counts=counts,
         streams=streams,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

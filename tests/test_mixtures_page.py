@@ -16,7 +16,7 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 
 
 def stream(source: str, lower: int, upper: int) -> StreamRecord:
-    shard = ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, packs=100_000)
+    shard = ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, raw_sha256="", packs=100_000)
     return StreamRecord(
         split="train", source=source, lower=lower, upper=upper, documents=1, pieces=1, targets=800_000_000,
         bytes=1, packs=100_000, index_sha256="", shards=[shard],

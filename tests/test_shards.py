@@ -1,4 +1,4 @@
-"""The on-disk contract: names, manifest, books, packs."""
+"""The on-disk contract: names, manifest, counts, packs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streaming_rwkv.shards import (
     DataError,
     Manifest,
     ShardRecord,
-    SourceBooks,
+    SourceCounts,
     StreamRecord,
     TokenizerRecord,
     bucket_bounds,
@@ -40,7 +40,9 @@ def manifest(**changes: object) -> Manifest:
         bytes=30,
         packs=2,
         index_sha256="1" * 64,
-        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=9, sha256="2" * 64, raw_bytes=20, packs=2)],
+        shards=[
+            ShardRecord(basename="shard.00000.mds.zstd", bytes=9, sha256="2" * 64, raw_bytes=20, raw_sha256="", packs=2)
+        ],
     )
     values = {
         "format": FORMAT,
@@ -50,13 +52,13 @@ def manifest(**changes: object) -> Manifest:
             kind="rwkv-world", name="rwkv-world", sha256="3" * 64, vocab_size=65536, bos_id=0, eos_id=0
         ),
         "config": {"seed": 17},
-        "books": {"c4": books()},
+        "counts": {"c4": counts()},
         "streams": [stream],
     }
     return Manifest(**(values | changes))
 
 
-def books(**changes: object) -> SourceBooks:
+def counts(**changes: object) -> SourceCounts:
     values = {
         "documents_read": 10,
         "documents": {"train": 6, "validation": 1},
@@ -67,10 +69,10 @@ def books(**changes: object) -> SourceBooks:
         "targets_duplicate": 15,
         "targets_cut": 5,
     }
-    return SourceBooks(**(values | changes))
+    return SourceCounts(**(values | changes))
 
 
-def test_buckets_lie_side_by_side():
+def test_buckets_are_adjacent():
     assert bucket_bounds([256, 512, 2048]) == [(1, 256), (257, 512), (513, 2048)]
 
 
@@ -86,13 +88,38 @@ def test_a_streams_folder():
     assert manifest().streams[0].path == "train/c4/1-256"
 
 
-def test_a_manifest_survives_its_file(tmp_path):
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
     (tmp_path / "manifest.json").write_bytes(manifest().to_json())
     again = read_manifest(tmp_path)
     assert again == manifest()
-    assert again.fingerprint == hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert again.fingerprint == manifest().fingerprint
     assert again.streams[0].targets_per_pack == 6.0
     assert again.select("validation") == []
+
+
+def with_shard(**changes: object) -> Manifest:
+    """Return the manifest with changed fields of its first shard."""
+    made = manifest()
+    stream = made.streams[0]
+    shard = stream.shards[0].model_copy(update=changes)
+    return made.model_copy(update={"streams": [stream.model_copy(update={"shards": [shard]})]})
+
+
+def test_the_fingerprint_does_not_depend_on_how_shards_are_compressed():
+    stream = manifest().streams[0].model_copy(update={"index_sha256": "9" * 64})
+    assert with_shard(sha256="9" * 64, bytes=8).fingerprint == manifest().fingerprint
+    assert manifest(streams=[stream]).fingerprint == manifest().fingerprint
+
+
+def test_the_fingerprint_depends_on_what_shards_hold_and_on_all_other_fields():
+    others = [
+        with_shard(raw_sha256="9" * 64),
+        with_shard(raw_bytes=21),
+        manifest(config={"seed": 18}),
+        manifest(counts={"c4": counts(duplicates=1)}),
+        manifest(pack_tokens=9),
+    ]
+    assert len({made.fingerprint for made in (manifest(), *others)}) == 6
 
 
 def test_no_manifest_means_no_finished_data_set(tmp_path):
@@ -104,13 +131,17 @@ def test_no_manifest_means_no_finished_data_set(tmp_path):
     ("content", "message"),
     [
         (b"{", "not valid JSON"),
-        (b"[]", "format None, this version reads"),
-        (b'{"format": "streaming-rwkv/0"}', "format 'streaming-rwkv/0', this version reads 'streaming-rwkv/1'"),
+        (b"[]", "found format None, but this version reads"),
+        (
+            b'{"format": "streaming-rwkv/1"}',
+            "found format 'streaming-rwkv/1', but this version reads 'streaming-rwkv/2'; rebuild the data set with "
+            "`python -m prep build RECIPE`",
+        ),
         (json.dumps({"format": FORMAT}).encode(), "pack_tokens: required"),
         (manifest().to_json().replace(b"{", b'{"edgse": 1,', 1), "edgse: unknown key; did you mean 'edges'"),
     ],
 )
-def test_a_manifest_that_cannot_be_read_says_why(content, message):
+def test_an_invalid_manifest_is_refused_with_the_reason(content, message):
     with pytest.raises(DataError, match=f"^here: {message}"):
         parse_manifest(content, where="here")
 
@@ -131,10 +162,10 @@ def test_a_source_outside_the_data_set_is_refused(name):
         parse_manifest(json.dumps(content).encode(), where="here")
 
 
-def test_books_balance():
-    assert books().imbalance() is None
-    assert books(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
-    assert books(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
+def test_counts_balance():
+    assert counts().imbalance() is None
+    assert counts(duplicates=1).imbalance() == "10 documents read, 9 accounted for"
+    assert counts(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
 
 
 def test_piece_bounds():
@@ -157,7 +188,7 @@ def pack(lengths: list[int], tokens: int, **changes: object) -> dict[str, object
     return whole | changes
 
 
-def test_a_pack_by_the_contract():
+def test_a_valid_pack_passes():
     check_pack(pack([2, 4], 6), pack_tokens=4, vocab_size=97, where="here")
 
 

@@ -1,4 +1,4 @@
-"""The face of all tokenizers: ids, texts, special tokens, files."""
+"""The interface of all tokenizers: ids, texts, special tokens, files."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_broken_world_vocabulary_names_the_line(tmp_path):
 
 
 def world_lines() -> list[str]:
-    """A vocabulary of single bytes, and two tokens more."""
+    """Write a vocabulary of single bytes and two more tokens."""
     return [f"{byte + 1} {(chr(byte) if byte < 128 else bytes([byte]))!r} 1" for byte in range(256)] + [
         "257 'ab' 2",
         "258 '中' 3",
@@ -199,9 +199,9 @@ def test_a_world_vocabulary_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "0 lines, and 256 of the 256 single bytes are no tokens"),
-        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are no tokens \(the first is 0x64\)"),
-        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are no tokens \(the first is 0x61\)"),
+        ([], "0 lines, and 256 of the 256 single bytes are not tokens"),
+        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are not tokens \(the first is 0x64\)"),
+        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are not tokens \(the first is 0x61\)"),
         ([*world_lines(), "-1 'xyz' 3"], r":259: found \"-1 'xyz' 3\", expected an id from 1 to 65535"),
         ([*world_lines(), "0 'xyz' 3"], "expected an id from 1 to 65535"),
         ([*world_lines(), "65536 'xyz' 3"], "expected an id from 1 to 65535"),
@@ -232,7 +232,7 @@ def test_a_world_vocabulary_that_is_no_text_is_refused(tmp_path):
 
 
 def sentencepiece(folder: Path) -> HuggingFaceTokenizer:
-    """As Llama 2 has it: marked spaces, single bytes for what has no token, the first space is no text."""
+    """Create a tokenizer like Llama 2's: marked spaces, byte fallback, and a first space that is not text."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁b", "中"]
     made = Tokenizer(
         models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
@@ -393,7 +393,7 @@ def test_the_saved_folder_loads_with_transformers(hugging_face, tmp_path):
 
 
 def test_what_fastokens_lacks_falls_back_and_says_so(tmp_path, caplog):
-    """WordPiece: a normalizer changes the text, and bytes are shared out in proportion."""
+    """WordPiece: a normalizer changes the text, and bytes are divided in proportion."""
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -446,7 +446,7 @@ GOOD = {
 
 
 def changed(field: str, value: object) -> dict[str, object]:
-    """GOOD with another value at `field`, a path such as model.vocab."""
+    """Return GOOD with another value at `field`, a path such as model.vocab."""
     definition = json.loads(json.dumps(GOOD))
     place = definition
     *path, last = field.split(".")
@@ -514,7 +514,7 @@ def test_malformed_files_beside_a_tokenizer_name_themselves(tmp_path, name, cont
 
 
 def test_a_text_that_a_library_cannot_encode_is_an_error_of_the_text(tmp_path):
-    """WordPiece asks for its token for unknown words, and the vocabulary has none."""
+    """WordPiece needs its token for unknown words, which the vocabulary does not have."""
     made = Tokenizer(models.WordPiece({"[SEP]": 0, "a": 1}, unk_token="[UNK]"))
     tokenizer = load_tokenizer(save(made, tmp_path, eos_token="[SEP]"))
     with pytest.raises(TextError, match=r"a text cannot be encoded: .*\[UNK\]"):
@@ -559,9 +559,9 @@ for name in ("some/other", "tok"):
     )
     name, error, local_error = done.stdout.splitlines()
     assert name == "some/model"
-    assert error.startswith("tokenizer 'some/other': neither a local folder nor to be had from the Hugging Face hub")
+    assert error.startswith("tokenizer 'some/other': not a local folder, and the Hugging Face hub does not provide it")
     assert "huggingface-cli login" in error
-    assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, nor to be had from")
+    assert local_error.startswith(f"tokenizer 'tok': no such folder in {Path.cwd()}, and the Hugging Face hub does not")
     assert "train-tokenizer RECIPE --vocab-size N --to tok" in local_error
 
 

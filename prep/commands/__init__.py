@@ -1,1 +1,1 @@
-"""The commands beside `build`: inspect, convert, report, train-tokenizer."""
+"""Commands: one module for each command of `python -m prep`; `run` takes its parsed arguments."""

@@ -1,10 +1,11 @@
 """`convert`: a folder of JSON files to a folder of parquet files with one column, `text`.
 
-`build` reads JSON as well; parquet is smaller, is read faster, and can be cut into units.
+`build` reads JSON as well; parquet is smaller, faster to read, and can be divided into units.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 from collections import Counter
@@ -17,39 +18,52 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.config import SourceConfig
-from prep.inputs.files import InputFile, find_files
-from prep.inputs.readers import Part, read_part, without_text
+from prep.inputs.discovery import find_files
+from prep.inputs.faults import missing_text
+from prep.inputs.files import InputFile, Part
+from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import shown
+from streaming_rwkv.filesystem import atomic_file
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
-_ORIGIN_KEY = "streaming-rwkv.origin"  # of a parquet file's metadata: what it was made of
+_ORIGIN_KEY = "streaming-rwkv.origin"  # in a parquet file's metadata: the file and key that it was made from
 _REJECTED_KEY = "streaming-rwkv.rejected"
 _Task = tuple[InputFile, Path, SourceConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
-    """What became of one file."""
+class ConvertedFile:
+    """The result for one file."""
 
     name: str
     documents: int
     rejected: dict[str, int]
-    was_there: bool = False
+    existed: bool = False
 
 
-def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[Converted]:
-    """Convert every JSON file below `folder`; names are kept, `.json.gz` and the like become `.parquet`.
+def run(options: argparse.Namespace) -> int:
+    """Convert a folder, printing a line for each file; return the exit status."""
+    for file in convert(options.folder, options.to, text=options.text, workers=options.workers):
+        rejected = "".join(f", {count} rejected: {reason}" for reason, count in file.rejected.items())
+        existed = " (already converted)" if file.existed else ""
+        print(f"{shown(file.name)}: {file.documents:,} documents{rejected}{existed}")
+    return 0
 
-    A file whose parquet is there, made of the same file by the same key, is left alone, so an interrupted conversion
-    goes on. By one process at a time for each folder.
+
+def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1) -> Iterator[ConvertedFile]:
+    """Convert every JSON file below `folder`; names are kept, with `.parquet` in place of suffixes such as `.json.gz`.
+
+    A file that has been converted with the same key and has not changed since is skipped, so an interrupted conversion
+    can be resumed. Only one process may convert into a folder at a time.
 
     Raises:
-        UserError: nothing to convert, two files with one name to be, a broken file; at the end, if there was no text.
+        UserError: nothing to convert, two files with one target, a broken file, or, at the end, no text in any file.
     """
     files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
     if not files:
-        raise UserError(f"{folder}: no JSON file below it; parquet needs no conversion")
+        raise UserError(f"{folder}: found no JSON file below it; parquet needs no conversion")
     places = {file: Path(to) / f"{file.stem}.parquet" for file in files}
     for place, count in Counter(places.values()).items():
         if count > 1:
@@ -63,13 +77,13 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
         documents += converted.documents
         rejected.update(converted.rejected)
         yield converted
-    if not documents and (without := rejected[without_text(config)]):
+    if not documents and (without := rejected[missing_text(config.text)]):
         raise UserError(
             f"{folder}: of {rejected.total()} documents {without} have no {text!r}; name the key with --text"
         )
 
 
-def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
+def _in_processes(tasks: list[_Task], workers: int) -> Iterator[ConvertedFile]:
     if workers == 1:
         yield from map(_convert_file, tasks)
         return
@@ -77,7 +91,7 @@ def _in_processes(tasks: list[_Task], workers: int) -> Iterator[Converted]:
         yield from pool.map(_convert_file, tasks)
 
 
-def _convert_file(task: _Task) -> Converted:
+def _convert_file(task: _Task) -> ConvertedFile:
     file, place, config = task
     origin: dict[str, str | int] = {"text": config.text, "bytes": file.size, "changed_ns": file.changed_ns}
     if (converted := _converted(place, file, origin)) is not None:
@@ -85,22 +99,21 @@ def _convert_file(task: _Task) -> Converted:
     rejected: Counter[str] = Counter()
     documents = 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.writing")  # always the same: what a kill left is taken over
-    try:
-        # Open files: of a name with a colon pyarrow would make a URI.
-        with temporary.open("wb") as opened, pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer:
-            for texts in _row_groups(_texts(file, config, rejected)):
-                documents += len(texts)
-                writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
-            writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Converted(name=file.name, documents=documents, rejected=dict(rejected))
+    # An open file, since pyarrow would take a name with a colon for a URI.
+    with (
+        atomic_file(place) as temporary,
+        temporary.open("wb") as opened,
+        pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer,
+    ):
+        for texts in _row_groups(_texts(file, config, rejected)):
+            documents += len(texts)
+            writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
+        writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
+    return ConvertedFile(name=file.name, documents=documents, rejected=dict(rejected))
 
 
-def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Converted | None:
-    """What lies in `place` if it was made of `origin`."""
+def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:
+    """Return the result that is stored in `place` if it was made from `origin`, else None."""
     try:
         with place.open("rb") as opened:
             metadata = pq.read_metadata(opened)
@@ -110,7 +123,7 @@ def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> Co
     if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
         return None
     rejected = json.loads(notes[_REJECTED_KEY.encode()])
-    return Converted(name=file.name, documents=metadata.num_rows, rejected=rejected, was_there=True)
+    return ConvertedFile(name=file.name, documents=metadata.num_rows, rejected=rejected, existed=True)
 
 
 def _texts(file: InputFile, config: SourceConfig, rejected: Counter[str]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Bar charts as SVG text: enough for a report, and no library to load."""
+"""Bar charts as SVG text, without a plotting library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEFT, _BOTTOM, _TOP, _RIGHT = 58, 40, 10, 12
 
 
 def short(value: float) -> str:
-    """1.2k, 3.4M, …"""
+    """Format a number with three digits and a unit: 1.2k, 3.4M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -20,7 +20,7 @@ def short(value: float) -> str:
 def histogram(
     counts: Mapping[str, float], *, color: str, x_name: str, y_name: str, width: int = 1120, height: int = 220
 ) -> str:
-    """One bar for each entry, in order."""
+    """Draw a bar for each entry, in order."""
     series = {name: {"": count} for name, count in counts.items()}
     return grouped_bars(series, colors={"": color}, x_name=x_name, y_name=y_name, width=width, height=height)
 
@@ -34,7 +34,7 @@ def grouped_bars(
     width: int = 1120,
     height: int = 280,
 ) -> str:
-    """One stack for each group, its parts in the order of `colors`."""
+    """Draw a stacked bar for each group, its parts in the order of `colors`."""
     totals = {name: sum(parts.values()) for name, parts in groups.items()}
     highest = max(totals.values(), default=0) or 1
     plot_width, plot_height = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
@@ -66,7 +66,7 @@ def grouped_bars(
 
 
 def bars(counts: Mapping[str, float], *, color: str, width: int = 1120) -> str:
-    """One lying bar for each entry, with its name and value."""
+    """Draw a horizontal bar for each entry, with its name and value."""
     highest = max(counts.values())
     shapes = []
     for row, (name, value) in enumerate(counts.items()):
@@ -78,6 +78,7 @@ def bars(counts: Mapping[str, float], *, color: str, width: int = 1120) -> str:
 
 
 def legend(colors: Mapping[str, str]) -> str:
+    """Draw the name of each color."""
     entries = "".join(
         f"<span><i style='background:{color}'></i>{html.escape(name)}</span>" for name, color in colors.items()
     )

@@ -1,7 +1,8 @@
-"""`report`: what a data set holds, as one self-contained page and as the same figures in JSON."""
+"""`report`: a self-contained page about a data set, and its numbers as JSON."""
 
 from __future__ import annotations
 
+import argparse
 import html
 import itertools
 import json
@@ -10,36 +11,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.commands.inspect import ShownPiece, shown_pieces
+from prep.commands.inspection import ShownPiece, shown_pieces
 from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
-from prep.dataset.finished import Place, opened
-from prep.stages.statistics import STATISTICS_NAME, Statistics
+from prep.dataset.finished import DataSet, open_data_set
+from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
+from prep.stages.distributions import Statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
 
-REPORT_NAME = "report"
 _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
 
 
+def run(options: argparse.Namespace) -> int:
+    """Write a data set's report and print its path; return the exit status."""
+    print(write_report(options.out, to=options.to))
+    return 0
+
+
 def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
-    """Write report.html and report.json into the folder `to` (by default the data set's own).
+    """Write report.html and report.json to the folder `to`, by default the data set's own.
 
     Raises:
-        DataError: no finished data set there, or one without its statistics.
-        UserError: the folder cannot be written to.
+        DataError: no finished data set, or one without its statistics.
+        UserError: the folder cannot be created or written to.
     """
     if to is None and is_remote(out):
-        raise UserError(f"{out}: the report is a file; name a folder for it with `--to FOLDER`")
+        raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
-    with opened(out) as place:
-        manifest = place.manifest()
-        statistics = _statistics(place)
+    with open_data_set(out) as data_set:
+        manifest = data_set.manifest()
+        statistics = _statistics(data_set)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
         figures = report_figures(manifest, statistics)
-        samples = sample_pieces(place, manifest)
+        samples = sample_pieces(data_set, manifest)
     (folder / f"{REPORT_NAME}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
@@ -47,17 +54,19 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     return page
 
 
-def _statistics(place: Place) -> Statistics:
+def _statistics(data_set: DataSet) -> Statistics:
     try:
-        for file in place.files([(STATISTICS_NAME, None)]):
+        for file in data_set.files([(STATISTICS_NAME, None)]):
             return Statistics.model_validate_json(file.read_bytes())
     except DataError:
         pass
-    raise DataError(f"{place.location}/{STATISTICS_NAME}: missing; copy it from where the data set was built")
+    raise DataError(
+        f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
+    )
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
-    """Everything that the page shows, as plain values."""
+    """Return all numbers of the page."""
     buckets = [bucket_name(lower, upper) for lower, upper in bucket_bounds(manifest.edges)]
     streams = [_stream_figures(stream, manifest) for stream in manifest.streams]
     fill: list[int] = [0] * statistics.fill_bins
@@ -68,7 +77,7 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
         "tokenizer": manifest.tokenizer.model_dump(),
         "pack_tokens": manifest.pack_tokens,
         "totals": {
-            "documents_read": sum(books.documents_read for books in manifest.books.values()),
+            "documents_read": sum(counts.documents_read for counts in manifest.counts.values()),
             "documents": sum(stream.documents for stream in manifest.streams),
             "tokens": sum(stream.targets for stream in manifest.streams),
             "text_bytes_read": sum(source.text_bytes for source in statistics.sources.values()),
@@ -78,7 +87,7 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
             "fill": _fill(manifest.streams, manifest),
         },
         "buckets": buckets,
-        "books": {source: books.model_dump() for source, books in manifest.books.items()},
+        "counts": {source: counts.model_dump() for source, counts in manifest.counts.items()},
         "streams": streams,
         "lengths": {
             source: {
@@ -110,15 +119,15 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
     return sum(stream.targets for stream in streams) / (packs * manifest.pack_tokens) if packs else 0.0
 
 
-def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece]]:
-    """The first pieces of some streams of each source: from a short, and from a long bucket."""
+def sample_pieces(data_set: DataSet, manifest: Manifest) -> dict[str, list[ShownPiece]]:
+    """Return the first pieces of each source's shortest and longest bucket."""
     samples: dict[str, list[ShownPiece]] = {}
-    for source in manifest.books:
+    for source in manifest.counts:
         streams = [stream for stream in manifest.select("train") if stream.source == source]
         chosen = [streams[0], streams[-1]] if len(streams) > 1 else streams
         samples[source] = list(
             itertools.chain.from_iterable(
-                itertools.islice(shown_pieces(place, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
+                itertools.islice(shown_pieces(data_set, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
             )
         )
     return samples
@@ -128,16 +137,16 @@ def sample_pieces(place: Place, manifest: Manifest) -> dict[str, list[ShownPiece
 
 
 def report_page(figures: dict[str, Any], samples: dict[str, list[ShownPiece]], *, title: str) -> str:
-    """One HTML file without references to any other."""
-    sources = list(figures["books"])
+    """Return the page as HTML without references to other files."""
+    sources = list(figures["counts"])
     colors = dict(zip(sources, itertools.cycle(PALETTE)))
     sections = [
         ("Length of documents", _length_plots(figures, colors)),
         ("Tokens by bucket and source", _token_plot(figures, colors)),
-        ("How full the packs are", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
-        ("Where the documents went", _books_table(figures) + _rejection_plot(figures)),
+        ("Fill of packs", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
+        ("Documents and tokens by source", _documents_table(figures) + _rejection_plot(figures)),
         ("Streams", _streams_table(figures)),
-        ("As the model will see them", _samples(samples)),
+        ("Samples, as the model sees them", _samples(samples)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
     return (
@@ -183,18 +192,18 @@ def _token_plot(figures: dict[str, Any], colors: dict[str, str]) -> str:
     return grouped_bars(tokens, colors=colors, x_name="bucket", y_name="tokens") + legend(colors)
 
 
-def _books_table(figures: dict[str, Any]) -> str:
+def _documents_table(figures: dict[str, Any]) -> str:
     rows = [
         [
             source,
-            books["documents_read"],
-            *(books["documents"][split] for split in SPLITS),
-            books["duplicates"],
-            sum(books["rejected"].values()),
-            books["targets_read"],
-            books["targets_cut"],
+            counts["documents_read"],
+            *(counts["documents"][split] for split in SPLITS),
+            counts["duplicates"],
+            sum(counts["rejected"].values()),
+            counts["targets_read"],
+            counts["targets_cut"],
         ]
-        for source, books in figures["books"].items()
+        for source, counts in figures["counts"].items()
     ]
     head = ["source", "read", *SPLITS, "duplicates", "rejected", "tokens read", "tokens cut"]
     return _table(head, rows, text_columns=1)
@@ -202,12 +211,12 @@ def _books_table(figures: dict[str, Any]) -> str:
 
 def _rejection_plot(figures: dict[str, Any]) -> str:
     drops: dict[str, int] = defaultdict(int)
-    for books in figures["books"].values():
-        drops["duplicate"] += books["duplicates"]
-        for reason, count in books["rejected"].items():
+    for counts in figures["counts"].values():
+        drops["duplicate"] += counts["duplicates"]
+        for reason, count in counts["rejected"].items():
             drops[reason] += count
     shown = {reason: count for reason, count in sorted(drops.items(), key=lambda item: -item[1]) if count}
-    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was left out.</p>"
+    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was rejected.</p>"
 
 
 def _streams_table(figures: dict[str, Any]) -> str:

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from prep.config import SourceConfig
-from prep.inputs.line_check import LineCounts, add_counts
-from prep.inputs.units import CutFiles, nothing_in, plan_units, read_unit
-from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import make_folder
+from prep.config import PrepConfig, SourceConfig
+from prep.document import LineCounts, add_counts
+from prep.inputs.readers import CutFiles, nothing_in, read_unit
+from prep.inputs.units import plan_units
+from streaming_rwkv.config import UserError, load_config
+from streaming_rwkv.filesystem import atomic_folder, make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
 
 
+def run(options: argparse.Namespace) -> int:
+    """Train a tokenizer and print how to use it; return the exit status."""
+    config = load_config(PrepConfig, options.config, overrides=options.overrides)
+    tokenizer = train_tokenizer(
+        config.sources, vocab_size=options.vocab_size, to=options.to, most_bytes=options.most_bytes
+    )
+    print(f"{options.to}: {tokenizer.vocab_size} tokens; use it with tokenizer={options.to}")
+    return 0
+
+
 def train_tokenizer(
     sources: dict[str, SourceConfig], *, vocab_size: int, to: str | Path, most_bytes: int = 1 << 28
 ) -> Tokenizer:
-    """Train on up to `most_bytes` of text, an equal share of each source, and save it in the folder `to`.
+    """Train on up to `most_bytes` of text, the same amount from each source, and save the tokenizer in the folder `to`.
 
-    The vocabulary holds all 256 bytes, so every text can be encoded, and one special token that is bos and eos. The
-    merges depend on the text alone, not on the number of threads.
+    The vocabulary contains all 256 bytes, so that every text can be encoded, and one special token, both bos and eos.
+    The merges depend on the text alone, not on the number of threads.
 
     Raises:
-        UserError: a vocabulary too small for the bytes; a folder that cannot be written to, or with something in it; an
-            empty or unreadable source.
+        UserError: the vocabulary is too small for the bytes; the folder cannot be written to, or is not empty; a
+            source is empty or cannot be read.
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise UserError(f"--vocab-size: {vocab_size}, at least 257 are needed: the bytes and an end of text")
+        raise UserError(f"--vocab-size: found {vocab_size}, expected at least 257: the bytes and an end of text")
     folder = Path(to).absolute()
     make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
     if any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; choose another `--to`, or remove it")
+        raise UserError(f"{folder}: is not empty; choose another `--to`, or remove the folder")
     trained = Trained(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -54,19 +65,16 @@ def train_tokenizer(
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / folder.name
-        whole.mkdir()
+    with atomic_folder(folder) as whole:
         trained.save(str(whole / "tokenizer.json"))
         (whole / "special_tokens_map.json").write_text(json.dumps(special))
         tokenizer = load_tokenizer(whole)
         tokenizer.save(whole)
-        whole.rename(folder)  # over the empty one: all of it is there, or nothing
     return tokenizer
 
 
 def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
-    """Texts of a source up to `most_bytes`, spread over its units."""
+    """Yield texts of a source up to `most_bytes`, spread over its units."""
     units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
     of_each = -(-most_bytes // len(units))
     has_any = False

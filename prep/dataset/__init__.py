@@ -1,1 +1,1 @@
-"""A finished data set: writing and reading its shards, opening, verifying and uploading it."""
+"""Data sets: writing and reading shards, and opening, verifying and uploading whole data sets."""

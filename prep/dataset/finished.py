@@ -1,4 +1,4 @@
-"""A finished data set where it lies, in a folder or in object storage, for `verify`, `inspect` and `report`."""
+"""Finished data sets, in a folder or in object storage, as `verify`, `inspect` and `report` read them."""
 
 from __future__ import annotations
 
@@ -25,43 +25,47 @@ from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
 
 MOST_MANIFEST_BYTES = 1 << 30
-_AHEAD = 8
+_FETCHED_AHEAD = 8
 
 
-class Place(Protocol):
-    """Files by their names below the data set, each compared with its hash before it is given out."""
+class DataSet(Protocol):
+    """A finished data set, whose files are compared with their hashes before they are read."""
 
     @property
     def location(self) -> str: ...
 
     def manifest(self) -> Manifest:
-        """Raises DataError: none there, or not valid."""
+        """Read the manifest.
+
+        Raises:
+            DataError: there is none, or it is not valid.
+        """
 
     def tokenizer(self, manifest: Manifest) -> Tokenizer: ...
 
     def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
-        """The files of `wanted` (name, sha256), one after another; each is there until the next is asked for.
+        """Yield the files of `wanted`, (name, sha256), one after another; each exists until the next is requested.
 
         Raises:
-            DataError: missing, or another hash.
-            StorageError: likewise, or the server fails.
+            DataError: a file is missing or has another hash.
+            StorageError: an object has another hash, or the server fails.
         """
 
 
 @contextlib.contextmanager
-def opened(location: str | Path) -> Iterator[Place]:
-    """The data set at `location`."""
+def open_data_set(location: str | Path) -> Iterator[DataSet]:
+    """Open the data set at `location`."""
     location = checked_location(location)
     if not is_remote(location):
-        yield FolderPlace(location=location)
+        yield LocalDataSet(location=location)
         return
     store = open_store(location)
     with contextlib.closing(store), tempfile.TemporaryDirectory(prefix="prep-") as folder:
-        yield StoredPlace(store=store, folder=Path(folder))
+        yield RemoteDataSet(store=store, folder=Path(folder))
 
 
 def find_manifest(store: Store) -> Manifest | None:
-    """The manifest of the data set in a store, or None if there is no finished one."""
+    """Return the manifest of the data set in a store, or None if there is no finished one."""
     try:
         content = store.get_bytes(MANIFEST_NAME, most=MOST_MANIFEST_BYTES)
     except ObjectMissing:
@@ -69,9 +73,14 @@ def find_manifest(store: Store) -> Manifest | None:
     return parse_manifest(content, where=store.url(MANIFEST_NAME))
 
 
+def find_local_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of the data set in a folder, or None if there is no finished one."""
+    return read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
+
+
 @dataclass(frozen=True, kw_only=True)
-class FolderPlace:
-    """A local data set."""
+class LocalDataSet:
+    """A data set in a folder."""
 
     location: str
 
@@ -89,7 +98,11 @@ class FolderPlace:
 
 
 def check_file(file: Path, sha256: str | None) -> None:
-    """Raises DataError: missing, or another hash."""
+    """Compare a file with its hash.
+
+    Raises:
+        DataError: it is missing, or has another hash.
+    """
     if not file.exists():
         raise DataError(f"{file}: missing; the manifest names it: restore it, or build again")
     if sha256 is not None and (found := sha256_of_file(file)) != sha256:
@@ -97,8 +110,8 @@ def check_file(file: Path, sha256: str | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredPlace:
-    """A data set in object storage; `folder` holds the few files that are read at the time."""
+class RemoteDataSet:
+    """A data set in object storage; `folder` holds the few files that are being read."""
 
     store: Store
     folder: Path
@@ -124,16 +137,16 @@ class StoredPlace:
         return load_tokenizer(folder)
 
     def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
-        """Some are fetched ahead."""
+        """Yield the files, fetching some of them ahead."""
         coming: deque[Future[Path]] = deque()
-        with ThreadPoolExecutor(_AHEAD) as pool:
+        with ThreadPoolExecutor(_FETCHED_AHEAD) as pool:
             try:
                 for number, (name, sha256) in enumerate(wanted):
                     coming.append(pool.submit(self._fetch, name, sha256, self.folder / f"{number}"))
-                    if len(coming) > _AHEAD:
-                        yield from _used_up(coming.popleft())
+                    if len(coming) > _FETCHED_AHEAD:
+                        yield from _then_removed(coming.popleft())
                 while coming:
-                    yield from _used_up(coming.popleft())
+                    yield from _then_removed(coming.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
                 for left in coming:
@@ -150,7 +163,7 @@ class StoredPlace:
         return file
 
 
-def _used_up(file: Future[Path]) -> Iterator[Path]:
+def _then_removed(file: Future[Path]) -> Iterator[Path]:
     path = file.result()
     try:
         yield path

@@ -1,4 +1,4 @@
-"""MDS shards back to packs, for `inspect`, `verify` and `report`: without streaming, and trusting nothing."""
+"""Reading MDS shards as packs, for `inspect`, `verify` and `report`: without streaming, and checking everything."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LENGTH_TYPES = {4: np.uint8, 5: np.uint16, 6: np.uint32, 7: np.uint64}
 
 
 def read_shard(file: Path, record: ShardRecord, *, where: str | None = None) -> Iterator[dict[str, NDArray[Any]]]:
-    """The packs of one shard; `where` names it in errors if that is not `file`.
+    """Yield the packs of one shard; `where` names it in errors, by default as `file`.
 
     Raises:
-        DataError: not the shard that `record` describes, or not one that prep wrote.
+        DataError: it is not the shard that `record` describes, or was not written by `prep`.
     """
     where = where or str(file)
     try:

@@ -1,12 +1,12 @@
-"""Packs to MDS shards, byte for byte as Streaming's MDSWriter writes them.
+"""Writing packs as MDS shards, byte for byte as Streaming's MDSWriter does.
 
-Our own, since `import streaming` costs a process 5 seconds and 600 MB, and since MDSWriter writes a valid index even
-when the code that feeds it has failed. A shard is
+`import streaming` costs a process 5 seconds and 600 MB, and MDSWriter writes a valid index even when the code that
+feeds it has failed; hence this module. A shard is
 
     uint32 number of samples · uint32 offsets of all samples and of the end · JSON of the writer's settings · samples
 
 and a sample is the uint32 size of each column followed by the columns, sorted by name. Each column is a
-one-dimensional array whose type the settings tell: one byte for the type of its length, its length, its values.
+one-dimensional array whose type is in the settings: one byte for the type of its length, its length, its values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from streaming_rwkv.config import Config
+from prep.dataset.names import shard_name
 from streaming_rwkv.shards import INDEX_NAME, ShardRecord
 
 Pack = dict[str, NDArray[Any]]  # column name to array
@@ -30,7 +30,7 @@ Pack = dict[str, NDArray[Any]]  # column name to array
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFormat:
-    """What MDSWriter is given besides the samples."""
+    """The arguments of MDSWriter, besides the samples."""
 
     columns: dict[str, str]  # name to MDS encoding, e.g. ndarray:uint32
     compression_level: int
@@ -51,26 +51,12 @@ class ShardFormat:
         }
 
 
-class Shard(Config):
-    """A shard file as written, and what its index says of it."""
-
-    record: ShardRecord
-    raw_sha256: str
-
-    def renamed(self, number: int) -> Shard:
-        return Shard(record=self.record.model_copy(update={"basename": basename(number)}), raw_sha256=self.raw_sha256)
-
-
-def basename(number: int) -> str:
-    return f"shard.{number:05}.mds.zstd"
-
-
-def write_shards(packs: Iterable[Pack], folder: Path, *, form: ShardFormat) -> list[Shard]:
-    """Write all packs to `folder` as shard.00000.mds.zstd, …; the index is apart, and so is flushing to the disk."""
+def write_shards(packs: Iterable[Pack], folder: Path, *, form: ShardFormat) -> list[ShardRecord]:
+    """Write all packs to `folder` as shard.00000.mds.zstd, …, without an index and without flushing to the disk."""
     settings = json.dumps(form.settings, sort_keys=True).encode()
     compressor = zstandard.ZstdCompressor(level=form.compression_level)
-    shards: list[Shard] = []
-    for samples in _shards(map(encode_sample, packs), room=form.shard_bytes - 8 - len(settings)):
+    shards: list[ShardRecord] = []
+    for samples in _group_samples(map(encode_sample, packs), room=form.shard_bytes - 8 - len(settings)):
         sizes = np.fromiter(map(len, samples), np.uint32, count=len(samples))
         offsets = np.zeros(len(samples) + 1, np.uint32)
         np.cumsum(sizes, out=offsets[1:])
@@ -78,19 +64,20 @@ def write_shards(packs: Iterable[Pack], folder: Path, *, form: ShardFormat) -> l
         raw = b"".join([np.uint32(len(samples)).tobytes(), offsets.tobytes(), settings, *samples])
         compressed = compressor.compress(raw)
         record = ShardRecord(
-            basename=basename(len(shards)),
+            basename=shard_name(len(shards)),
             bytes=len(compressed),
             sha256=hashlib.sha256(compressed).hexdigest(),
             raw_bytes=len(raw),
+            raw_sha256=hashlib.sha256(raw).hexdigest(),
             packs=len(samples),
         )
         (folder / record.basename).write_bytes(compressed)
-        shards.append(Shard(record=record, raw_sha256=hashlib.sha256(raw).hexdigest()))
+        shards.append(record)
     return shards
 
 
-def _shards(samples: Iterable[bytes], *, room: int) -> Iterator[list[bytes]]:
-    """Groups of samples that fit a shard; a sample that fits none has one for itself."""
+def _group_samples(samples: Iterable[bytes], *, room: int) -> Iterator[list[bytes]]:
+    """Group samples into shards; a sample that is too large for a shard gets one of its own."""
     group: list[bytes] = []
     size = 0
     for sample in samples:
@@ -104,6 +91,7 @@ def _shards(samples: Iterable[bytes], *, room: int) -> Iterator[list[bytes]]:
 
 
 def encode_sample(pack: Pack) -> bytes:
+    """Return a pack as an MDS sample."""
     columns = [_encode_array(pack[name]) for name in sorted(pack)]
     return np.fromiter(map(len, columns), np.uint32, count=len(columns)).tobytes() + b"".join(columns)
 
@@ -120,22 +108,21 @@ def _encode_array(array: NDArray[Any]) -> bytes:
     return head + array.tobytes()
 
 
-def index_bytes(shards: Iterable[Shard], *, form: ShardFormat) -> bytes:
-    """The content of the folder's index.json."""
+def index_bytes(shards: Iterable[ShardRecord], *, form: ShardFormat) -> bytes:
+    """Return the content of the index.json of a folder of shards."""
     entries = []
-    for shard in shards:
-        record = shard.record
+    for record in shards:
         raw = {
             "basename": record.basename.removesuffix(".zstd"),
             "bytes": record.raw_bytes,
-            "hashes": {"sha256": shard.raw_sha256},
+            "hashes": {"sha256": record.raw_sha256},
         }
         compressed = {"basename": record.basename, "bytes": record.bytes, "hashes": {"sha256": record.sha256}}
         entries.append({**form.settings, "raw_data": raw, "zip_data": compressed, "samples": record.packs})
     return json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
 
 
-def write_index(shards: Iterable[Shard], folder: Path, *, form: ShardFormat) -> str:
+def write_index(shards: Iterable[ShardRecord], folder: Path, *, form: ShardFormat) -> str:
     """Write the index of `folder` and return its sha256."""
     content = index_bytes(shards, form=form)
     (folder / INDEX_NAME).write_bytes(content)

@@ -1,39 +1,32 @@
-"""A data set on its way to object storage: shards first, then what describes them, the manifest last of all.
+"""Uploads of data sets to object storage: shards first, then the files that describe them, and the manifest last.
 
-Each object is compared with its file after it went up, and nothing that lies there already goes up again. Until the
-manifest is there, nobody takes the rest for a data set.
+Each object is compared with its file after the upload. An object that already exists with the same content is not
+uploaded again. Without a manifest, the objects are not taken for a data set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
-import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.commands.report import REPORT_NAME
 from prep.dataset.finished import find_manifest
-from prep.dataset.shard_writer import Shard
+from prep.dataset.names import REJECTED_NAME, REPORT_FILES, STATISTICS_NAME, belongs_to_data_set
 from prep.dataset.verification import verify_hashes
 from prep.execution.observer import Observer
-from prep.execution.task_store import WorkError, done_folder
-from prep.stages.packing import Window, WindowRecord
-from prep.stages.statistics import STATISTICS_NAME
-from prep.stages.tokenization import REJECTED_NAME
+from prep.execution.task_store import WorkError
 from streaming_rwkv.config import UserError
 from streaming_rwkv.location import checked_local, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
-    SPLITS,
     TOKENIZER_FOLDER,
     DataError,
     Manifest,
@@ -44,49 +37,41 @@ from streaming_rwkv.tokenizer import SAVED_FILES
 logger = logging.getLogger(__name__)
 
 _FILES_AT_ONCE = 8
-_PAGES = tuple(f"{REPORT_NAME}.{ending}" for ending in ("html", "json"))
-_OURS = re.compile(
-    rf"({'|'.join(SPLITS)})/[^/]+/\d+-\d+/({re.escape(INDEX_NAME)}|shard\.\d+\.mds\.zstd)|"
-    rf"{TOKENIZER_FOLDER}/({'|'.join(map(re.escape, sorted(set().union(*SAVED_FILES.values()))))})|"
-    rf"{re.escape(STATISTICS_NAME)}|{re.escape(REJECTED_NAME)}"
-)
 
 
-def strangers(store: Store) -> list[str]:
-    """Objects that are no part of a data set, or of one that is being built."""
-    # Browsers of buckets make empty objects for folders.
+def unexpected_objects(store: Store) -> list[str]:
+    """Return the names of objects that belong to no data set, finished or not."""
+    # Programs for browsing buckets create empty objects for folders.
     names = [name for name in store.list() if name and not name.endswith("/")]
-    return [name for name in names if name != MANIFEST_NAME and not _OURS.fullmatch(name)]
+    return [name for name in names if name != MANIFEST_NAME and not belongs_to_data_set(name)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uploaded:
-    """A data set that is there, and whether it was before."""
+class UploadResult:
+    """A data set in object storage, and whether it was there before."""
 
     manifest: Manifest
     was_there: bool
 
 
-def upload(folder: str | Path, location: str, *, observer: Observer | None = None) -> Uploaded:
-    """Copy a finished local data set to `s3://bucket/path`, or go on with that.
+def upload(folder: str | Path, location: str, *, observer: Observer | None = None) -> UploadResult:
+    """Copy a finished local data set to `s3://bucket/path`, or resume such an upload.
 
     Raises:
-        DataError: the local data set is not whole.
-        WorkError: the folder holds links or unexpected files; other objects lie there, or another data set.
+        DataError: the local data set is not complete.
+        WorkError: the folder holds links or unexpected files, or the location other objects or another data set.
         StorageError: the server fails.
     """
-    folder, observer = (
-        Path(checked_local(folder, remedy="an upload goes from a folder to s3://bucket/path")),
-        observer or Observer(),
-    )
+    folder = Path(checked_local(folder, remedy="an upload goes from a folder to s3://bucket/path"))
+    observer = observer or Observer()
     if not is_remote(location):
-        raise UserError(f"upload {folder} {location}: goes from a folder to s3://bucket/path")
+        raise UserError(f"upload {folder} {location}: the target must be s3://bucket/path")
     _check_files(folder)
     manifest = verify_hashes(folder, observer=observer)
     with contextlib.closing(open_store(location)) as store:
         if (there := find_manifest(store)) is not None:
             check_same(there, manifest, where=store.location)
-            return Uploaded(manifest=manifest, was_there=True)
+            return UploadResult(manifest=manifest, was_there=True)
         check_free(store)
         with Transfers(store) as transfers:
             for stream in manifest.streams:
@@ -95,19 +80,19 @@ def upload(folder: str | Path, location: str, *, observer: Observer | None = Non
                     transfers.put(folder / name, name, sha256=shard.sha256, size=shard.bytes, source=stream.source)
             transfers.wait(observer)
             publish(folder, manifest, transfers)
-    return Uploaded(manifest=manifest, was_there=False)
+    return UploadResult(manifest=manifest, was_there=False)
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a folder with anything in it but a data set: archives and clones keep links, and a link can lead anywhere.
+    """Check that a folder holds a data set only: archives and clones keep links, and a link can lead anywhere.
 
-    Hidden files and folders are passed over, since they are never sent; so are the pages that `report` writes.
+    Hidden files and folders are ignored, since they are never uploaded, and so are the pages that `report` writes.
 
     Raises:
-        WorkError: a link, a file that is no regular one, or one that a data set does not have.
+        WorkError: a link, another file that is not regular, or one that a data set does not have.
     """
     if not (folder / MANIFEST_NAME).exists():
-        return  # no data set, as `verify_hashes` says
+        return  # `verify_hashes` reports that
     unexpected: list[str] = []
     for above, folders, files in os.walk(folder, onerror=_raise_unreadable):
         for name in sorted(name for name in [*folders, *files] if not name.startswith(".")):
@@ -116,16 +101,16 @@ def _check_files(folder: Path) -> None:
             mode = path.lstat().st_mode
             if stat.S_ISDIR(mode):
                 continue
-            is_known = within in (MANIFEST_NAME, *_PAGES) or _OURS.fullmatch(within)
+            is_known = within in (MANIFEST_NAME, *REPORT_FILES) or belongs_to_data_set(within)
             if not stat.S_ISREG(mode):
-                kind = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
-                raise WorkError(f"{path}: is {kind}, and an upload sends regular files; remove it, or copy its content")
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+                raise WorkError(f"{path}: is {kind}; an upload sends regular files: remove it, or copy its content")
             if not is_known:
                 unexpected.append(within)
         folders[:] = [name for name in folders if not name.startswith(".")]
     if unexpected:
         raise WorkError(
-            f"{folder}: holds files that are no part of a data set ({', '.join(unexpected[:3])}); move them away"
+            f"{folder}: holds files that do not belong to a data set ({', '.join(unexpected[:3])}); move them away"
         )
 
 
@@ -134,30 +119,36 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def check_free(store: Store) -> None:
-    """Find out before the work whether a data set can be written there, and clear what a killed run left.
+    """Check before the work that a data set can be written to a store, and abort uploads that a killed run left.
 
     Raises:
-        WorkError: other objects lie there.
-        StorageError: no such bucket, not allowed to write, or the server fails.
+        WorkError: the store holds other objects.
+        StorageError: there is no such bucket, writing is not allowed, or the server fails.
     """
-    if others := strangers(store):
-        raise WorkError(f"{store.location}: holds other objects ({', '.join(others[:3])}); choose an empty place")
+    if unexpected := unexpected_objects(store):
+        raise WorkError(
+            f"{store.location}: holds other objects ({', '.join(unexpected[:3])}); choose a location without objects"
+        )
     store.check_writable()
     if aborted := store.abort_unfinished():
-        logger.info("%s: cleared %d unfinished uploads of an earlier run", store.location, aborted)
+        logger.info("%s: aborted %d unfinished uploads of an earlier run", store.location, aborted)
 
 
 def check_same(there: Manifest, ours: Manifest, *, where: str) -> None:
-    """Raises WorkError: another data set lies there."""
+    """Check that two manifests are of the same data.
+
+    Raises:
+        WorkError: they have different fingerprints.
+    """
     if there.fingerprint != ours.fingerprint:
         raise WorkError(
             f"{where}: holds another data set, with fingerprint {there.fingerprint[:16]}, not {ours.fingerprint[:16]}; "
-            "choose another place, or remove it"
+            "choose another location, or remove it"
         )
 
 
 class Transfers:
-    """Files on their way up, some at a time. The first failure stops the others, and is raised by whoever asks next."""
+    """Concurrent uploads. The first failure stops the others and is raised by the next call."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -166,13 +157,13 @@ class Transfers:
         self._failure: BaseException | None = None
 
     def put(self, file: Path, name: str, *, sha256: str, size: int = 0, source: str = "") -> None:
-        """Have `file` uploaded; `size` and `source` are for the progress."""
+        """Queue `file` for upload; `size` and `source` are for the progress."""
         self._raise_failure()
         future = self._pool.submit(self._put, file, name, sha256)
         self._pending[future] = source, size
 
     def wait(self, observer: Observer | None = None) -> None:
-        """Until all is there."""
+        """Wait until all queued files are uploaded."""
         observer = observer or Observer()
         left = {future: of for future, of in self._pending.items() if not future.done()}
         totals: Counter[str] = Counter()
@@ -190,7 +181,7 @@ class Transfers:
         if self._failure is None:
             try:
                 self.store.put_file(file, name, sha256=sha256)
-            except BaseException as error:  # noqa: BLE001  # raised again by the one who waits
+            except BaseException as error:  # noqa: BLE001  # raised by the next call
                 self._failure = error
 
     def _raise_failure(self) -> None:
@@ -205,50 +196,12 @@ class Transfers:
         self._pool.shutdown(cancel_futures=True)
 
 
-class ShardUploads:
-    """Sends the shards of packed windows up as soon as their final numbers are known.
-
-    The shards of a stream are counted through its windows, so a window's have to wait for those of the windows before.
-    """
-
-    def __init__(self, transfers: Transfers, windows: Sequence[Window], *, work: Path) -> None:
-        self._transfers = transfers
-        self._windows = windows
-        self._work = work
-        self._records: dict[int, WindowRecord] = {}
-        by_stream = itertools.groupby(range(len(windows)), key=lambda index: windows[index].stream)
-        self._waiting = {stream: list(indices)[::-1] for stream, indices in by_stream}
-        self._counted: Counter[str] = Counter()
-
-    def packed(self, index: int, record: WindowRecord) -> None:
-        """The window of that index is packed."""
-        self._records[index] = record
-        stream = self._windows[index].stream
-        waiting = self._waiting[stream]
-        while waiting and waiting[-1] in self._records:
-            following = waiting.pop()
-            window, shards = self._windows[following], self._records.pop(following).shards
-            for file, shard in final_shards(window, shards, first=self._counted[stream], work=self._work):
-                name, record_of = f"{stream}/{shard.record.basename}", shard.record
-                self._transfers.put(
-                    file, name, sha256=record_of.sha256, size=record_of.bytes, source=self._windows[index].source
-                )
-            self._counted[stream] += len(shards)
-
-
-def final_shards(window: Window, shards: Sequence[Shard], *, first: int, work: Path) -> Iterator[tuple[Path, Shard]]:
-    """Where each shard of a window lies, and the shard under its final name; `first` is the first one's number."""
-    folder = done_folder(work, window.name)
-    for number, shard in enumerate(shards, start=first):
-        yield folder / shard.record.basename, shard.renamed(number)
-
-
 def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
-    """Upload what describes the shards, find out whether all is there, and then upload the manifest.
+    """Upload the files that describe the shards, check that all objects exist, and then upload the manifest.
 
     Raises:
-        DataError: an object is gone, or has another size: someone else is writing or deleting here.
-        WorkError: another data set was finished there meanwhile.
+        DataError: an object is missing or has another size: another program is writing or deleting here.
+        WorkError: another data set was finished at this location meanwhile.
         StorageError: the server fails.
     """
     store = transfers.store
@@ -256,7 +209,7 @@ def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
     described = [name for name in (*sorted(saved), STATISTICS_NAME, REJECTED_NAME) if (folder / name).exists()]
     expected = {name: (folder / name).stat().st_size for name in described}
     for name in described:
-        # No manifest has their hashes: the upload compares what it reads with what was read here, which is no link's.
+        # The manifest has no hashes of these files. This hash is of a regular file: a link put there later is noticed.
         transfers.put(folder / name, name, sha256=_sha256_of_regular(folder / name))
     transfers.wait()
     for stream in manifest.streams:
@@ -267,15 +220,15 @@ def publish(folder: Path, manifest: Manifest, transfers: Transfers) -> None:
     transfers.wait()
     if (there := find_manifest(store)) is not None:
         check_same(there, manifest, where=store.location)
-    _check_there(store, expected)
+    _check_objects(store, expected)
     store.put_bytes(manifest.to_json(), MANIFEST_NAME)
 
 
 def _sha256_of_regular(file: Path) -> str:
-    """The sha256 of a file, without following a link or waiting for a pipe.
+    """Return the sha256 of a file, without following a link or waiting for a pipe.
 
     Raises:
-        WorkError: no regular file, or it cannot be read.
+        WorkError: it is not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -283,14 +236,14 @@ def _sha256_of_regular(file: Path) -> str:
         raise WorkError(f"{file}: cannot be read as a regular file ({error.strerror})") from None
     with os.fdopen(descriptor, "rb") as opened:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise WorkError(f"{file}: is no regular file; remove it, or build again")
+            raise WorkError(f"{file}: is not a regular file; remove it, or build again")
         digest = hashlib.sha256()
         while block := opened.read(1 << 20):
             digest.update(block)
         return digest.hexdigest()
 
 
-def _check_there(store: Store, expected: Mapping[str, int]) -> None:
+def _check_objects(store: Store, expected: Mapping[str, int]) -> None:
     found = store.list()
     for name, size in expected.items():
         if found.get(name) != size:
@@ -299,8 +252,8 @@ def _check_there(store: Store, expected: Mapping[str, int]) -> None:
                 f"{store.url(name)}: {state} since it was uploaded; does another program write or delete here? The "
                 "manifest was not written; run the same command again"
             )
-    # Of an earlier build with other settings that was never finished: `check_free` saw that nothing else is here.
-    leftovers = [name for name in found if name not in expected and _OURS.fullmatch(name)]
+    # These are of an earlier, unfinished build with other settings: `check_free` has found nothing else here.
+    leftovers = [name for name in found if name not in expected and belongs_to_data_set(name)]
     if leftovers:
         logger.info("%s: removing %d objects of an earlier, unfinished build", store.location, len(leftovers))
         store.delete(leftovers)

@@ -1,4 +1,4 @@
-"""`verify`: every byte of a data set against its manifest, and every pack against the contract."""
+"""Verification of every byte of a data set against its manifest, and of every pack against the contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from prep.dataset.finished import Place, check_file, opened
+from prep.dataset.finished import DataSet, check_file, open_data_set
 from prep.dataset.shard_reader import read_shard
 from prep.execution.observer import Observer
 from streaming_rwkv.shards import (
@@ -25,36 +25,39 @@ from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 
 def verify(out: str | Path) -> Manifest:
-    """Read everything; of a data set in object storage, some shards at a time.
+    """Read and check a whole data set; one in object storage is fetched a few shards at a time.
 
     Raises:
-        DataError: a file that is missing or changed, a pack that breaks the contract, counts or books that do not
-            add up, or another tokenizer than the manifest's.
-        StorageError: likewise of objects, or the server fails.
+        DataError: a file is missing or changed, a pack breaks the contract, counts do not add up, or the tokenizer is
+            not the manifest's.
+        StorageError: an object is changed, or the server fails.
     """
-    with opened(out) as place:
-        manifest = place.manifest()
-        _verify_tokenizer(place.tokenizer(manifest), manifest, where=f"{place.location}/{TOKENIZER_FOLDER}")
+    with open_data_set(out) as data_set:
+        manifest = data_set.manifest()
+        _verify_tokenizer(data_set.tokenizer(manifest), manifest, where=f"{data_set.location}/{TOKENIZER_FOLDER}")
         targets: Counter[tuple[str, str]] = Counter()
         documents: Counter[tuple[str, str]] = Counter()
         for stream in manifest.streams:
-            _verify_stream(place, stream, manifest)
+            _verify_stream(data_set, stream, manifest)
             targets[stream.source, stream.split] += stream.targets
             documents[stream.source, stream.split] += stream.documents
-    for source, books in manifest.books.items():
-        if wrong := books.imbalance():
-            raise DataError(f"{out}: the books of source {source} do not balance: {wrong}; build again")
+    for source, counts in manifest.counts.items():
+        if imbalance := counts.imbalance():
+            raise DataError(f"{out}: the counts of source {source} do not balance: {imbalance}; build again")
         for split in SPLITS:
-            if (documents[source, split], targets[source, split]) != (books.documents[split], books.targets[split]):
-                raise DataError(f"{out}: the streams of {split}/{source} do not hold what the books say; build again")
+            if (documents[source, split], targets[source, split]) != (counts.documents[split], counts.targets[split]):
+                raise DataError(
+                    f"{out}: the streams of {split}/{source} do not hold the documents and targets of the manifest's "
+                    "counts; build again"
+                )
     return manifest
 
 
 def verify_hashes(out: str | Path, *, observer: Observer) -> Manifest:
-    """The manifest of a local data set whose files all have the hashes that it gives; packs are not looked into.
+    """Check the hashes of all files of a local data set, without reading packs, and return its manifest.
 
     Raises:
-        DataError: a file that is missing or changed, or another tokenizer than the manifest's.
+        DataError: a file is missing or changed, or the tokenizer is not the manifest's.
     """
     out = Path(out)
     manifest = read_manifest(out)
@@ -66,7 +69,7 @@ def verify_hashes(out: str | Path, *, observer: Observer) -> Manifest:
     for stream, shard in shards:
         totals[stream.source] += shard.bytes
     observer.step("verifying", totals=totals, in_bytes=True)
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         checks = pool.map(lambda pair: check_file(out / pair[0].path / pair[1].basename, pair[1].sha256), shards)
         for (stream, shard), _ in zip(shards, checks, strict=True):
             observer.done(stream.source, shard.bytes)
@@ -81,15 +84,15 @@ def _verify_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -
         )
 
 
-def _verify_stream(place: Place, stream: StreamRecord, manifest: Manifest) -> None:
-    folder = f"{place.location}/{stream.path}"
-    for index in place.files([(f"{stream.path}/{INDEX_NAME}", stream.index_sha256)]):
+def _verify_stream(data_set: DataSet, stream: StreamRecord, manifest: Manifest) -> None:
+    folder = f"{data_set.location}/{stream.path}"
+    for index in data_set.files([(f"{stream.path}/{INDEX_NAME}", stream.index_sha256)]):
         indexed = [shard["zip_data"]["basename"] for shard in json.loads(index.read_bytes())["shards"]]
         if indexed != [shard.basename for shard in stream.shards]:
             raise DataError(f"{folder}/{INDEX_NAME}: names other shards than the manifest; restore it, or build again")
     found: Counter[str] = Counter()
     names = [(f"{stream.path}/{shard.basename}", shard.sha256) for shard in stream.shards]
-    for shard, file in zip(stream.shards, place.files(names), strict=True):
+    for shard, file in zip(stream.shards, data_set.files(names), strict=True):
         for number, pack in enumerate(read_shard(file, shard, where=f"{folder}/{shard.basename}")):
             where = f"{folder}/{shard.basename}: pack {number}"
             check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)

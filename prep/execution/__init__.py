@@ -1,1 +1,1 @@
-"""How stages are run: processes or Ray, records of finished work, intermediate files, resume, progress."""
+"""Execution of stages: processes or Ray, the task store, intermediate files, resuming, and progress."""

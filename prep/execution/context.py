@@ -1,4 +1,4 @@
-"""What every task of one build knows: configuration, units, streams, tokenizer."""
+"""The build context: what every task of a build knows."""
 
 from __future__ import annotations
 
@@ -8,38 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.dataset.shard_writer import ShardFormat
-from prep.inputs.units import Unit
-from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, columns, token_dtype
+from prep.inputs.files import Unit
+from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
-_MOST_AUDITED_UNITS = 4096  # or about so many: two minutes
+UNITS_FOLDER = "units"
+_MOST_AUDITED_UNITS = 4096  # approximately; auditing them takes two minutes
+
+
+def unit_task(unit: Unit) -> str:
+    """Return the name of the task that tokenizes a unit."""
+    return f"{UNITS_FOLDER}/{unit.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """Pickled once for each worker; what is loaded on demand stays behind."""
+class BuildContext:
+    """Configuration, units, streams and tokenizer of one build.
+
+    It is pickled once for each worker, without the tokenizer, which each worker loads by itself.
+    """
 
     config: PrepConfig
     units: tuple[Unit, ...]
     vocab_size: int
-    given_tokenizer: Tokenizer | None = None
+    loaded_tokenizer: Tokenizer | None = None
     by_reference: bool = False
-    """The ids come from the library that defines them: the fast one was found to differ."""
+    """Encode with the library that defines the ids: the fast tokenizer was found to differ from it."""
 
     @property
-    def out(self) -> Path:
-        """Where the data set is put together."""
+    def folder(self) -> Path:
+        """The local folder in which the data set is put together."""
         return self.config.folder
 
     @property
-    def work(self) -> Path:
+    def work_folder(self) -> Path:
         return self.config.work_folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the builder had, or else the data set's own copy: on a cluster there may be no other."""
-        tokenizer = self.given_tokenizer or load_tokenizer(self.out / TOKENIZER_FOLDER)
+        """The tokenizer of the main process, or the data set's own copy: another machine may have no other."""
+        tokenizer = self.loaded_tokenizer or load_tokenizer(self.folder / TOKENIZER_FOLDER)
         if self.by_reference:
             tokenizer.use_reference()
         return tokenizer
@@ -50,21 +58,13 @@ class Job:
 
     @property
     def streams(self) -> list[tuple[Split, int, int]]:
-        """(split, lower, upper) of a source's streams; a stream's index in here is what blocks are labelled with."""
+        """(split, lower, upper) of a source's streams; blocks refer to a stream by its index in this list."""
         return [(split, lower, upper) for split in SPLITS for lower, upper in bucket_bounds(self.config.edges)]
 
-    @property
-    def shard_format(self) -> ShardFormat:
-        return ShardFormat(
-            columns=columns(self.vocab_size),
-            compression_level=self.config.compression_level,
-            shard_bytes=self.config.shard_bytes,
-        )
-
     def audit_bytes(self, unit: Unit) -> int:
-        """How much of its text is compared with the reference tokenizer's ids: 0 for most units of a large corpus.
+        """Return the bytes of a unit's text to compare with the reference: 0 for most units of a large corpus.
 
-        The process that compares them is one, however many the workers are.
+        Only the main process compares them, whatever the number of workers.
         """
         each = -(-len(self.units) // _MOST_AUDITED_UNITS)
         return self.config.audit_bytes if int(unit.name, 16) % each == 0 else 0

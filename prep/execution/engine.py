@@ -1,7 +1,7 @@
-"""Who does the tasks: this process, processes beside it, or Ray.
+"""Engines that run tasks: this process, processes beside it, or Ray.
 
-`start` gives a `Run`: called with a task and items, it calls `task(job, item, report)` for each and yields (the item's
-index, its result) as they come. What a task reports while it works goes to `on_report`.
+`start` returns a `Run`. It is called with a task and items, calls `task(context, item, report)` for each item, and
+yields the index and the result of each item as it is finished. Reports of running tasks go to `on_report`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from prep.execution.context import Job
+from prep.execution.context import BuildContext
+from prep.execution.tasks import Run, Task
 from streaming_rwkv.config import UserError
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-Task = Callable[[Job, Any, Callable[[Any], None]], Any]
-Run = Callable[[Task, Sequence[Any]], Iterator[tuple[int, Any]]]
 
 
 class WorkerError(UserError):
@@ -35,20 +33,20 @@ class WorkerError(UserError):
 
 
 @contextlib.contextmanager
-def start(job: Job, *, on_report: Callable[[Any], None], fork: bool = False) -> Iterator[Run]:
-    """The engine of the job's configuration; workers end with the context.
+def start(context: BuildContext, *, on_report: Callable[[Any], None], fork: bool = False) -> Iterator[Run]:
+    """Start the engine that the configuration names; its workers end with the `with` block.
 
     Args:
-        fork: fork workers from this process. It saves them the imports, but is safe only while no thread of this
+        fork: fork workers from this process. This saves their imports, but is safe only while no thread of this
             process can hold a lock (a tokenizer that has encoded something has such threads).
     """
-    if job.config.engine == "ray":
-        with _ray(job, on_report) as run:
+    if context.config.engine == "ray":
+        with _ray(context, on_report) as run:
             yield run
-    elif job.config.worker_count == 1:
-        yield lambda task, items: ((index, task(job, item, on_report)) for index, item in enumerate(items))
+    elif context.config.worker_count == 1:
+        yield lambda task, items: ((index, task(context, item, on_report)) for index, item in enumerate(items))
     else:
-        with _processes(job, on_report, fork=fork) as run:
+        with _processes(context, on_report, fork=fork) as run:
             yield run
 
 
@@ -67,11 +65,11 @@ class _Failure:
 
 
 @contextlib.contextmanager
-def _processes(job: Job, on_report: Callable[[Any], None], *, fork: bool) -> Iterator[Run]:
-    """Workers that are forked from one process which has loaded the tokenizer: it costs seconds and memory once."""
-    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
-    ours, theirs = zip(*[context.Pipe() for _ in range(job.config.worker_count)], strict=True)
-    parent = context.Process(target=_parent, args=(job, theirs, ours if fork else ()), name="prep-parent")
+def _processes(context: BuildContext, on_report: Callable[[Any], None], *, fork: bool) -> Iterator[Run]:
+    """Fork all workers from one process that has loaded the tokenizer, which takes seconds and memory only once."""
+    processes: Any = multiprocessing.get_context("fork" if fork else "spawn")
+    ours, theirs = zip(*[processes.Pipe() for _ in range(context.config.worker_count)], strict=True)
+    parent = processes.Process(target=_parent, args=(context, theirs, ours if fork else ()), name="prep-parent")
     parent.start()
     for connection in theirs:
         connection.close()
@@ -135,16 +133,16 @@ def _died() -> WorkerError:
     )
 
 
-def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Connection]) -> None:
-    for connection in inherited:  # or a worker would hold the other end of its own line open
+def _parent(context: BuildContext, connections: Sequence[Connection], inherited: Sequence[Connection]) -> None:
+    for connection in inherited:  # or a worker would hold the other end of its own connection open
         connection.close()
     starter = multiprocessing.parent_process()
     assert starter is not None
     die_with_parent(starter.pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the one that was started decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process decides
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already
     try:
-        job.tokenizer.load()
+        context.tokenizer.load()
     except UserError as error:
         for connection in connections:
             connection.send(_Failure(error, traceback.format_exc()))
@@ -158,7 +156,7 @@ def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Con
                 if other is not connection:
                     other.close()
             die_with_parent(parent)
-            _work(job, connection)
+            _work(context, connection)
             os._exit(0)
         workers.append(worker)
     for connection in connections:
@@ -167,8 +165,8 @@ def _parent(job: Job, connections: Sequence[Connection], inherited: Sequence[Con
         os.waitpid(worker, 0)
 
 
-def _work(job: Job, connection: Connection) -> None:
-    """Do tasks until the other side closes the connection."""
+def _work(context: BuildContext, connection: Connection) -> None:
+    """Run tasks until the other side closes the connection."""
 
     def report(content: Any) -> None:
         connection.send(_Report(content))
@@ -177,14 +175,14 @@ def _work(job: Job, connection: Connection) -> None:
         while True:
             task, item = connection.recv()
             try:
-                answer = task(job, item, report)
-            except Exception as error:  # noqa: BLE001  # raised again by the process that waits for it
+                answer = task(context, item, report)
+            except Exception as error:  # noqa: BLE001  # raised again by the main process
                 answer = _Failure(_portable(error), traceback.format_exc())
             connection.send(answer)
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling."""
+    """Return the error itself if it can be pickled, or its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  # any class can define how it is pickled
@@ -196,16 +194,16 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
-    """The same tasks on a Ray cluster: the one that RAY_ADDRESS names, or one on this machine."""
+def _ray(context: BuildContext, on_report: Callable[[Any], None]) -> Iterator[Run]:
+    """Run tasks on a Ray cluster: the one that RAY_ADDRESS names, or a new one on this machine."""
     try:
         import ray
     except ImportError:
         raise UserError(f"engine: 'ray' is not installed; run {install_command('ray')}, on every node") from None
     started = not ray.is_initialized()
     if started:
-        # "local", or a cluster that somebody else has started here would be joined.
-        local = {"address": "local", "num_cpus": job.config.worker_count, "include_dashboard": False}
+        # Without "local", a cluster that another user has started here would be joined.
+        local = {"address": "local", "num_cpus": context.config.worker_count, "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else local))
         except ConnectionError as error:
@@ -213,17 +211,17 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
                 f"engine: no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error}); start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
             ) from error
-    shared_job = ray.put(pickle.dumps(job))
+    shared_context = ray.put(pickle.dumps(context))
     do = ray.remote(_do_for_ray)
 
     def run(task: Task, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         waiting = list(enumerate(items))[::-1]
         pending: dict[Any, int] = {}
         while waiting or pending:
-            # Not all at once: a million queued tasks are a burden to the scheduler.
+            # A limited number at once: a million queued tasks slow the scheduler down.
             while waiting and len(pending) < 4 * int(ray.cluster_resources().get("CPU", 1)):
                 index, item = waiting.pop()
-                pending[do.remote(task, shared_job, item)] = index
+                pending[do.remote(task, shared_context, item)] = index
             (done,), _ = ray.wait(list(pending))
             try:
                 result, reports = ray.get(done)
@@ -240,13 +238,13 @@ def _ray(job: Job, on_report: Callable[[Any], None]) -> Iterator[Run]:
             ray.shutdown()
 
 
-def _do_for_ray(task: Task, pickled_job: bytes, item: Any) -> tuple[Any, list[Any]]:
+def _do_for_ray(task: Task, pickled_context: bytes, item: Any) -> tuple[Any, list[Any]]:
     reports: list[Any] = []
-    return task(_unpickled(pickled_job), item, reports.append), reports
+    return task(_unpickled(pickled_context), item, reports.append), reports
 
 
 @functools.lru_cache(maxsize=1)
-def _unpickled(job: bytes) -> Job:
-    """One tokenizer for all tasks of a Ray process."""
-    loaded: Job = pickle.loads(job)
+def _unpickled(pickled: bytes) -> BuildContext:
+    """Unpickle the context once, so that all tasks of a Ray process share one tokenizer."""
+    loaded: BuildContext = pickle.loads(pickled)
     return loaded

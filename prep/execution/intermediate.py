@@ -1,10 +1,13 @@
-"""What lies between the two steps: tokenized pieces sorted by stream, and the documents' hashes.
+"""Intermediate files: tokenized pieces sorted by stream, the documents' hashes, and the duplicates among them.
 
 pieces.bin consists of blocks, one for each stream in each stretch of a unit. A block is, for P pieces and S stored
 tokens: lengths u32[P] · starts u32[P] · bytes u32[P] · documents u32[P] · keys u64[P] · tokens[S]. `documents` counts
 the unit's documents, so that the duplicates among them can be left out later.
 
 hashes.bin consists of runs, each sorted by hash, of N documents: hashes u64[N, 2] · documents u32[N].
+
+bits.npy has one bit for each document of each unit, set for duplicates; first_bytes.npy, i64[units + 1], has the offset
+in it of the bits of each unit.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from prep.ragged import offsets_of
 
 PIECES_NAME = "pieces.bin"
 HASHES_NAME = "hashes.bin"
+DUPLICATES_TASK = "all_duplicates"
+_FIRST_BYTES_NAME = "first_bytes.npy"
+_BITS_NAME = "bits.npy"
 COLUMNS: dict[str, Any] = {
     "lengths": np.uint32,
     "starts": np.uint32,
@@ -36,7 +42,7 @@ _BYTES_PER_PIECE = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
 
 
 class Block(NamedTuple):
-    """Where the pieces of one stream lie in pieces.bin. A tuple, since a large corpus has millions of them."""
+    """The location in pieces.bin of the pieces of one stream. A tuple, since a large corpus has millions of blocks."""
 
     stream: int
     offset: int
@@ -84,7 +90,7 @@ def write_blocks(stretch: Sequence[SortedPieces], file: HashedFile) -> list[Bloc
 
 
 def read_block(file: IO[bytes], block: Block, *, tokens_into: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """The columns of a block; its tokens are read into `tokens_into` (block.tokens,).
+    """Read the columns of a block, and its tokens into `tokens_into` (block.tokens,).
 
     Raises:
         WorkError: the file ends before the block does.
@@ -104,12 +110,12 @@ def read_block(file: IO[bytes], block: Block, *, tokens_into: NDArray[Any]) -> d
 def _cut_off(file: str | Path) -> WorkError:
     return WorkError(
         f"{file}: is shorter than when it was written; does another program write or delete here? Run the same command "
-        "again: what is damaged is done anew"
+        "again: damaged work is done again"
     )
 
 
 def write_hashes(hashes: NDArray[np.uint64], documents: NDArray[np.uint32], file: HashedFile) -> int:
-    """Write a run of (N, 2) hashes; returns N."""
+    """Write a run of (N, 2) hashes and return N."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     file.write(hashes[order])
     file.write(documents[order])
@@ -117,7 +123,7 @@ def write_hashes(hashes: NDArray[np.uint64], documents: NDArray[np.uint32], file
 
 
 def read_hashes(file: Path, runs: Sequence[int]) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint32]]]:
-    """(N, 2) hashes and (N,) documents of each run, mapped into memory: only what is touched is read.
+    """Yield the (N, 2) hashes and (N,) documents of each run, mapped into memory: only the parts in use are read.
 
     Raises:
         WorkError: the file ends before the last run does.
@@ -132,6 +138,26 @@ def read_hashes(file: Path, runs: Sequence[int]) -> Iterator[tuple[NDArray[np.ui
         documents = np.memmap(file, np.uint32, "r", offset=offset + hashes.nbytes, shape=(count,))
         offset += hashes.nbytes + documents.nbytes
         yield hashes, documents
+
+
+def write_duplicates(bits: NDArray[np.uint8], first_bytes: NDArray[np.int64], folder: Path) -> tuple[str, ...]:
+    """Write the duplicates to `folder` and return the names of the files."""
+    np.save(folder / _FIRST_BYTES_NAME, first_bytes)
+    np.save(folder / _BITS_NAME, bits)
+    return _FIRST_BYTES_NAME, _BITS_NAME
+
+
+class Duplicates:
+    """The documents that are duplicates, read from the files of `write_duplicates`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._first_bytes = np.load(folder / _FIRST_BYTES_NAME, mmap_mode="r")
+        self._bits = np.load(folder / _BITS_NAME, mmap_mode="r")
+
+    def are_among(self, documents: NDArray[np.uint32], *, unit: int) -> NDArray[np.bool_]:
+        """Return the (N,) mask of a unit's documents that are duplicates."""
+        of_unit = self._bits[self._first_bytes[unit] : self._first_bytes[unit + 1]]
+        return ((of_unit[documents >> 3] >> (documents & 7)) & 1).astype(np.bool_)
 
 
 class HashedFile:
@@ -153,7 +179,7 @@ class HashedFile:
         self.size += len(data)
 
     def record(self) -> FileRecord:
-        """To be called when all is written."""
+        """Return the file's size and hash, after the last write."""
         self._file.flush()
         return FileRecord(bytes=self.size, xxh3=self._digest.hexdigest())
 

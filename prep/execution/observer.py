@@ -1,24 +1,39 @@
-"""Who is told how the work goes on."""
+"""The interface through which a build or an upload reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prep.document import Rejection
-from prep.stages.tokenization import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizationProgress:
+    """The amounts read and tokenized since the last report."""
+
+    source: str
+    documents: int
+    text_bytes: int
+    tokens: int
 
 
 class Observer:
-    """Is told how a build or an upload goes on; this one keeps it to itself."""
+    """Receives the progress of a build or an upload; this base class ignores it."""
 
     def step(self, name: str, *, totals: Mapping[str, int], in_bytes: bool = False) -> None:
-        """A step begins; `totals` is its work by source, in tokens or in bytes, of which the rate is worth showing."""
+        """Note that a step begins.
+
+        Args:
+            totals: the step's work by source, in tokens or in bytes.
+            in_bytes: the work is in bytes, and its rate is worth showing.
+        """
 
     def done(self, source: str, amount: int) -> None:
-        """So much more of the step is done."""
+        """Note that `amount` more of the step's work is done."""
 
-    def progress(self, progress: Progress) -> None:
-        """Documents were read and tokenized."""
+    def progress(self, progress: TokenizationProgress) -> None:
+        """Note that documents were read and tokenized."""
 
     def rejection(self, rejection: Rejection) -> None:
-        """A document was left out."""
+        """Note that a document was rejected."""

@@ -1,31 +1,29 @@
-"""Work that survives a kill: done or not there, and verified by hash when it is found again.
+"""The task store: finished work that survives a kill, verified by hash when it is used again.
 
-    {out}/.prep/lock             held by the one build that works here
-    {out}/.prep/plan.json        what is being built, of which files: a restart with anything else is refused
+    {out}/.prep/.lock            held by the one build that works here
+    {out}/.prep/state.json       everything that decides the output, see `prep.execution.resume`
     {out}/.prep/done/{name}/     one folder for each finished task: its files and record.json
-    {out}/.prep/tmp/             what is being written; cleared at each start
+    {out}/.prep/tmp/             unfinished files; cleared at each start
 
-A task writes into a temporary folder that is renamed when it is complete. Nothing is flushed to the disk on the way:
-after a loss of power a torn file has another hash, and its task is done again.
+A task writes to a temporary folder, which is renamed when it is complete. Files are not flushed to the disk: after a
+loss of power a torn file has another hash, and its task is done again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
-from streaming_rwkv.filesystem import make_folder, try_flock, warn_without_flock
+from streaming_rwkv.filesystem import lock_folder, make_folder, replace_folder, temporary_folder
 
-WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
 TEMPORARY_FOLDER = "tmp"
 _RECORD_NAME = "record.json"
@@ -36,14 +34,14 @@ class WorkError(UserError):
 
 
 class FileRecord(Config):
-    """A file as its task left it."""
+    """Size and hash of a file of a finished task."""
 
     bytes: int
     xxh3: str
 
 
 class DoneRecord(Config):
-    """What a task found out; subclasses add to it."""
+    """The result of a finished task; subclasses add fields."""
 
     files: dict[str, FileRecord]
 
@@ -52,11 +50,12 @@ RecordT = TypeVar("RecordT", bound=DoneRecord)
 
 
 def done_folder(work: Path, name: str) -> Path:
+    """Return the folder of a finished task."""
     return work / DONE_FOLDER / name
 
 
 def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | None:
-    """The record of a finished task if its files still have the hashes in it, else None."""
+    """Return the record of a finished task, or None if there is none or its files do not have the hashes in it."""
     folder = done_folder(work, name)
     try:
         record = record_type.model_validate_json((folder / _RECORD_NAME).read_bytes())
@@ -66,28 +65,19 @@ def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | No
     return record if whole else None
 
 
-@contextlib.contextmanager
-def temporary_folder(work: Path) -> Iterator[Path]:
-    """A folder of this task's own; removed unless it was renamed by `finish`."""
-    (work / TEMPORARY_FOLDER).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=work / TEMPORARY_FOLDER))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def temporary_task_folder(work: Path) -> AbstractContextManager[Path]:
+    """Yield a folder of this task's own; it is removed unless `finish` renames it."""
+    return temporary_folder(work / TEMPORARY_FOLDER)
 
 
 def finish(temporary: Path, record: DoneRecord, *, work: Path, name: str) -> None:
-    """Make what lies in `temporary` the finished task `name`, in one step."""
-    folder = done_folder(work, name)
+    """Make the files in `temporary` the finished task `name`, in one step."""
     (temporary / _RECORD_NAME).write_text(record.model_dump_json())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():  # it failed its verification
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    replace_folder(temporary, done_folder(work, name))  # one that exists has failed its verification
 
 
 def hash_file(file: Path) -> FileRecord:
+    """Return the size and hash of a file."""
     digest = xxhash.xxh3_128()
     size = 0
     with file.open("rb") as stream:
@@ -97,60 +87,26 @@ def hash_file(file: Path) -> FileRecord:
     return FileRecord(bytes=size, xxh3=digest.hexdigest())
 
 
-def write_durably(file: Path, content: bytes) -> None:
-    """Write and flush to the disk; under its name the file is whole or not there.
-
-    By one process at a time: what a killed one was writing has one name, so that the next one takes it over.
-    """
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_bytes(content)
-    flush(temporary)
-    os.replace(temporary, file)
-    flush(file.parent)
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the work folder: two builds in one folder would take each other's work away.
+    """Lock the work folder: two builds in one folder would remove each other's work.
 
     Raises:
         UserError: another build holds it, or it cannot be made or written to.
     """
-    make_folder(work.parent, what="folder of the data set", remedy="choose another `out=`")
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("a+") as lock:
-        try:
-            if not try_flock(lock.fileno()):
-                warn_without_flock(work, what="work folder")
-        except BlockingIOError:
-            lock.seek(0)
-            raise WorkError(
-                f"{work.parent}: another build (process {lock.read().strip() or 'unknown'}) is working here; wait for "
-                "it, or choose another `out=`"
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
+    remedy = "choose another `out=`"
+    make_folder(work.parent, what="folder of the data set", remedy=remedy)
+    with lock_folder(work, what="work folder of a build", remedy=remedy):
         shutil.rmtree(work / TEMPORARY_FOLDER, ignore_errors=True)
         yield
 
 
 @contextlib.contextmanager
 def explained_write_errors(out: Path) -> Iterator[None]:
-    """Turn a full or closed disk into advice.
+    """Turn errors of the file system into errors that say what to do.
 
     Raises:
-        WorkError: no space left, quota exceeded, no permission, or whatever else the file system answers.
+        WorkError: no space left, quota exceeded, no permission, or another error of the file system.
     """
     try:
         yield

@@ -1,1 +1,5 @@
-"""Raw corpora as documents: files and objects, their formats, and the units of work that divide them."""
+"""Inputs: raw corpora to documents.
+
+Data flow: discovery finds files; units divides them into units of work; readers turns units into documents, through
+json_lines and parquet by format, compression below them, and hooks, the user's functions, above them.
+"""

@@ -11,9 +11,9 @@ import zstandard
 from isal import igzip, igzip_lib
 
 _READ_BYTES = 1 << 20
-_FIRST_FRAME_BYTES = 1 << 12  # of a zstd frame; as it continues, twice as much each time
-_MOST_FRAME_BYTES = 1 << 14  # four bytes can stand for 128 KiB: not more than 512 MiB at a time
-_MEMBER_BYTES = 1 << 16  # of a bzip2 or xz file: what follows the end of a member is copied
+_FIRST_FRAME_BYTES = 1 << 12  # of a zstd frame; the step is doubled as the frame continues
+_MOST_FRAME_BYTES = 1 << 14  # four bytes can expand to 128 KiB, so this limits a step to 512 MiB
+_MEMBER_BYTES = 1 << 16  # of a bzip2 or xz file; the bytes after the end of a member are copied
 _MOST_WINDOW_BYTES = 1 << 31
 
 
@@ -22,13 +22,13 @@ class CompressionError(Exception):
 
 
 def decompressed(raw: IO[bytes], compression: str) -> Iterator[bytes]:
-    """The content in blocks; several compressed files one after the other are one.
+    """Yield the content in blocks; concatenated compressed files are read as one.
 
     Args:
         compression: `.gz`, `.zst`, `.bz2` or `.xz`.
 
     Raises:
-        CompressionError: the file is damaged.
+        CompressionError: the file is damaged or cut off.
     """
     match compression:
         case ".gz":
@@ -53,7 +53,7 @@ def _gzip_blocks(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    # Not `stream_reader`: it ends without a word where the file is cut off.
+    # Not `stream_reader`: it does not report a file that is cut off.
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
     frame, step = decompressor.decompressobj(), 0
     is_within = False
@@ -63,7 +63,7 @@ def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
         while block := raw.read(_READ_BYTES):
             content, at = memoryview(block), 0
             while at < len(content):
-                # What is given beyond a frame's end comes back as a copy: for a file of many small frames not much.
+                # Bytes after a frame's end come back as a copy, so steps are short in a file of many small frames.
                 step = min(2 * step, _MOST_FRAME_BYTES) if is_within else _FIRST_FRAME_BYTES
                 frame = frame if is_within else decompressor.decompressobj()
                 piece = content[at : at + step]
@@ -88,7 +88,7 @@ def _xz_decompressor() -> lzma.LZMADecompressor:
 def _member_blocks(
     raw: IO[bytes], new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], *, kind: str
 ) -> Iterator[bytes]:
-    # Not `bz2.open` or `lzma.open`: they ignore what follows the first member if it is damaged.
+    # Not `bz2.open` or `lzma.open`: they ignore damaged data after the first member.
     content = raw.read(_MEMBER_BYTES)
     try:
         while content:
@@ -102,7 +102,7 @@ def _member_blocks(
                     yield block
                 content = b""
             content = member.unused_data or raw.read(_MEMBER_BYTES)
-            if kind == "xz":  # members may be filled up with zeros
+            if kind == "xz":  # members may be padded with zeros
                 while content and not content.strip(b"\0"):
                     content = raw.read(_MEMBER_BYTES)
                 content = content.lstrip(b"\0")

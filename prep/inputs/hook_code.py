@@ -1,7 +1,7 @@
-"""The code that a hook consists of: its module and the user's own modules that this one imports, at any depth.
+"""The code of a hook: its module and the user's own modules that it imports, at any depth.
 
-What is installed (the standard library, site-packages) is left out: a hook's author does not edit it. So is this
-project. Imports are read from the source, since a module that was imported is not told from one that is in use.
+Installed modules (the standard library, site-packages) and this project are left out: a hook's author does not edit
+them. Imports are read from the source, since `sys.modules` does not tell which module imported another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OURS = {"prep", "streaming_rwkv"}
 
 
 def code_digest(module: str) -> str:
-    """Return the sha256 of the file of `module`; where it imports the user's own modules, of all their files together.
+    """Return the sha256 of the file of `module`, or of all files together if it imports the user's own modules.
 
     Raises:
         UserError: one of the files cannot be read.
@@ -37,7 +37,7 @@ def code_digest(module: str) -> str:
 
 
 def _own_files(module: str) -> dict[str, bytes]:
-    """The content of the files of `module` and of the user's modules that it imports, by the modules' names."""
+    """Return the content of `module` and of the user's modules that it imports, by module name."""
     found: dict[str, bytes] = {}
     seen: set[str] = set()
     waiting = [module]
@@ -63,10 +63,14 @@ def _own_files(module: str) -> dict[str, bytes]:
 
 
 def _imported(content: bytes, *, package: str) -> Iterator[str]:
-    """Names of modules that a source may import, wherever in it the import is written."""
+    """Yield names of modules that a source imports, at any place in it; some may be names of other things."""
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError):  # a compiled extension; of a hook's own, the import has told
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+    ):  # a compiled extension; load_hook has reported a hook's syntax error
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -76,11 +80,11 @@ def _imported(content: bytes, *, package: str) -> Iterator[str]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             if base:
                 yield base
-                yield from (f"{base}.{alias.name}" for alias in node.names)  # a module, or something in `base`
+                yield from (f"{base}.{alias.name}" for alias in node.names)  # a module, or another name in `base`
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """Where a module lies, found without importing a package on the way to it."""
+    """Find a module without importing the packages above it."""
     first, *rest = name.split(".")
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__spec__", None) is not None:

@@ -1,9 +1,6 @@
-"""The check that a file holds JSON lines: judged by all of its lines, however it is cut into units."""
+"""Diagnosis of files that are not JSON lines, for error messages."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import NamedTuple
 
 _UTF16 = "UTF-16: save it as UTF-8"
 _SIGNATURES = {
@@ -19,64 +16,41 @@ _SIGNATURES = {
 }
 
 
-class LineCounts(NamedTuple):
-    """Lines of a file or a part of it."""
-
-    lines: int  # that are not blank
-    not_objects: int
-
-    def plus(self, other: LineCounts) -> LineCounts:
-        return LineCounts(self.lines + other.lines, self.not_objects + other.not_objects)
-
-    @property
-    def are_json_lines(self) -> bool:
-        """True if at least half of them are JSON objects."""
-        return 2 * self.not_objects <= self.lines
-
-
 def signature(begin: bytes) -> str | None:
-    """Return the format that a file's first bytes belong to, and how to fix it; None for what may be text."""
+    """Return the format that a file's first bytes indicate, with a remedy; None if they may be text."""
     for magic, what in _SIGNATURES.items():
         if begin.startswith(magic):
             return what
     return _UTF16 if begin[:2].count(0) == 1 else None
 
 
-def describe(counts: LineCounts, *, first: bytes, is_utf8: bool) -> str | None:
-    """Return an error's text for a file whose lines are not JSON lines.
+def describe(lines: int, not_objects: int, *, first: bytes, is_utf8: bool) -> str | None:
+    """Return the text of the error for a file that is not JSON lines.
 
     Args:
+        lines: the number of lines that are not blank.
+        not_objects: the number of lines among them that are not JSON objects.
         first: the beginning of the first line that is not a JSON object.
         is_utf8: whether that line is UTF-8.
 
     Returns:
         None for a single broken document in a file of its own.
     """
-    are_all = counts.not_objects == counts.lines
+    are_all = not_objects == lines
     begins = "it begins with" if are_all else "the first of them begins with"
     if what := signature(first):
         what = f"it is {what}"
     elif first.startswith(b"["):
-        what = f"{begins} '[': let the name of a file that is one array end in .json, or write one object a line"
+        what = f"{begins} '[': let the name of a file that is one array end in .json, or write one object per line"
     elif first.startswith(b"{") and first.rstrip().endswith((b"{", b",")):
-        what = f"{begins} an object that goes on over lines: write one object a line"
-    elif counts.lines == 1:
+        what = f"{begins} an object that spans several lines: write one object per line"
+    elif lines == 1:
         return None
     elif not is_utf8:
         what = "it is not UTF-8: convert it"
     else:
-        what = f"{begins} {first.decode(errors='replace')!r}: write one object a line, or take it out of the source"
+        what = f"{begins} {first.decode(errors='replace')!r}: write one object per line, or remove it from the source"
     found = (
-        "no line of it is a JSON object"
-        if are_all
-        else f"{counts.not_objects:,} of its {counts.lines:,} lines are not JSON objects"
+        "no line of it is a JSON object" if are_all else f"{not_objects:,} of its {lines:,} lines are not JSON objects"
     )
     return f"{found}; {what}"
-
-
-def add_counts(counts: Iterable[tuple[str, LineCounts]]) -> dict[str, LineCounts]:
-    """Sum the counts by file name."""
-    sums: dict[str, LineCounts] = {}
-    for name, of_part in counts:
-        sums[name] = sums.get(name, LineCounts(0, 0)).plus(of_part)
-    return sums

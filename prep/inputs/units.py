@@ -1,52 +1,33 @@
-"""Files to documents: units of work that the input alone decides, and the chunks in which they are read.
+"""Units of work: decided by the input alone, never by the number of workers.
 
-A *unit* is some row groups of a parquet file, a range of lines, one large file, or many small files together. Its
-documents come in chunks of bounded size, so memory does not grow with the unit.
+A unit is some row groups of a parquet file, a range of lines, one large file, or many small files together.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from prep.config import SourceConfig
-from prep.document import Documents, document_keys
-from prep.inputs.files import LINES_SUFFIXES, InputFile, find_files, opened
-from prep.inputs.line_check import LineCounts, add_counts
-from prep.inputs.readers import Batch, Part, check_lines, read_parquet_layout, read_part, without_text
-from streaming_rwkv.config import UserError
+from prep.inputs.discovery import find_files
+from prep.inputs.files import LINES_SUFFIXES, InputFile, Part, Unit, opened
+from prep.inputs.hooks import source_identity
+from prep.inputs.parquet import read_parquet_layout
 from streaming_rwkv.location import is_remote
 
-CHUNK_CHARACTERS = 4 << 20
-CHUNK_DOCUMENTS = 1 << 15
 _FILES_PER_UNIT = 1024
 _SCAN_BYTES = 1 << 20
 _OPENED_AT_ONCE = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What one worker does in one go."""
-
-    name: str  # of the work on it: another one for other rows, other files, or another configuration of the source
-    source: str
-    parts: tuple[Part, ...]
-    input_bytes: int  # its share of the progress
-
-
 def find_sources(sources: dict[str, SourceConfig]) -> dict[str, list[InputFile]]:
-    """The files of each source, sources and files by name.
+    """Return the files of each source, sources and files sorted by name.
 
     Raises:
-        UserError: a path that is not there, or with nothing readable below it.
+        UserError: a path does not exist, or has no readable file below it.
     """
     return {source: find_files(source, config.paths) for source, config in sorted(sources.items())}
 
@@ -54,18 +35,18 @@ def find_sources(sources: dict[str, SourceConfig]) -> dict[str, list[InputFile]]
 def plan_units(
     sources: dict[str, SourceConfig], *, unit_bytes: int, files: dict[str, list[InputFile]] | None = None
 ) -> tuple[Unit, ...]:
-    """All units in canonical order: sources by name, files by name, rows.
+    """Divide sources into units, in canonical order: by source, file and row.
 
     Args:
-        files: of each source, if they have been found already.
+        files: the files of each source, if they have been found already.
 
     Raises:
-        UserError: an empty source, or a file that cannot be opened.
+        UserError: a source is empty, or a file cannot be opened.
     """
     units: list[Unit] = []
     for source, of_source in (files or find_sources(sources)).items():
         config = sources[source]
-        deciding = [source, config.deciding()]
+        deciding = [source, source_identity(config)]
         for group in _group(_all_parts(of_source, config, unit_bytes), unit_bytes):
             parts = tuple(part for part, _ in group)
             name = _digest([*deciding, *map(_identity, parts)])
@@ -74,7 +55,7 @@ def plan_units(
 
 
 def _identity(part: Part) -> list[Any]:
-    """What the documents of a part follow from; not where it lies."""
+    """Return all that determines a part's documents, which its location does not."""
     file = part.file
     return [file.name, file.size, file.changed_ns, part.first_row, part.row_groups, part.byte_range]
 
@@ -88,13 +69,13 @@ def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) ->
         for file in files:
             yield from _parts(file, config, unit_bytes)
         return
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # what takes the time is waiting
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for S3
         for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes)), files):
             yield from parts
 
 
 def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
-    """The file's parts with their sizes, each about `unit_bytes` where the format can be cut."""
+    """Yield a file's parts with their sizes, about `unit_bytes` each if the format can be divided."""
     if file.suffix == ".parquet":
         yield from _row_group_parts(file, config, unit_bytes)
     elif file.suffix in LINES_SUFFIXES and file.size > unit_bytes and not is_remote(file.path):
@@ -116,7 +97,7 @@ def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> 
 
 
 def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
-    """Cut after the first line that ends at or beyond each multiple of `unit_bytes`."""
+    """Cut after the first line end that is at least `unit_bytes` from the cut before."""
     begin = row = first_row = at = 0
     with opened(file) as stream:
         while block := stream.read(_SCAN_BYTES):
@@ -133,7 +114,7 @@ def _line_parts(file: InputFile, unit_bytes: int) -> Iterator[tuple[Part, int]]:
 
 
 def _group(parts: Iterable[tuple[Part, int]], unit_bytes: int) -> Iterator[list[tuple[Part, int]]]:
-    """Small parts together, in order, up to `unit_bytes`."""
+    """Group consecutive small parts up to `unit_bytes`."""
     group: list[tuple[Part, int]] = []
     total = 0
     for part, size in parts:
@@ -144,68 +125,3 @@ def _group(parts: Iterable[tuple[Part, int]], unit_bytes: int) -> Iterator[list[
         total += size
     if group:
         yield group
-
-
-def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
-    """The unit's documents in chunks, in order.
-
-    Raises:
-        InputError: a file that is broken.
-    """
-    pending: list[Batch] = []
-    characters = documents = 0
-    for batch in itertools.chain.from_iterable(read_part(part, config) for part in unit.parts):
-        pending.append(batch)
-        characters += batch.characters
-        documents += len(batch.texts) + len(batch.rejections)
-        if characters >= CHUNK_CHARACTERS or documents >= CHUNK_DOCUMENTS:
-            yield _documents(pending)
-            pending, characters, documents = [], 0, 0
-    if pending:
-        yield _documents(pending)
-
-
-class CutFiles:
-    """Files that are read in several parts: each is checked to hold JSON lines once all its parts have been read."""
-
-    def __init__(self, units: Iterable[Unit]) -> None:
-        self._remaining = Counter(part.file for unit in units for part in unit.parts if part.is_cut)
-        self._counts: dict[InputFile, LineCounts] = {}
-
-    def has_read(self, unit: Unit, line_counts: Mapping[str, LineCounts]) -> None:
-        """Take note of a unit that was read to its end.
-
-        Args:
-            line_counts: of its parts of such files, by file name.
-
-        Raises:
-            InputError: a file that is not JSON lines.
-        """
-        cut = [part.file for part in unit.parts if part.is_cut]
-        for file in dict.fromkeys(cut):
-            before, more = self._counts.get(file, LineCounts(0, 0)), line_counts.get(file.name, LineCounts(0, 0))
-            self._counts[file] = before.plus(more)
-        for file in cut:
-            self._remaining[file] -= 1
-            if not self._remaining[file]:
-                check_lines(file, self._counts.pop(file))
-
-
-def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
-    """What to say of a source of which no document is left: `rejected` are counts by reason."""
-    why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
-    remedy = f"name the right key with `sources.{source}.text`" if without_text(config) in rejected else "mend"
-    return UserError(f"sources.{source}: no document in {', '.join(config.paths)}{why}; {remedy} or remove the source")
-
-
-def _documents(batches: list[Batch]) -> Documents:
-    return Documents(
-        source=batches[0].file.source,
-        texts=list(itertools.chain.from_iterable(batch.texts for batch in batches)),
-        keys=np.concatenate([document_keys(batch.file.source, batch.file.name, batch.rows) for batch in batches]),
-        rows=np.concatenate([batch.rows for batch in batches]),
-        files=[batch.file.name for batch in batches],
-        file_of=np.repeat(np.arange(len(batches)), [len(batch.texts) for batch in batches]),
-        rejections=list(itertools.chain.from_iterable(batch.rejections for batch in batches)),
-        line_counts=add_counts((batch.file.name, batch.line_counts) for batch in batches),
-    )

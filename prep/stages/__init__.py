@@ -1,1 +1,1 @@
-"""The stages from documents to packs: tokenization, deduplication, packing."""
+"""The stages from documents to packs: tokenization, deduplication, packing, assembly."""

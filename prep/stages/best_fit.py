@@ -1,4 +1,4 @@
-"""Pieces to packs: best fit, decreasing."""
+"""Pieces to packs, by best-fit decreasing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 
 def pack_best_fit(lengths: Sequence[int] | NDArray[np.integer], *, capacity: int) -> list[list[int]]:
-    """Indices of the items in each pack: the longest item first, each into the fullest pack that it still fits.
+    """Pack items, the longest first, each into the fullest pack with room for it; returns the items of each pack.
 
-    Items of one length are interchangeable, so they are dealt out in their order by whole runs: time grows with the
-    number of different lengths and of packs, not with the number of items.
+    Items of one length are interchangeable, so they are assigned in order by whole runs: the time grows with the number
+    of different lengths and of packs, not with the number of items.
 
     >>> pack_best_fit([5, 3, 3, 2], capacity=8)  # 5+3, 3+2
     [[0, 1], [2, 3]]
@@ -26,7 +26,7 @@ def pack_best_fit(lengths: Sequence[int] | NDArray[np.integer], *, capacity: int
 
 
 def assign_best_fit(lengths: NDArray[np.int64], *, capacity: int) -> tuple[NDArray[np.int64], int]:
-    """(N,) the pack of each item, and the number of packs. `lengths`: (N,), each in 1 … capacity."""
+    """Return the (N,) pack of each item, and the number of packs; `lengths` (N,) are in 1 … capacity."""
     assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity
     by_length = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)

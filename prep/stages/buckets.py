@@ -1,4 +1,4 @@
-"""Documents to pieces: bos and eos, lengths, buckets, and where long documents are cut.
+"""Documents to pieces: bos and eos, lengths, buckets, and cuts of long documents.
 
 N documents, P pieces. A document of n text tokens is stored as [bos, t1 … tn, eos]; its length is its number of
 inputs, n + 1. A piece is a run of stored tokens; consecutive pieces share one token.
@@ -19,10 +19,10 @@ from streaming_rwkv.tokenizer import TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Where P pieces lie in their documents."""
+    """The locations of P pieces in their documents."""
 
     documents: NDArray[np.int64]  # (P,) index of the document
-    starts: NDArray[np.int64]  # (P,) the first input's place in the document
+    starts: NDArray[np.int64]  # (P,) position of the first input in the document
     inputs: NDArray[np.int64]  # (P,) = targets
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class Pieces:
 def stored_tokens(
     batch: TokenBatch, *, bos_id: int, eos_id: int, dtype: type[np.unsignedinteger[Any]] = np.uint32
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """All documents with their bos and eos, one after another, and (N + 1,) their offsets."""
+    """Return all documents with bos and eos, one after another, and their (N + 1,) offsets."""
     count = len(batch)
     offsets = batch.offsets + 2 * np.arange(count + 1)
     tokens = np.empty(offsets[-1], dtype)
@@ -46,11 +46,11 @@ def stored_tokens(
 
 
 def cut(inputs: NDArray[np.int64], *, largest: int, truncate: bool = False) -> Pieces:
-    """Pieces of at most `largest` inputs; the last one of a document is the rest.
+    """Cut documents into pieces of at most `largest` inputs; the last piece of a document is the remainder.
 
     Args:
         inputs: (N,) the documents' lengths.
-        truncate: keep the first piece only. It has no end, so no false end is learned.
+        truncate: keep the first piece only. It ends without eos, so that no false end is learned.
     """
     counts = np.ones_like(inputs) if truncate else -(-inputs // largest)
     documents = np.repeat(np.arange(len(inputs)), counts)
@@ -60,19 +60,19 @@ def cut(inputs: NDArray[np.int64], *, largest: int, truncate: bool = False) -> P
 
 
 def bucket_of(inputs: NDArray[np.int64], *, edges: Sequence[int]) -> NDArray[np.int64]:
-    """(P,) index of the bucket whose bounds hold each length."""
+    """Return the (P,) index of the bucket of each length."""
     return np.searchsorted(np.asarray(edges), inputs, side="left")
 
 
 def piece_bytes(
     pieces: Pieces, batch: TokenBatch, *, text_bytes: NDArray[np.int64], token_bytes: NDArray[np.uint32] | None
 ) -> NDArray[np.int64]:
-    """(P,) UTF-8 bytes of text behind the targets of each piece; those of a whole document add up to its text's.
+    """Return the (P,) UTF-8 bytes of text behind the targets of each piece; they add up to those of the document.
 
     Args:
         text_bytes: (N,) bytes of each document's text.
-        token_bytes: bytes behind each id, needed if a document is cut. Where a tokenizer changes the text, so that
-            these do not add up to it, the text's bytes are shared out in their proportion.
+        token_bytes: bytes behind each id, needed if a document is cut. If a tokenizer changes the text, so that these
+            do not add up to the text's bytes, the text's bytes are distributed in proportion to them.
     """
     lengths = np.diff(batch.offsets)
     found = text_bytes[pieces.documents]
@@ -89,7 +89,7 @@ def piece_bytes(
     totals = np.diff(weights[first])
 
     def bytes_before(place: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes of its document before the given target of each part; the end, which has no text, is the last."""
+        """Return the bytes of its document before the given target of each part; the end, without text, is the last."""
         before = weights[first[document] + np.minimum(place, lengths[document])] - weights[first[document]]
         total = totals[document]
         return (before * found[parts] + total // 2) // np.maximum(total, 1)

@@ -24,7 +24,6 @@ import re
 import resource
 import signal
 import tempfile
-import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -52,7 +51,7 @@ from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
 from streaming_rwkv.data.shard_set import VERIFIED, ShardSet, VerifiedStream
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.filesystem import has_flock, try_flock
+from streaming_rwkv.filesystem import has_flock, wait_for_lock
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
 
@@ -292,30 +291,12 @@ def _take_name(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
     """Streaming's `get_shm_prefix`: every rank looks for a free name, then the node's first one takes it. Meanwhile no
     other run may take it."""
     world: World = arguments[2]
-    with _names_locked() if world.is_local_leader else nullcontext():
+    shared_memory = Path("/dev/shm")
+    names = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())  # the folder that holds them
+    lock = wait_for_lock(names, timeout_seconds=START_SECONDS) if world.is_local_leader else nullcontext()
+    with lock:
         barrier()
         return prefix.get_shm_prefix(*arguments, **options)
-
-
-@contextmanager
-def _names_locked() -> Iterator[None]:
-    """Locks the folder that the names are in: no file is left, and the lock ends with the process at the latest."""
-    shared_memory = Path("/dev/shm")
-    folder = os.open(shared_memory if shared_memory.is_dir() else tempfile.gettempdir(), os.O_RDONLY)
-    try:
-        give_up = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                try_flock(folder)  # without locks as after the wait: see below
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:  # go on without: it matters only to runs that start at this moment
-                    logger.warning("another run has been looking for shared memory for %d s", START_SECONDS)
-                    break
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _close_shared_memory(opened: list[SharedMemory]) -> None:

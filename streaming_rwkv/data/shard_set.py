@@ -24,7 +24,7 @@ from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.storage.download import CloudDownloader
 
-from streaming_rwkv.filesystem import FolderLock, lock_folder
+from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
@@ -101,8 +101,9 @@ def open_shard_set(
     else:
         content = (cache / MANIFEST_NAME).read_bytes()
     manifest = parse_manifest(content, where=f"{location}/{MANIFEST_NAME}")
-    # A folder of its own for each data set: shards of two data sets have the same names.
-    folder = cache / manifest.fingerprint[:16]
+    # Each data set has its own folder, since shards of two data sets have the same names. The fingerprint would not do:
+    # it is the same for shards that two versions of zstandard have compressed to different bytes.
+    folder = cache / hashlib.sha256(content).hexdigest()[:16]
     if leader:
         records = [record for record in manifest.streams if record.split in splits]
 
@@ -180,25 +181,27 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
     """The bytes of the file `name` of the data set, freshly; the one below `to` is replaced in one step."""
     local, remote = to / name, f"{location}/{name}"
     local.parent.mkdir(parents=True, exist_ok=True)
-    fresh = local.with_name(local.name + ".fetching")
-    fresh.unlink(missing_ok=True)
-    try:
-        if store is not None:
-            fresh.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
-        elif Path(remote).exists():
-            CloudDownloader.get(None).download(remote, str(fresh), timeout_seconds)
-        else:
-            raise ObjectMissing(remote)
-    except ObjectMissing:
-        remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
-        raise DataError(f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`") from None
-    except StorageError as error:
-        raise DataError(str(error)) from error
-    except Exception as error:
-        raise DataError(f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials") from error
-    content = fresh.read_bytes()
-    fresh.replace(local)
-    return content
+    with atomic_file(local) as temporary:
+        try:
+            if store is not None:
+                temporary.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
+            elif Path(remote).exists():
+                temporary.unlink(missing_ok=True)  # Streaming would take over what a killed process left
+                CloudDownloader.get(None).download(remote, str(temporary), timeout_seconds)
+            else:
+                raise ObjectMissing(remote)
+        except ObjectMissing:
+            remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
+            raise DataError(
+                f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`"
+            ) from None
+        except StorageError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:
+            raise DataError(
+                f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials"
+            ) from error
+        return temporary.read_bytes()
 
 
 def _has_hash(path: Path, sha256: str) -> bool:
@@ -277,9 +280,8 @@ class VerifiedStream(Stream):
             raise DataError(
                 f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
             )
-        partial = raw.with_name(raw.name + ".tmp")
-        partial.write_bytes(plain)
-        partial.replace(raw)
+        with atomic_file(raw) as temporary:
+            temporary.write_bytes(plain)
         return delta + raw_info.bytes
 
     def _compressed(self, info: FileInfo) -> tuple[bytes, int]:
@@ -363,6 +365,5 @@ def _remove_stale_shared_memory(cache: Path) -> None:
 
 def _remove_unfinished_files(cache: Path) -> None:
     """Remove what a run that was killed was about to write; the cache's limit does not count it."""
-    for pattern in ("*.mds.tmp", "*.fetching"):
-        for path in cache.rglob(pattern):
-            path.unlink(missing_ok=True)
+    for path in cache.rglob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ from streaming_rwkv.distributed import (
     run_on_rank_zero,
     world_size,
 )
-from streaming_rwkv.filesystem import FolderLock, lock_folder
+from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
 from streaming_rwkv.model.completion_mark import check_resumable
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
@@ -53,7 +53,6 @@ from streaming_rwkv.train.checkpoints.local import (
     load_checkpoint,
     newest_checkpoint,
     plan_from,
-    write_durably,
 )
 from streaming_rwkv.train.checkpoints.uploader import (
     Mirror,
@@ -298,7 +297,7 @@ def begin(config: RunConfig) -> Begun | None:
     shard_set = prepared.shard_set
     run_on_rank_zero(lambda: copy_tokenizer(shard_set, save_folder / TOKENIZER_FOLDER))
     if is_rank_zero():
-        write_durably(save_folder / "config.yaml", config.to_yaml().encode())
+        write_atomically(save_folder / "config.yaml", config.to_yaml().encode())
         show(mixture_table(prepared.plan, max_repeats=config.data.max_repeats))
         where = f"going on from {checkpoint.path}" if checkpoint else "starting at step 0"
         show(

@@ -20,5 +20,8 @@ def stream(
         bytes=1,
         packs=packs,
         index_sha256="",
-        shards=[ShardRecord(basename=f"{i}", bytes=1, sha256="", raw_bytes=1, packs=n) for i, n in enumerate(sizes)],
+        shards=[
+            ShardRecord(basename=f"{i}", bytes=1, sha256="", raw_bytes=1, raw_sha256="", packs=n)
+            for i, n in enumerate(sizes)
+        ],
     )

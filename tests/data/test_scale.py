@@ -86,6 +86,7 @@ def large(tmp_path_factory):
                     bytes=30_000_000,
                     sha256=f"{stream}/{i}",
                     raw_bytes=60_000_000,
+                    raw_sha256=f"raw/{stream}/{i}",
                     packs=PACKS_PER_SHARD,
                 )
                 for i in range(PACKS // PACKS_PER_SHARD)
@@ -103,7 +104,7 @@ def large(tmp_path_factory):
             kind="rwkv-world", name="world", sha256="0" * 64, vocab_size=65_536, bos_id=0, eos_id=0
         ),
         config={},
-        books={},
+        counts={},
         streams=records,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -1,4 +1,4 @@
-"""A small tokenizer and corpora made on the spot."""
+"""Fixtures: a small tokenizer, configurations, and corpora that each test writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 320 tokens; id 0 is bos and eos."""
+    """Return the folder of a byte-level BPE of 320 tokens; id 0 is bos and eos."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tokenizer_folder: Path, tmp_path: Path) -> Callable[..., PrepConfig]:
-    """`config(corpus=…)`: one source 'corpus' in tmp_path/corpus, one worker, no validation split."""
+    """Return a function that makes a configuration: source 'corpus' in tmp_path, one worker, no validation split."""
 
     def make(**values: Any) -> PrepConfig:
         values = {
@@ -60,7 +60,7 @@ def config(tokenizer_folder: Path, tmp_path: Path) -> Callable[..., PrepConfig]:
 
 
 def write_lines(file: Path, texts: Iterable[str], **more: Any) -> Path:
-    """One {"text": …} a line; compressed if the name says so."""
+    """Write {"text": …} lines to a file, compressed if its name ends with .gz."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(json.dumps({"text": text, **more}, ensure_ascii=False) + "\n" for text in texts).encode()
     file.write_bytes(gzip.compress(content) if file.name.endswith(".gz") else content)

@@ -1,4 +1,4 @@
-"""Builds as processes of their own, to be killed."""
+"""Builds in separate processes, for tests that kill them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Found = TypeVar("Found")
 
 @contextlib.contextmanager
 def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
-    """A build in a session of its own, of which nothing is left afterwards."""
+    """Start a build in its own session; all its processes are killed at the end of the block."""
     process = subprocess.Popen(
         [sys.executable, "-m", "prep", "build", str(recipe)],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def started(recipe: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for it and all that it started, of whom none is left then."""
+    """Kill a process and all that it has started, and wait until all have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -46,6 +46,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def members(group: int) -> list[int]:
+    """Return the running processes of a process group."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.Error):
@@ -55,7 +56,7 @@ def members(group: int) -> list[int]:
 
 
 def workers(group: int) -> list[int]:
-    """Those of the members that another than the first has started."""
+    """Return the members of the group that were not started by its first process."""
     found = []
     for process in members(group):
         with contextlib.suppress(psutil.Error):
@@ -65,7 +66,7 @@ def workers(group: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], Found], *, seconds: float = 60) -> Found:
-    """What the condition gave when it was met."""
+    """Wait until the condition is true, and return its value."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"

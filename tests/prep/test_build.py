@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-import prep.build
-from prep.build import build, count
+from prep.build import build
+from prep.commands.dry_run import count
 from prep.dataset.shard_reader import read_shard
 from prep.dataset.verification import verify
+from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
+from prep.stages.audit import Audit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError, Manifest, piece_bounds
 from streaming_rwkv.tokenizer import HuggingFaceTokenizer, load_tokenizer
@@ -28,7 +30,7 @@ LENGTHS = [0, 1, 2, 254, 255, 256, 257, 258, 2046, 2047, 2048, 2049, 2050, 4096,
 
 
 def text_of(tokens: int, *, seed: int) -> str:
-    """A text of exactly so many tokens in the test tokenizer: digits are never merged."""
+    """Return a text of the given number of tokens in the test tokenizer: digits are never merged."""
     return "".join(str(digit) for digit in np.random.default_rng(seed).integers(0, 10, tokens))
 
 
@@ -95,7 +97,7 @@ def test_every_token_is_a_target_once_with_one_end_per_document(
         assert sum(piece["bytes"] for piece in pieces) == len(text.encode())
         recovered.append(text)
     assert sorted(recovered) == sorted(texts)
-    assert built.books["corpus"].targets_read == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert built.counts["corpus"].targets_read == sum(len(tokenizer.encode(text)) + 1 for text in texts)
 
 
 def test_the_same_build_gives_the_same_bytes(config, write_lines, tmp_path):
@@ -172,11 +174,11 @@ def test_manifest_counts_are_those_of_the_shards(config, write_lines, tmp_path):
 # --- long documents ---
 
 
-def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
+def test_truncate_drops_the_remainder_and_counts_it(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="truncate")).manifest
-    books = manifest.books["corpus"]
-    assert (books.targets_read, books.targets["train"], books.targets_cut) == (8 + 3, 4 + 3, 4)
+    counts = manifest.counts["corpus"]
+    assert (counts.targets_read, counts.targets["train"], counts.targets_cut) == (8 + 3, 4 + 3, 4)
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     pieces = [of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values()]
     long = max(pieces, key=len)
@@ -187,7 +189,7 @@ def test_truncate_cuts_the_rest_off_and_books_it(config, write_lines, tmp_path):
 def test_drop_rejects_long_documents_with_a_reason(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456", "78"])
     manifest = build(config(edges=[4], long_documents="drop")).manifest
-    assert manifest.books["corpus"].rejected == {"longer than 4": 1}
+    assert manifest.counts["corpus"].rejected == {"longer than 4": 1}
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == {"source": "corpus", "file": "a.jsonl", "row": 0, "reason": "longer than 4"}
 
@@ -200,10 +202,10 @@ def test_the_first_of_equal_documents_is_kept(config, write_lines, tmp_path):
     write_lines(tmp_path / "a" / "2.jsonl", ["x", "same"])
     sources = {name: {"paths": str(tmp_path / name)} for name in ("b", "a")}
     manifest = build(config(sources=sources)).manifest
-    assert {name: books.duplicates for name, books in manifest.books.items()} == {"a": 0, "b": 2}
-    assert manifest.books["b"].documents == {"train": 1, "validation": 0}
+    assert {name: counts.duplicates for name, counts in manifest.counts.items()} == {"a": 0, "b": 2}
+    assert manifest.counts["b"].documents == {"train": 1, "validation": 0}
     tokens_of_same = len(load_tokenizer(tmp_path / "out" / "tokenizer").encode("same")) + 1
-    assert manifest.books["b"].targets_duplicate == 2 * tokens_of_same
+    assert manifest.counts["b"].targets_duplicate == 2 * tokens_of_same
 
 
 def test_all_of_a_stream_may_be_duplicates(config, write_lines, tmp_path):
@@ -218,7 +220,7 @@ def test_all_of_a_stream_may_be_duplicates(config, write_lines, tmp_path):
 def test_duplicates_are_kept_on_request(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "1.jsonl", ["same", "same"])
     manifest = build(config(deduplicate="none")).manifest
-    assert manifest.books["corpus"].documents["train"] == 2
+    assert manifest.counts["corpus"].documents["train"] == 2
 
 
 # --- what is broken ---
@@ -231,9 +233,9 @@ def broken_lines(tmp_path: Path) -> None:
 
 def test_broken_documents_are_counted_and_listed_with_file_and_row(config, tmp_path):
     broken_lines(tmp_path)
-    books = build(config()).manifest.books["corpus"]
-    assert (books.documents_read, books.documents["train"]) == (3, 1)
-    assert books.rejected == {"'text' is null": 1, "invalid UTF-8": 1}
+    counts = build(config()).manifest.counts["corpus"]
+    assert (counts.documents_read, counts.documents["train"]) == (3, 1)
+    assert counts.rejected == {"'text' is null": 1, "invalid UTF-8": 1}
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in listed] == [
         ("a.jsonl", 1, "invalid UTF-8"),
@@ -243,12 +245,14 @@ def test_broken_documents_are_counted_and_listed_with_file_and_row(config, tmp_p
 
 def test_on_error_stop_stops_at_the_first(config, tmp_path):
     broken_lines(tmp_path)
-    with pytest.raises(InputError, match=r"a\.jsonl: row 1: invalid UTF-8; mend it, or set on_error=skip"):
+    with pytest.raises(InputError, match=r"a\.jsonl: row 1: invalid UTF-8; fix it, or set on_error=skip"):
         build(config(on_error="stop"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, tmp_path, monkeypatch):
+def test_on_error_stop_does_not_stop_at_documents_rejected_by_the_configuration(
+    config, write_lines, tmp_path, monkeypatch
+):
     hooks = (
         "def keep(record): return record['text'] != 'b'\ndef text(record): return record['text'].strip('c') or None\n"
     )
@@ -257,9 +261,9 @@ def test_on_error_stop_does_not_stop_at_what_was_asked_for(config, write_lines, 
     write_lines(tmp_path / "corpus" / "a.jsonl", ["a", "b", "c", "0123456"])
     chosen = {"filter": "hooks_of_the_pipeline:keep", "transform": "hooks_of_the_pipeline:text"}
     sources = {"corpus": {"paths": str(tmp_path / "corpus"), **chosen}}
-    books = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.books["corpus"]
-    assert books.documents["train"] == 1
-    assert books.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
+    counts = build(config(sources=sources, edges=[4], long_documents="drop", on_error="stop")).manifest.counts["corpus"]
+    assert counts.documents["train"] == 1
+    assert counts.rejected == {"longer than 4": 1, "rejected by the filter": 1, "rejected by the transform": 1}
 
 
 def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_path):
@@ -277,11 +281,13 @@ def test_a_source_in_which_no_document_has_the_key_names_the_remedy(config, tmp_
 def test_an_empty_source_stops(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=r"sources\.corpus: no document in .*corpus; mend or remove the source"):
+    with pytest.raises(
+        UserError, match=r"sources\.corpus: no document in .*corpus; fix the files or remove the source"
+    ):
         build(config())
 
 
-def test_a_source_of_which_nothing_is_left_says_why(config, tmp_path):
+def test_a_source_without_usable_documents_is_refused_with_the_reasons(config, tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_bytes(b'{"text": 5}\n')
     with pytest.raises(UserError, match=r"no document in .*; rejected: 1 \('text' is not a string\)"):
@@ -310,7 +316,7 @@ def test_a_finished_data_set_is_left_alone(config, write_lines, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
-def test_another_configuration_over_it_is_refused_saying_what_changed(config, write_lines, tmp_path):
+def test_another_configuration_over_a_finished_data_set_is_refused_with_the_changes(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     build(config())
     with pytest.raises(WorkError) as caught:
@@ -322,7 +328,7 @@ def test_another_configuration_over_it_is_refused_saying_what_changed(config, wr
     assert "choose another `out=`" in message
 
 
-def test_changed_input_is_refused_saying_what_changed(config, write_lines, tmp_path):
+def test_changed_input_under_a_finished_data_set_is_refused_with_the_changes(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     write_lines(tmp_path / "corpus" / "b.jsonl", ["two"])
     build(config())
@@ -337,7 +343,7 @@ def test_changed_input_is_refused_saying_what_changed(config, write_lines, tmp_p
     assert "files/corpus/c.jsonl: new" in message
 
 
-def test_a_copied_data_set_is_finished_too(config, write_lines, tmp_path):
+def test_a_data_set_copied_without_its_work_folder_is_finished(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     build(config())
     shutil.rmtree(tmp_path / "out" / ".prep")
@@ -346,7 +352,7 @@ def test_a_copied_data_set_is_finished_too(config, write_lines, tmp_path):
         build(config(seed=18))
 
 
-def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_path):
+def test_a_folder_with_unexpected_files_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
@@ -354,13 +360,15 @@ def test_a_folder_with_other_things_in_it_is_refused(config, write_lines, tmp_pa
         build(config())
 
 
-def test_a_data_set_among_its_own_input_is_refused(config, write_lines, tmp_path):
+def test_a_data_set_inside_its_own_input_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
-    with pytest.raises(WorkError, match=r"out: lies in \S+/corpus, which sources\.corpus reads; choose another `out=`"):
+    with pytest.raises(
+        WorkError, match=r"out: is inside \S+/corpus, which sources\.corpus reads; choose another `out=`"
+    ):
         build(config(out=str(tmp_path / "corpus" / "out")))
 
 
-def test_a_place_that_cannot_be_a_folder_is_refused(config, write_lines, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
@@ -401,7 +409,7 @@ def raise_the_last_id(texts, ids, offsets):
     ids[offsets[-2] + 1 :] += 1
 
 
-def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
+def test_a_difference_from_the_reference_encodes_everything_again_with_it(
     config, write_lines, tmp_path, monkeypatch, caplog
 ):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
@@ -411,13 +419,13 @@ def test_ids_that_are_not_the_references_are_made_again_by_the_reference(
         build(config())
     assert re.search(
         r"a\.jsonl: row 1: id 1 is \[\d+\], the reference gives \[\d+\] \(near '01234' in a text of 10 characters\); "
-        "all texts are encoded with the reference from the beginning",
+        "all texts are encoded again with the reference",
         caplog.text,
     )
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def test_units_without_a_difference_in_their_sample_are_made_again_too(config, write_lines, tmp_path, monkeypatch):
+def test_units_without_a_difference_in_their_sample_are_encoded_again_too(config, write_lines, tmp_path, monkeypatch):
     for name in "ab":
         write_lines(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
 
@@ -435,17 +443,16 @@ def test_units_without_a_difference_in_their_sample_are_made_again_too(config, w
     assert not (tmp_path / "out" / ".prep" / "by-reference").exists()
 
 
-def test_a_kill_does_not_decide_by_which_library_ids_are_made(config, write_lines, tmp_path, monkeypatch):
-    """One that is killed when a unit is done, but before its sample was compared."""
+def test_a_kill_does_not_hide_a_difference_from_the_reference(config, write_lines, tmp_path, monkeypatch):
+    """The build is killed when a unit is finished and its sample is not compared yet."""
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
     build(config(out=str(tmp_path / "right")))
     alter_fast(monkeypatch, raise_the_last_id)
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build._Audit, "__call__", lambda self, sample: None)
-        patch.setattr(prep.build, "plan_ranges", killed)
+        patch.setattr(Audit, "check", lambda self, sample: None)
         patch.setattr(Path, "mkdir", unaudited(Path.mkdir))
         with pytest.raises(KeyboardInterrupt):
-            build(config())
+            build(config(), observer=Killed())
     assert list((tmp_path / "out" / ".prep" / "done" / "units").iterdir())
     build(config())
     assert content(tmp_path / "out") == content(tmp_path / "right")
@@ -455,17 +462,19 @@ def test_after_a_kill_the_reference_is_still_used(config, write_lines, tmp_path,
     write_lines(tmp_path / "corpus" / "a.jsonl", ["fine", "0123456789"])
     build(config(out=str(tmp_path / "right")))
     alter_fast(monkeypatch, raise_the_last_id)
-    with monkeypatch.context() as patch:
-        patch.setattr(prep.build, "plan_ranges", killed)
-        with pytest.raises(KeyboardInterrupt):
-            build(config())
+    with pytest.raises(KeyboardInterrupt):
+        build(config(), observer=Killed())
     assert (tmp_path / "out" / ".prep" / "by-reference").exists()
     build(config())
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def killed(units):
-    raise KeyboardInterrupt
+class Killed(Observer):
+    """Interrupts a build when all units are tokenized."""
+
+    def step(self, name, *, totals, in_bytes=False):
+        if name == "finding duplicates":
+            raise KeyboardInterrupt
 
 
 def unaudited(mkdir):
@@ -476,7 +485,7 @@ def unaudited(mkdir):
     return without
 
 
-def test_of_long_documents_the_beginning_is_compared(config, write_lines, tmp_path, monkeypatch, caplog):
+def test_the_audit_compares_the_beginning_of_long_documents(config, write_lines, tmp_path, monkeypatch, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0123456789" * 100])
 
     def alter(texts, ids, offsets):
@@ -496,11 +505,11 @@ def test_a_count_uses_the_reference_too(config, write_lines, tmp_path, monkeypat
     alter_fast(monkeypatch, alter)
     (record,) = count(config())
     assert (record.documents, record.rejected) == (2, {})
-    assert "all texts are encoded with the reference" in caplog.text
+    assert "all texts are encoded again with the reference" in caplog.text
 
 
 def sentencepiece_without(character: str, folder: Path) -> Path:
-    """A BPE with byte fallback as Llama 2 has it; `character` has no token of its own, so its byte stands for it."""
+    """Return a BPE with byte fallback, like Llama 2's; `character` has no token and is encoded as its byte."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     tokens += [chr(code) for code in range(0x21, 0x7F) if chr(code) != character]
     made = Tokenizer(
@@ -537,15 +546,13 @@ def test_a_tokenizer_that_loses_text_is_warned_of_with_an_example(config, write_
     made.save(str(tmp_path / "tokenizer.json"))
     write_lines(tmp_path / "corpus" / "a.jsonl", ["a b", "a 中b"])
     build(config(tokenizer=str(tmp_path / "tokenizer.json"), eos_token="</s>"))
-    assert re.search(
-        r"texts do not come back from their ids.*a\.jsonl: row 1: 'a 中b' comes back as 'a b'", caplog.text
-    )
+    assert re.search(r"does not give the same text.*a\.jsonl: row 1: 'a 中b' becomes 'a b'", caplog.text)
 
 
 def test_a_tokenizer_that_keeps_all_text_is_not_warned_of(config, write_lines, tmp_path, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", HARD)
     build(config())
-    assert "come back" not in caplog.text
+    assert "does not give the same text" not in caplog.text
 
 
 def byte_level_without_capitals(file: Path) -> Path:
@@ -557,12 +564,12 @@ def byte_level_without_capitals(file: Path) -> Path:
     return file
 
 
-def test_documents_with_a_byte_that_has_no_token_are_left_out_for_that(config, write_lines, tmp_path, caplog):
+def test_documents_with_a_byte_that_has_no_token_are_rejected(config, write_lines, tmp_path, caplog):
     file = byte_level_without_capitals(tmp_path / "tokenizer.json")
     write_lines(tmp_path / "corpus" / "a.jsonl", ["the fox", "the Fox", "ABBA", "中文"])
     built = build(config(tokenizer=str(file), eos_token="</s>")).manifest
-    assert built.books["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
-    assert built.books["corpus"].documents["train"] == 2
+    assert built.counts["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
+    assert built.counts["corpus"].documents["train"] == 2
     assert "no token for 6 bytes (0x41, 0x42, 0x43, 0x44…)" in caplog.text
     assert "python -m prep train-tokenizer" in caplog.text
 
@@ -584,7 +591,7 @@ def test_merges_that_are_dropped_by_chance_are_not(config, write_lines, tokenize
     assert [stream.shards for stream in dropping.streams] == [stream.shards for stream in plain.streams]
 
 
-def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_are_rejected(
+def test_a_tokenizer_that_only_hugging_face_can_encode_builds_and_false_ends_are_rejected(
     config, write_lines, tmp_path
 ):
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
@@ -595,8 +602,8 @@ def test_what_only_hugging_face_can_encode_is_built_all_the_same_and_false_ends_
     stored = sorted(of[0]["tokens"] for of in documents_in(tmp_path / "out", manifest).values())
     assert stored == [[1, 2, 3, 2, 1], [1, 3, 1]]
     # Here [SEP] is a word of the model itself: no way of encoding keeps it out of the third document.
-    assert manifest.books["corpus"].rejected == {"text encodes to bos or eos": 1}
-    assert manifest.books["corpus"].targets_read == 4 + 2
+    assert manifest.counts["corpus"].rejected == {"text encodes to bos or eos": 1}
+    assert manifest.counts["corpus"].targets_read == 4 + 2
 
 
 # --- verify ---
@@ -630,13 +637,13 @@ def test_verify_finds_a_missing_shard(finished):
     [
         (lambda values: values["streams"][0].update(targets=1), "targets, the manifest says 1"),
         (lambda values: values["streams"][0].update(upper=3), "in bucket 1-3"),
-        (lambda values: values["books"]["corpus"].update(duplicates=7), "books of source corpus do not balance"),
-        (lambda values: values.update(pack_tokens=9), "the manifest allows 9"),
+        (lambda values: values["counts"]["corpus"].update(duplicates=7), "counts of source corpus do not balance"),
+        (lambda values: values.update(pack_tokens=9), "packs of at most 9 inputs"),
         (lambda values: values["tokenizer"].update(sha256="0" * 64), "differs from the manifest's 0000"),
-        (lambda values: values["streams"].pop(), "do not hold what the books say"),
+        (lambda values: values["streams"].pop(), "do not hold the documents and targets of the manifest's counts"),
     ],
 )
-def test_verify_finds_a_manifest_that_says_something_else(finished, change, message):
+def test_verify_finds_a_manifest_that_does_not_match(finished, change, message):
     out, _ = finished
     values = json.loads((out / "manifest.json").read_bytes())
     change(values)

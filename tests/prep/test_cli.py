@@ -35,7 +35,7 @@ def test_build_verify_inspect(recipe, tmp_path, capsys):
     assert main(["build", recipe, "seed=3"]) == 0
     assert "fingerprint" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert "whole; 1 streams, 1 packs" in capsys.readouterr().out
+    assert "OK; 1 streams, 1 packs" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "out"), "--count", "1", "--skip", "1"]) == 0
     shown = capsys.readouterr().out
     assert "train/corpus/1-256 pack 0 document" in shown
@@ -88,10 +88,10 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
-        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "at least 257 are needed"),
+        (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "found 9, expected at least 257"),
         (
             ["train-tokenizer", "{recipe}", "--vocab-size", "260", "--to", "{recipe}/bpe"],
-            "recipe.yaml/bpe: this folder of the tokenizer cannot be made, or not written to (Not a directory); mend "
+            "recipe.yaml/bpe: this folder of the tokenizer cannot be made or written to (Not a directory); fix "
             "that, or name another with `--to FOLDER`",
         ),
     ],
@@ -134,7 +134,7 @@ def test_what_argparse_refuses(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("command", ["build {recipe}", "verify {out}", "inspect {out}", "report {out}"])
-def test_what_the_file_system_refuses_is_named(recipe, tmp_path, capsys, command):
+def test_errors_of_the_file_system_name_the_file(recipe, tmp_path, capsys, command):
     (tmp_path / "out" / "manifest.json").mkdir(parents=True)
     assert main(command.format(recipe=recipe, out=tmp_path / "out").split()) == 1
     expected = f"error: {tmp_path}/out/manifest.json: cannot be read or written (Is a directory)\n"
@@ -178,7 +178,7 @@ def test_settings_that_are_no_locations_are_named_without_secrets(recipe, capsys
         assert "55word" not in shown
 
 
-def test_a_hook_that_is_no_python_is_named(recipe, tmp_path, capsys, monkeypatch):
+def test_a_hook_with_a_syntax_error_is_named(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "hooks_with_a_slip.py").write_text("x = 1\ndef keep(record) return True\n")
     monkeypatch.syspath_prepend(tmp_path)
     for more in ([], ["--dry-run"]):
@@ -186,7 +186,7 @@ def test_a_hook_that_is_no_python_is_named(recipe, tmp_path, capsys, monkeypatch
         assert f"hook 'hooks_with_a_slip:keep': {tmp_path}/hooks_with_a_slip.py, line 2: " in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(config, write_lines, tmp_path):
+def test_a_closed_pipe_is_no_error(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", [f"{number:04}" * 50 for number in range(3000)])
     build(config())
     command = [sys.executable, "-m", "prep", "inspect", str(tmp_path / "out"), "--count", "3000"]
@@ -197,7 +197,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(config, write_lines, tmp_path
     assert shown.returncode == 141
 
 
-def test_inspect_says_what_there_is(recipe, tmp_path, capsys):
+def test_inspect_names_the_streams_that_exist(recipe, tmp_path, capsys):
     main(["build", recipe])
     assert main(["inspect", str(tmp_path / "out"), "--source", "nope"]) == 1
     assert "no stream train/nope/*; train has the sources corpus and the buckets 1-256" in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""What a YAML may say, and what is answered if it says something else."""
+"""Recipes: defaults, and errors for wrong settings."""
 
 from __future__ import annotations
 
 import pytest
 
-from prep.config import PrepConfig, load_hook
-from streaming_rwkv.config import ConfigError, UserError, load_config
+from prep.config import PrepConfig
+from prep.inputs.hooks import recipe_identity
+from streaming_rwkv.config import ConfigError, load_config
 
 MINIMAL = "out: o\ntokenizer: rwkv-world\nsources:\n  c4: {paths: corpus/c4}\n"
 
@@ -27,8 +28,8 @@ def test_by_default_there_is_a_worker_for_each_core(tmp_path):
     ("line", "message"),
     [
         ("pack_token: 9", "a.yaml: pack_token: unknown key; did you mean 'pack_tokens'"),
-        ("edges: [512, 256]", r"edges: found \[512, 256\], expected rising lengths"),
-        ("edges: []", "expected rising lengths"),
+        ("edges: [512, 256]", r"edges: found \[512, 256\], expected increasing lengths"),
+        ("edges: []", "expected increasing lengths"),
         ("edges: [9000]", "the largest is 9000, but a pack holds pack_tokens=8192"),
         ("validation: 1.5", "validation: found 1.5"),
         ("long_documents: cut", "long_documents: found 'cut'.*'split', 'truncate' or 'drop'"),
@@ -53,20 +54,4 @@ def test_where_and_how_fast_decides_nothing(tmp_path):
         PrepConfig, tmp_path / "a.yaml", overrides=["out=p", "workers=9", "on_error=stop", "sources.c4.paths=moved"]
     )
     other = load_config(PrepConfig, tmp_path / "a.yaml", overrides=["seed=18"])
-    assert plain.deciding() == elsewhere.deciding() != other.deciding()
-
-
-def test_an_edited_hook_is_another_configuration(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "hook_of_this_test.py").write_text("def keep(record): return True\n")
-    (tmp_path / "a.yaml").write_text(MINIMAL.replace("corpus/c4}", "corpus/c4, filter: 'hook_of_this_test:keep'}"))
-    config = load_config(PrepConfig, tmp_path / "a.yaml")
-    before = config.deciding()
-    (tmp_path / "hook_of_this_test.py").write_text("def keep(record): return False\n")
-    assert config.deciding() != before
-
-
-@pytest.mark.parametrize("name", ["no_such_module:keep", "json:no_such_function"])
-def test_a_hook_that_is_not_there_is_explained(name):
-    with pytest.raises(UserError, match=f"hook '{name}'.*give module:function"):
-        load_hook(name)
+    assert recipe_identity(plain) == recipe_identity(elsewhere) != recipe_identity(other)

@@ -34,4 +34,4 @@ def test_the_worked_example(config, write_lines, tmp_path):
     short, long = manifest.streams
     assert (short.documents, long.documents) == (1, 2)  # the rest of a document is no document
     assert (short.targets, long.targets) == (6, 9)
-    assert manifest.books["corpus"].targets_read == 4 + 3 + 8
+    assert manifest.counts["corpus"].targets_read == 4 + 3 + 8

@@ -22,7 +22,7 @@ def corpus(write_lines, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_other_times_of_the_same_bytes_are_no_change(config, corpus, workers):
+def test_equal_content_with_other_times_is_no_change(config, corpus, workers):
     built = build(config(workers=workers))
     for file in corpus.iterdir():
         os.utime(file, (1, 1))
@@ -54,26 +54,26 @@ def test_files_are_hashed_only_where_size_is_equal_and_time_is_not(config, corpu
 
 
 def test_an_object_that_was_written_again_is_compared_by_its_etag(config, s3_place, tmp_path):
-    files._bucket.cache_clear()
+    files.bucket_store.cache_clear()
     store = open_store(s3_place)
     store.put_bytes(b'{"text": "x"}\n', "a.jsonl")
     sources = {"corpus": {"paths": s3_place}}
     build(config(sources=sources))
-    plan = tmp_path / "out" / ".prep" / "plan.json"
-    noted = json.loads(plan.read_bytes())
+    state = tmp_path / "out" / ".prep" / "state.json"
+    noted = json.loads(state.read_bytes())
     assert noted["contents"]["corpus/a.jsonl"].startswith("etag ")
     noted["files"]["corpus/a.jsonl"][1] = 0  # as if it had been written in 1970
-    plan.write_text(json.dumps(noted))
+    state.write_text(json.dumps(noted))
     assert build(config(sources=sources)).was_finished
     noted["contents"]["corpus/a.jsonl"] = "etag of something else"
-    plan.write_text(json.dumps(noted))
+    state.write_text(json.dumps(noted))
     with pytest.raises(WorkError, match=r"files/corpus/a\.jsonl: 14 bytes, changed at 0\.000, now 14 bytes"):
         build(config(sources=sources))
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"{", "not valid JSON"), (b"[]", "no plan of a build")])
-def test_a_damaged_plan_is_named(config, corpus, tmp_path, content, message):
+@pytest.mark.parametrize(("content", "message"), [(b"{", "not valid JSON"), (b"[]", "not the state of a build")])
+def test_a_damaged_state_is_named(config, corpus, tmp_path, content, message):
     build(config())
-    (tmp_path / "out" / ".prep" / "plan.json").write_bytes(content)
-    with pytest.raises(WorkError, match=rf"plan\.json: {message}"):
+    (tmp_path / "out" / ".prep" / "state.json").write_bytes(content)
+    with pytest.raises(WorkError, match=rf"state\.json: {message}"):
         build(config())

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then the same command: nothing is lost, nothing is there twice, and the bytes are the same."""
+"""Builds that are killed at any moment and started again: nothing is lost or written twice, and all bytes are equal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,10 @@ import yaml
 from prep.build import build
 from prep.config import PrepConfig
 from prep.dataset.verification import verify
+from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError, done_folder, load_done, locked
-from prep.stages.tokenization import UnitRecord
+from prep.stages.records import UnitRecord
+from streaming_rwkv.filesystem import temporary_path
 from streaming_rwkv.shards import MANIFEST_NAME
 from tests.prep.processes import kill, members, started, wait_for, workers
 
@@ -29,11 +31,11 @@ def content(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def corpus(tmp_path, write_lines) -> Path:
-    """Many units of different kinds: some seconds of work in small steps."""
-    draw = random.Random(0)
+    """A corpus of many units of different kinds: some seconds of work in small steps."""
+    rng = random.Random(0)
     words = ["alpha", "beta", "床前", "明月光", "def f():\n", "0123456789", "🎉", " "]
     for number in range(24):
-        texts = ["".join(draw.choices(words, k=draw.choice([3, 30, 300, 2000]))) for _ in range(40)]
+        texts = ["".join(rng.choices(words, k=rng.choice([3, 30, 300, 2000]))) for _ in range(40)]
         write_lines(tmp_path / "corpus" / f"{number:02}.jsonl{'.gz' if number % 2 else ''}", [*texts, *texts[:3]])
     return tmp_path / "corpus"
 
@@ -67,7 +69,7 @@ def expected(corpus: Path, tokenizer_folder: Path, recipe: Callable[..., Path], 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokenizer_folder, tmp_path):
+def test_a_build_killed_at_random_moments_gives_the_same_bytes(corpus, recipe, tokenizer_folder, tmp_path):
     wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
     file = recipe(tmp_path / "timed")
     begun = time.monotonic()
@@ -75,7 +77,7 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
         assert process.wait() == 0, process.stderr.read()
     whole_run = time.monotonic() - begun
 
-    draw = random.Random(1)
+    rng = random.Random(1)
     kills = builds = 0
     while kills < 20:
         out = tmp_path / f"killed{builds}"
@@ -85,9 +87,9 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
             is_empty, begun = not out.exists(), time.monotonic()
             with started(recipe(out)) as process:
                 try:
-                    finished = process.wait(timeout=draw.uniform(0.3, 1.0) * whole_run) == 0
+                    finished = process.wait(timeout=rng.uniform(0.3, 1.0) * whole_run) == 0
                     assert finished, process.stderr.read()
-                    if is_empty:  # the first run was slow: else all would end before their kill
+                    if is_empty:  # the first run may have been slow; later ones would then end before their kill
                         whole_run = min(whole_run, time.monotonic() - begun)
                 except subprocess.TimeoutExpired:
                     kill(process)
@@ -97,7 +99,7 @@ def test_twenty_kills_of_all_processes_at_random_moments(corpus, recipe, tokeniz
 
 
 @pytest.mark.slow
-def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
+def test_workers_end_with_the_main_process(recipe, tmp_path):
     with started(recipe(tmp_path / "out")) as process:
         wait_for(lambda: len(workers(process.pid)) == 2)
         os.kill(process.pid, signal.SIGKILL)
@@ -107,7 +109,7 @@ def test_when_the_one_that_was_started_dies_so_do_its_workers(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
+def test_the_death_of_a_worker_ends_the_build_with_advice(corpus, recipe, tokenizer_folder, tmp_path):
     wanted = expected(corpus, tokenizer_folder, recipe, tmp_path)
     file = recipe(tmp_path / "out")
     with started(file) as process:
@@ -121,31 +123,45 @@ def test_a_worker_that_dies_alone_ends_the_build_with_advice(corpus, recipe, tok
     assert content(tmp_path / "out") == wanted
 
 
-# --- what a start finds ---
+# --- starts after an interruption ---
 
 
 class Stop(Exception):
     """Interrupts a build from within."""
 
 
-def interrupted_after(units: int, config: PrepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a build in this process until so many units are done."""
-    import prep.build
+class StopAfter(Observer):
+    """Interrupts a build when a number of units is finished."""
 
-    done = 0
-    original = prep.build.do_unit
+    def __init__(self, units: int) -> None:
+        self.units = units
 
-    def counting(*arguments: object) -> object:
-        nonlocal done
-        if done == units:
+    def done(self, source: str, amount: int) -> None:
+        self.units -= 1
+        if not self.units:
             raise Stop
-        done += 1
-        return original(*arguments)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(prep.build, "do_unit", counting)
-        with pytest.raises(Stop):
-            build(config)
+
+class AtStep(Observer):
+    """Calls a function when a step begins."""
+
+    def __init__(self, name: str, function: Callable[[], None]) -> None:
+        self.name, self.function = name, function
+
+    def step(self, name: str, *, totals: Mapping[str, int], in_bytes: bool = False) -> None:
+        if name == self.name:
+            self.function()
+
+
+def interrupted_after(units: int, config: PrepConfig) -> None:
+    """Run a build in this process until a number of units is finished."""
+    with pytest.raises(Stop):
+        build(config, observer=StopAfter(units))
+
+
+def record_times(units: Path) -> dict[str, int]:
+    """Return when the record of each finished unit was written."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in units.glob("*/record.json")}
 
 
 @pytest.fixture
@@ -155,19 +171,19 @@ def small(config, write_lines, tmp_path) -> Callable[..., PrepConfig]:
     return lambda **values: config(unit_bytes=1000, **values)
 
 
-def test_finished_units_are_not_done_again(small, tmp_path, monkeypatch):
-    interrupted_after(3, small(), monkeypatch)
-    records = sorted((tmp_path / "out" / ".prep" / "done" / "units").glob("*/record.json"))
-    times = {file: file.stat().st_mtime_ns for file in records}
-    assert len(times) == 3
-    monkeypatch.setattr("prep.build._clear", lambda work: None)
-    build(small())
-    assert {file: file.stat().st_mtime_ns for file in records} == times
+def test_finished_units_are_not_tokenized_again(small, tmp_path):
+    interrupted_after(3, small())
+    units = tmp_path / "out" / ".prep" / "done" / "units"
+    before, after = record_times(units), {}
+    assert len(before) == 3
+    build(small(), observer=AtStep("packing", lambda: after.update(record_times(units))))
+    assert len(after) > 3
+    assert before.items() <= after.items()
 
 
-def test_a_damaged_unit_is_done_again(small, tmp_path, monkeypatch):
+def test_a_damaged_unit_is_tokenized_again(small, tmp_path):
     build(small(out=str(tmp_path / "whole")))
-    interrupted_after(3, small(), monkeypatch)
+    interrupted_after(3, small())
     work = tmp_path / "out" / ".prep"
     damaged, whole, _ = sorted(f"units/{folder.name}" for folder in (work / "done" / "units").iterdir())
     file = done_folder(work, damaged) / "pieces.bin"
@@ -180,50 +196,48 @@ def test_a_damaged_unit_is_done_again(small, tmp_path, monkeypatch):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_unit_without_its_record_is_done_again(small, tmp_path, monkeypatch):
-    interrupted_after(2, small(), monkeypatch)
+def test_a_unit_with_a_damaged_record_is_tokenized_again(small, tmp_path):
+    interrupted_after(2, small())
     record = next((tmp_path / "out" / ".prep" / "done" / "units").glob("*/record.json"))
     record.write_text("{")
     build(small())
     verify(tmp_path / "out")
 
 
-def test_a_changed_configuration_over_unfinished_work_is_refused(small, monkeypatch):
-    interrupted_after(2, small(), monkeypatch)
+def test_a_changed_configuration_over_unfinished_work_is_refused(small):
+    interrupted_after(2, small())
     with pytest.raises(ValueError, match=r"holds an unfinished build.*\n  config\.pack_tokens: was 8192, is 4096"):
         build(small(pack_tokens=4096))
 
 
-def test_changed_input_under_unfinished_work_is_refused(small, tmp_path, monkeypatch, write_lines):
-    interrupted_after(2, small(), monkeypatch)
+def test_changed_input_under_unfinished_work_is_refused(small, tmp_path, write_lines):
+    interrupted_after(2, small())
     write_lines(tmp_path / "corpus" / "3.jsonl", ["another text"])
     with pytest.raises(ValueError, match=r"holds an unfinished build.*\n  files/corpus/3\.jsonl: \d+ bytes"):
         build(small())
 
 
-def test_accepted_changes_of_the_input_cost_the_units_that_changed(small, tmp_path, monkeypatch, write_lines, caplog):
-    interrupted_after(6, small(), monkeypatch)
+def test_accepted_changes_of_the_input_keep_the_unchanged_units(small, tmp_path, write_lines, caplog):
+    interrupted_after(6, small())
     units = tmp_path / "out" / ".prep" / "done" / "units"
     write_lines(tmp_path / "corpus" / "2.jsonl", [f"another text {row}" for row in range(50)])
     (tmp_path / "corpus" / "3.jsonl").unlink()
     build(small(out=str(tmp_path / "whole")))
-    (tmp_path / "out" / "train" / "corpus").mkdir(parents=True)  # of a build that was almost there
+    (tmp_path / "out" / "train" / "corpus").mkdir(parents=True)  # of a build that was almost finished
     (tmp_path / "out" / "train" / "corpus" / "shard.99999.mds.zstd").write_bytes(b"old")
-    kept = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
+    before, after = record_times(units), {}
+    assert len(before) == 6
 
-    monkeypatch.setattr("prep.build._clear", lambda work: None)
-    build(small(), accept_changes=True)
+    build(small(), accept_changes=True, observer=AtStep("packing", lambda: after.update(record_times(units))))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    now = {folder.name: (folder / "record.json").stat().st_mtime_ns for folder in units.iterdir()}
-    # Of the six, two were of the files that changed.
-    assert [now[name] for name in kept if name in now] == [time for name, time in kept.items() if name in now]
-    assert len(kept.keys() & now.keys()) == 4
+    assert len(before.items() & after.items()) == 4  # two of the six were of the files that changed
+    assert len(before.keys() & after.keys()) == 4
     assert "files/corpus/2.jsonl" in caplog.text
     assert "files/corpus/3.jsonl: gone" in caplog.text
 
 
-def test_another_key_for_the_text_can_be_accepted_and_another_pack_size_cannot(small, tmp_path, monkeypatch):
-    interrupted_after(2, small(), monkeypatch)
+def test_another_key_for_the_text_can_be_accepted_and_another_pack_size_cannot(small, tmp_path):
+    interrupted_after(2, small())
     renamed = {"corpus": {"paths": str(tmp_path / "corpus"), "text": "content"}}
     with pytest.raises(WorkError, match=r"sources\.corpus\.text: was 'text', is 'content'\nundo .*--accept-changes"):
         build(small(sources=renamed))
@@ -237,40 +251,50 @@ def test_another_key_for_the_text_can_be_accepted_and_another_pack_size_cannot(s
 
 
 def test_two_builds_at_once_in_one_folder_are_refused(small, tmp_path):
-    with locked(tmp_path / "out" / ".prep"), pytest.raises(ValueError, match=f"another build .process {os.getpid()}"):
+    with (
+        locked(tmp_path / "out" / ".prep"),
+        pytest.raises(ValueError, match=f"in use .by process {os.getpid()}.*choose another `out=`"),
+    ):
         build(small())
 
 
-def test_what_an_interrupted_start_was_writing_is_cleared(small, tmp_path):
+def test_unfinished_files_of_an_interrupted_start_are_removed(small, tmp_path):
     stray = tmp_path / "out" / ".prep" / "tmp" / "stray"
     stray.mkdir(parents=True)
     build(small())
     assert not stray.exists()
 
 
-def test_a_manifest_that_was_being_written_leaves_nothing(small, tmp_path, monkeypatch):
+def test_an_unfinished_manifest_of_a_killed_start_is_ignored(small, tmp_path):
+    """A start that was killed while it wrote the manifest leaves part of it under a temporary name."""
     build(small(out=str(tmp_path / "whole")))
-    replace = os.replace
+    manifest = tmp_path / "whole" / MANIFEST_NAME
+    unfinished = temporary_path(tmp_path / "out" / MANIFEST_NAME)
 
-    def killed_before(source: Path, target: Path) -> None:
-        if Path(target).name == MANIFEST_NAME:
-            raise Stop
-        replace(source, target)
+    def killed() -> None:
+        unfinished.write_bytes(manifest.read_bytes()[:100])
+        raise Stop
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", killed_before)
-        patched.setattr(os, "getpid", lambda: 1)  # another process's
-        with pytest.raises(Stop):
-            build(small())
-    assert content(tmp_path / "out") != content(tmp_path / "whole")
+    with pytest.raises(Stop):
+        build(small(), observer=AtStep("hashing files", killed))
+    assert unfinished.exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     build(small())
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_work_left_behind_a_finished_data_set_is_cleared(small, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr("prep.build._clear", lambda work: None)  # killed just before it
-        build(small())
-    assert (tmp_path / "out" / ".prep" / "done").exists()
+def test_work_beside_a_finished_data_set_is_removed(small, tmp_path):
+    """A start that was killed after it wrote the manifest leaves its finished tasks."""
+    build(small())
+    left = tmp_path / "out" / ".prep" / "done" / "units" / "0"
+    left.mkdir(parents=True)
     assert build(small()).was_finished
     assert not (tmp_path / "out" / ".prep" / "done").exists()
+
+
+def test_work_of_the_first_version_is_refused_with_a_remedy(small, tmp_path):
+    work = tmp_path / "out" / ".prep"
+    work.mkdir(parents=True)
+    (work / "plan.json").write_text("{}")
+    with pytest.raises(WorkError, match=r"work of an earlier version.*remove \S+/out and run `python -m prep build`"):
+        build(small())

@@ -125,7 +125,9 @@ def record(pieces: int, packs: int) -> StreamRecord:
     return StreamRecord(
         split="train", source="web", lower=1, upper=16, documents=1, pieces=pieces, targets=1, bytes=1, packs=packs,
         index_sha256="",
-        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, packs=packs)],
+        shards=[
+            ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, raw_sha256="", packs=packs)
+        ],
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import all_reduce_sum, is_rank_zero, rank
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
@@ -391,9 +392,7 @@ def forget_lines_after(path: Path, step: int) -> None:
         return
     # Bytes: after a loss of power there may be some that are no UTF-8, and lines that are whole stay as they are.
     kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    partial.replace(path)
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float:

@@ -1,4 +1,4 @@
-"""JSON to parquet, folder to folder."""
+"""Conversion of folders of JSON to folders of parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.commands.convert import convert
-from prep.inputs.readers import InputError
+from prep.inputs.faults import InputError
 from streaming_rwkv.config import UserError
 
 
@@ -32,48 +32,48 @@ def test_a_folder_becomes_a_folder_of_the_same_shape(tmp_path, write_lines):
     assert pq.read_table(tmp_path / "out" / "deep" / "c4-train.0.parquet")["text"].to_pylist() == ["three"]
 
 
-def test_what_is_there_is_left_alone_until_its_source_changes(tmp_path, write_lines):
+def test_a_converted_file_is_skipped_until_its_source_changes(tmp_path, write_lines):
     write_lines(tmp_path / "in" / "a.jsonl", ["one"])
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [True]
     write_lines(tmp_path / "in" / "a.jsonl", ["two"])
-    assert [file.was_there for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "in"), tmp_path / "out")] == [False]
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
-def test_what_is_there_of_another_key_is_converted_anew(tmp_path):
+def test_another_key_converts_again(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "one", "text": "two"}\n{"title": "three"}\n')
     to = tmp_path / "out"
     wanted = [({"no 'text'": 1}, False), ({"no 'text'": 1}, True), ({}, False)]
-    for (rejected, was_there), text in zip(wanted, ["text", "text", "title"], strict=True):
+    for (rejected, existed), text in zip(wanted, ["text", "text", "title"], strict=True):
         (file,) = convert(str(tmp_path / "a.jsonl"), to, text=text)
-        assert (file.rejected, file.was_there) == (rejected, was_there)
+        assert (file.rejected, file.existed) == (rejected, existed)
     assert pq.read_table(to / "a.parquet")["text"].to_pylist() == ["one", "three"]
 
 
 def test_an_older_source_is_another_source(tmp_path, write_lines):
     for text, changed in (("one", 2_000_000_000), ("two", 1_000_000_000)):
         os.utime(write_lines(tmp_path / "a.jsonl", [text]), (changed, changed))
-        assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+        assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut off"])
-def test_what_is_there_and_broken_is_converted_anew(tmp_path, write_lines, content):
+def test_a_broken_target_is_converted_again(tmp_path, write_lines, content):
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.parquet").write_bytes(content)
-    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
 def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
     pq.write_table(pa.table({"x": [1]}), tmp_path / "out" / "a.parquet")
-    assert [file.was_there for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
-def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monkeypatch):
+def test_leftovers_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     started = (
         "import os, pyarrow.parquet as pq, prep.commands.convert as c\nc._texts = lambda *_: os.kill(os.getpid(), 9)\n"
@@ -85,11 +85,11 @@ def test_what_a_killed_conversion_left_is_taken_over(tmp_path, write_lines, monk
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.parquet"]
 
 
-def test_a_colon_in_a_path_is_no_protocol(tmp_path, write_lines, monkeypatch):
+def test_a_path_may_contain_a_colon(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     monkeypatch.chdir(tmp_path)
-    for was_there in (False, True):
-        assert [file.was_there for file in convert("a.jsonl", "v:1")] == [was_there]
+    for existed in (False, True):
+        assert [file.existed for file in convert("a.jsonl", "v:1")] == [existed]
     with (tmp_path / "v:1" / "a.parquet").open("rb") as file:
         assert pq.read_table(file)["text"].to_pylist() == ["one"]
 
@@ -124,7 +124,7 @@ def test_a_broken_file_leaves_no_half_a_parquet(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_files_that_would_meet_are_refused(tmp_path, write_lines):
+def test_files_with_one_target_are_refused(tmp_path, write_lines):
     write_lines(tmp_path / "a.jsonl", ["one"])
     write_lines(tmp_path / "a.json.gz", ["two"])
     with pytest.raises(UserError, match=r"a\.json\.gz, a\.jsonl would all become .*a\.parquet"):

@@ -1,4 +1,4 @@
-"""The page and its figures."""
+"""The report's page and numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_END_TAG = {"meta"}
 
 
 class Checker(html.parser.HTMLParser):
-    """Every tag is closed, and nothing is loaded from elsewhere."""
+    """Check that every tag is closed and that nothing is loaded from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def finished(config, write_lines, tmp_path):
     return build(config(validation=0.2)).manifest
 
 
-def test_the_page_is_whole_and_stands_alone(finished, tmp_path):
+def test_the_page_is_complete_and_self_contained(finished, tmp_path):
     page = write_report(tmp_path / "out")
     assert page == tmp_path / "out" / "report.html"
     checker = Checker()
@@ -70,7 +70,7 @@ def test_the_figures_are_the_manifests(finished, tmp_path):
     assert figures["totals"]["documents_read"] == 82
     assert sum(figures["lengths"]["corpus"].values()) == 81  # before deduplication
     assert sum(figures["fill"].values()) == figures["totals"]["packs"]
-    assert figures["books"]["corpus"]["rejected"] == {"'text' is not a string": 1}
+    assert figures["counts"]["corpus"]["rejected"] == {"'text' is not a string": 1}
 
 
 def test_without_a_data_set_or_its_statistics(finished, tmp_path):

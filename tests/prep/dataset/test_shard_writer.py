@@ -1,4 +1,4 @@
-"""Shards are MDSWriter's, byte for byte, and Streaming reads them."""
+"""Shards equal those of MDSWriter byte for byte, and Streaming reads them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def packs(vocab_size: int) -> list[dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("vocab_size", [65536, 128256])
 @pytest.mark.parametrize("level", [1, 3])
-def test_shards_and_index_are_mds_writers(tmp_path, vocab_size, level):
+def test_shards_and_index_equal_those_of_mds_writer(tmp_path, vocab_size, level):
     from streaming import MDSWriter
 
     form = ShardFormat(columns=columns(vocab_size), compression_level=level, shard_bytes=300_000)
@@ -93,17 +93,17 @@ def test_streaming_reads_what_was_written(tmp_path):
             np.testing.assert_array_equal(read[name], column)
 
 
-def test_our_reader_reads_it_too(tmp_path):
+def test_read_shard_returns_the_written_packs(tmp_path):
     form = ShardFormat(columns=columns(128256), compression_level=1, shard_bytes=300_000)
     samples = packs(128256)
     shards = write_shards(samples, tmp_path, form=form)
-    read = [sample for shard in shards for sample in read_shard(tmp_path / shard.record.basename, shard.record)]
+    read = [sample for shard in shards for sample in read_shard(tmp_path / shard.basename, shard)]
     for ours, wrote in zip(read, samples, strict=True):
         for name, column in wrote.items():
             np.testing.assert_array_equal(ours[name], column)
 
 
-def test_no_packs_are_no_shards(tmp_path):
+def test_no_packs_give_no_shards(tmp_path):
     form = ShardFormat(columns=columns(65536), compression_level=1, shard_bytes=300_000)
     assert write_shards([], tmp_path, form=form) == []
     assert json.loads(index_bytes([], form=form)) == {"version": 2, "shards": []}
@@ -114,7 +114,7 @@ def test_no_packs_are_no_shards(tmp_path):
 def shard(tmp_path: Path):
     form = ShardFormat(columns=columns(65536), compression_level=1, shard_bytes=300_000)
     (written,) = write_shards(packs(65536)[:3], tmp_path, form=form)
-    return tmp_path / written.record.basename, written.record
+    return tmp_path / written.basename, written
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def shard(tmp_path: Path):
         (lambda content: zstandard.ZstdCompressor().compress(bytes(400_000)), "not a shard of this data set"),
     ],
 )
-def test_a_shard_that_is_something_else_is_refused(shard, change, message):
+def test_a_file_that_is_not_the_shard_is_refused(shard, change, message):
     file, record = shard
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(DataError, match=message):

@@ -18,6 +18,7 @@ from prep.build import build
 from prep.config import PrepConfig
 from prep.dataset.upload import upload
 from prep.dataset.verification import verify
+from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.shards import SPLITS, DataError
@@ -88,7 +89,7 @@ def name_of(path: str, store: Store) -> str:
     return path.partition("?")[0].removeprefix(f"/{store.bucket}/{store.prefix}/")
 
 
-# --- what a build leaves there ---
+# --- a finished build ---
 
 
 def test_a_build_into_a_bucket_gives_the_bytes_of_a_local_one(remote, local, store, tmp_path):
@@ -96,13 +97,13 @@ def test_a_build_into_a_bucket_gives_the_bytes_of_a_local_one(remote, local, sto
     assert not built.was_finished
     assert objects_of(store) == files_of(local)
     assert sum(len(stream.shards) for stream in built.manifest.streams) > 10
-    # The work folder keeps the plan alone.
-    assert {path.name for path in (tmp_path / "work").rglob("*") if path.is_file()} == {"lock", "plan.json"}
+    # The work folder keeps the state of the build only.
+    assert {path.name for path in (tmp_path / "work").rglob("*") if path.is_file()} == {".lock", "state.json"}
     assert build(remote()).was_finished
     assert verify(store.location) == built.manifest
 
 
-def test_shards_go_up_first_and_the_manifest_last(remote, store, s3_server, monkeypatch):
+def test_shards_are_uploaded_first_and_the_manifest_last(remote, store, s3_server, monkeypatch):
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         build(remote())
@@ -118,30 +119,32 @@ def test_shards_go_up_first_and_the_manifest_last(remote, store, s3_server, monk
     assert sorted(names) == sorted(store.list())
 
 
-def test_shards_go_up_while_later_windows_are_packed(remote, store, monkeypatch):
-    """The last window is packed when shards of the first are there already."""
-    import prep.build
+class Windows(Observer):
+    """Counts the packed windows, and calls a function when a number of them is packed and the next is not begun."""
 
-    plan, original, planned, seen = prep.build.plan_windows, prep.build.do_window, [], []
+    def __init__(self, number: int = 0, function: Callable[[], None] = lambda: None) -> None:
+        self.number, self.function = number, function
+        self.is_packing, self.packed = False, 0
 
-    def planning(*arguments, **options):
-        planned.extend(plan(*arguments, **options))
-        return planned
+    def step(self, name, *, totals, in_bytes=False):
+        self.is_packing = name == "packing"
 
-    def shards_there():
+    def done(self, source, amount):
+        if self.is_packing:
+            self.packed += 1
+            if self.packed == self.number:
+                self.function()
+
+
+def test_shards_are_uploaded_while_later_windows_are_packed(remote, recipe, store, tmp_path):
+    def uploaded() -> int:
         return len([name for name in store.list() if ".mds." in name])
 
-    def looking(job, window, report):
-        if len(seen) == len(planned) - 1:
-            wait_for(shards_there)
-        seen.append(shards_there())
-        return original(job, window, report)
-
-    monkeypatch.setattr(prep.build, "plan_windows", planning)
-    monkeypatch.setattr(prep.build, "do_window", looking)
-    build(remote())
-    assert seen[0] == 0
-    assert 0 < seen[-1] < len(store.list())
+    whole, seen = Windows(), []
+    build(recipe(out=str(tmp_path / "counted")), observer=whole)
+    assert whole.packed > 1
+    build(remote(), observer=Windows(whole.packed - 1, lambda: seen.append(wait_for(uploaded))))
+    assert 0 < seen[0] < uploaded()
 
 
 def test_two_workers_give_the_same_bytes(remote, local, store):
@@ -165,7 +168,7 @@ def test_the_work_folder_is_in_the_cache_by_default(recipe, monkeypatch):
         recipe(out="/y", work="/x")
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
@@ -178,14 +181,13 @@ def test_another_data_set_in_the_same_place_is_refused(remote, store, tmp_path):
     assert objects_of(store) == before
 
 
-def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remote, store, tmp_path, monkeypatch):
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def test_another_remote_data_set_is_refused_even_with_work_of_this_recipe(remote, store, tmp_path):
+    class Killed(Observer):
+        def step(self, name, *, totals, in_bytes=False):
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("prep.build._do_all", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(remote())
+    with pytest.raises(KeyboardInterrupt):
+        build(remote(), observer=Killed())
     build(remote(pack_tokens=4096, work=str(tmp_path / "other")))
     before = objects_of(store)
     with pytest.raises(WorkError, match=r"holds a finished data set.*\n  config.pack_tokens: was 4096, is 8192"):
@@ -193,7 +195,7 @@ def test_another_data_set_there_is_refused_though_the_work_is_this_recipes(remot
     assert objects_of(store) == before
 
 
-def test_a_local_data_set_is_no_place_to_work_in(remote, recipe, tmp_path):
+def test_a_local_data_set_is_refused_as_work_folder(remote, recipe, tmp_path):
     build(recipe(out=str(tmp_path / "mine")))
     before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
     with pytest.raises(WorkError, match=r"mine: holds a finished data set of its own; choose an empty `work=`"):
@@ -204,12 +206,12 @@ def test_a_local_data_set_is_no_place_to_work_in(remote, recipe, tmp_path):
 @pytest.mark.parametrize("name", ["thesis.pdf", "tokenizer/llama.model"])
 def test_other_objects_are_left_alone(remote, store, name):
     store.put_bytes(b"mine", name)
-    with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose an empty place"):
+    with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose a location without objects"):
         build(remote())
     assert list(store.list()) == [name]
 
 
-def test_a_bucket_that_is_not_there_is_noticed_before_the_work(remote, tmp_path):
+def test_a_missing_bucket_is_noticed_before_the_work(remote, tmp_path):
     with pytest.raises(StorageError, match="NoSuchBucket: there is no such bucket"):
         build(remote(out="s3://no-such-bucket/x"))
     assert not (tmp_path / "work" / ".prep" / "done").exists()
@@ -222,7 +224,7 @@ def test_wrong_credentials_are_noticed_before_the_work(remote, monkeypatch, caps
     assert not (tmp_path / "work" / ".prep" / "done").exists()
 
 
-def test_what_an_unfinished_build_with_other_settings_left_is_removed(remote, local, store, tmp_path):
+def test_objects_of_an_unfinished_build_with_other_settings_are_removed(remote, local, store, tmp_path):
     store.put_bytes(b"another build's", "train/corpus/1-32/shard.00999.mds.zstd")
     store.put_bytes(b"another build's", "train/corpus/1-32/shard.00000.mds.zstd")
     build(remote())
@@ -236,9 +238,9 @@ def test_a_local_data_set_is_uploaded(local, store, capsys):
     assert main(["upload", str(local), store.location]) == 0
     assert objects_of(store) == files_of(local)
     assert main(["upload", str(local), store.location]) == 0
-    assert "already there, nothing to do" in capsys.readouterr().out
+    assert "already uploaded, nothing to do" in capsys.readouterr().out
     assert main(["verify", store.location]) == 0
-    assert "whole; " in capsys.readouterr().out
+    assert "OK; " in capsys.readouterr().out
 
 
 def test_a_damaged_data_set_is_not_uploaded(local, store, tmp_path):
@@ -261,7 +263,7 @@ def test_a_link_is_not_followed_by_an_upload(local, store, tmp_path, name):
     (received / name).symlink_to(tmp_path / "secret")
     with pytest.raises(WorkError) as raised:
         upload(received, store.location)
-    assert str(raised.value).startswith(f"{received}/{name}: is a symbolic link, and an upload sends regular files")
+    assert str(raised.value).startswith(f"{received}/{name}: is a symbolic link; an upload sends regular files")
     assert store.list() == {}
 
 
@@ -275,7 +277,7 @@ def test_a_linked_folder_and_a_pipe_are_not_uploaded(local, store, tmp_path):
     (tmp_path / "elsewhere").rename(received / "tokenizer")
     (received / "rejected.jsonl").unlink()
     os.mkfifo(received / "rejected.jsonl")
-    with pytest.raises(WorkError, match=r"rejected.jsonl: is no regular file"):
+    with pytest.raises(WorkError, match=r"rejected.jsonl: is not a regular file"):
         upload(received, store.location)
     assert store.list() == {}
 
@@ -284,12 +286,12 @@ def test_a_linked_folder_and_a_pipe_are_not_uploaded(local, store, tmp_path):
 def test_unexpected_files_are_not_uploaded(local, store, tmp_path, name):
     received = shutil.copytree(local, tmp_path / "received")
     (received / name).write_text("mine")
-    with pytest.raises(WorkError, match=rf"holds files that are no part of a data set \({name}\); move them away"):
+    with pytest.raises(WorkError, match=rf"holds files that do not belong to a data set \({name}\); move them away"):
         upload(received, store.location)
     assert store.list() == {}
 
 
-def test_pages_and_hidden_files_stay_here(local, store, tmp_path):
+def test_report_pages_and_hidden_files_are_not_uploaded(local, store, tmp_path):
     received = shutil.copytree(local, tmp_path / "received")
     for name in ("report.html", "report.json", ".DS_Store", "tokenizer/.DS_Store"):
         (received / name).write_text("mine")
@@ -305,7 +307,7 @@ def test_another_data_set_is_not_overwritten_by_an_upload(local, store, recipe, 
     assert objects_of(store) == files_of(local)
 
 
-def test_an_upload_goes_on_without_sending_twice(local, store, s3_server, monkeypatch):
+def test_a_resumed_upload_sends_no_object_twice(local, store, s3_server, monkeypatch):
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         proxy.add(Fault(kind="status", status=403, method="PUT", skip=7))
@@ -335,7 +337,7 @@ def damage(server: S3Server, store: Store, name: str) -> None:
         client.put_object(**key, Body=bytes(content), Metadata=client.head_object(**key)["Metadata"])
 
 
-def test_verify_finds_what_was_damaged_or_lost_there(local, store, s3_server):
+def test_verify_finds_damaged_and_missing_objects(local, store, s3_server):
     upload(local, store.location)
     shard = next(name for name in store.list() if name.endswith(".zstd"))
     damage(s3_server, store, shard)
@@ -377,4 +379,4 @@ def test_inspect_and_report(local, store, capsys, tmp_path):
     assert main(["report", store.location, "--to", str(tmp_path / "b")]) == 0
     assert (tmp_path / "a" / "report.json").read_bytes() == (tmp_path / "b" / "report.json").read_bytes()
     assert main(["report", store.location]) == 1
-    assert "name a folder for it with `--to FOLDER`" in capsys.readouterr().err
+    assert "name a local folder with `--to FOLDER`" in capsys.readouterr().err

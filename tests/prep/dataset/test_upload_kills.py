@@ -79,7 +79,7 @@ def sent(proxy: FaultProxy, store: Store) -> list[str]:
 
 
 def upload_and_kill(recipe: Path, proxy: FaultProxy, store: Store, *, objects: int) -> None:
-    """A build that is killed when so many objects are there and it waits for the answers of the next ones."""
+    """Run a build that is killed when a number of objects exist and it waits for the answers of the next ones."""
     silent = proxy.counts()["silent"]
     proxy.add(Fault(kind="silent", method="PUT", skip=objects - len(store.list())))
     with started(recipe) as process:
@@ -129,7 +129,7 @@ def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expecte
     check_whole(store, expected)
 
 
-def test_a_build_on_an_empty_machine_goes_on_with_what_is_there(recipe, expected, store, proxy, tmp_path):
+def test_a_build_on_an_empty_machine_resumes_from_the_objects(recipe, expected, store, proxy, tmp_path):
     upload_and_kill(recipe, proxy, store, objects=len(expected) // 2)
     there = store.list()
     sent(proxy, store)
@@ -146,7 +146,7 @@ def test_a_build_on_an_empty_machine_goes_on_with_what_is_there(recipe, expected
         (Fault(kind="status", status=404, skip=50), "404 NoSuchBucket: there is no such bucket"),
     ],
 )
-def test_a_refusal_in_the_middle_is_one_error_and_the_same_command_goes_on(
+def test_a_refusal_during_uploads_is_one_error_and_the_same_command_resumes(
     recipe, expected, store, proxy, fault, message
 ):
     proxy.add(fault)
@@ -164,7 +164,7 @@ def test_a_refusal_in_the_middle_is_one_error_and_the_same_command_goes_on(
     check_whole(store, expected)
 
 
-def test_random_faults_all_along(recipe, expected, store, proxy):
+def test_random_faults_change_nothing(recipe, expected, store, proxy):
     proxy.add(
         Fault(kind="status", status=503, skip=5, times=5),
         Fault(kind="reset upload", method="PUT", skip=10, times=3),

@@ -1,4 +1,4 @@
-"""A disk that fills up: a clear error, and the same command goes on when there is space again."""
+"""Full disks: a clear error, and the same command resumes when there is space again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def can_mount() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not can_mount(), reason="needs user and mount namespaces (Linux, `unshare`)")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_explained_and_the_build_goes_on_afterwards(write_lines, tokenizer_folder, tmp_path, workers):
+def test_a_full_disk_is_explained_and_the_build_resumes_afterwards(write_lines, tokenizer_folder, tmp_path, workers):
     for number in range(8):
         texts = [f"document {number} {row} " + "0123456789 床前明月光" * (row % 90) for row in range(150)]
         write_lines(tmp_path / "corpus" / f"{number}.jsonl", texts)

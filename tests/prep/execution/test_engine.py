@@ -1,4 +1,4 @@
-"""Whoever does the tasks, the bytes are the same; and what goes wrong comes back."""
+"""Engines: each gives the same bytes, and errors in workers are raised in the main process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from prep.build import Observer, build
-from prep.execution.context import Job
+from prep.build import build
+from prep.execution.context import BuildContext
 from prep.execution.engine import start
-from prep.inputs.readers import InputError
+from prep.execution.observer import Observer, TokenizationProgress
+from prep.inputs.faults import InputError
 from prep.inputs.units import plan_units
-from prep.stages.tokenization import Progress
 from streaming_rwkv.config import UserError
 
 
@@ -47,7 +47,7 @@ def test_every_engine_gives_the_same_bytes(config, corpus, tmp_path, engine):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("engine", [{"workers": 2}, {"engine": "ray", "workers": 2}], ids=str)
-def test_a_users_error_in_a_worker_comes_back_as_it_is(config, corpus, engine):
+def test_a_user_error_in_a_worker_is_raised_unchanged(config, corpus, engine):
     (corpus / "9.jsonl.gz").write_bytes(b"no gzip, and long enough not to be taken for the end of one")
     with pytest.raises(InputError, match=r"9\.jsonl\.gz: broken gzip"):
         build(config(**SMALL, **engine))
@@ -64,7 +64,7 @@ class Counting(Observer):
     def done(self, source: str, amount: int) -> None:
         list(self.left.values())[-1][source] -= amount
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: TokenizationProgress) -> None:
         self.documents += progress.documents
 
 
@@ -83,31 +83,31 @@ def test_progress_reaches_the_observer(config, corpus, engine):
     }
 
 
-def doubled(job: Job, item: int, report: object) -> int:
+def doubled(context: BuildContext, item: int, report: object) -> int:
     if item == 13:
-        raise KeyError("a mistake of our own")
+        raise KeyError("a bug of our own")
     return 2 * item
 
 
-def job_of(config: object, corpus: Path) -> Job:
+def context_of(config: object, corpus: Path) -> BuildContext:
     made = config(workers=2)  # type: ignore[operator]
     from streaming_rwkv.tokenizer import load_tokenizer
 
     load_tokenizer(made.tokenizer).save(Path(made.out) / "tokenizer")
-    return Job(config=made, units=tuple(plan_units(made.sources, unit_bytes=1 << 20)), vocab_size=320)
+    return BuildContext(config=made, units=tuple(plan_units(made.sources, unit_bytes=1 << 20)), vocab_size=320)
 
 
-def test_processes_answer_with_the_items_index(config, corpus):
-    with start(job_of(config, corpus), on_report=lambda report: None) as run:
+def test_processes_yield_each_items_index_and_result(config, corpus):
+    with start(context_of(config, corpus), on_report=lambda report: None) as run:
         assert sorted(run(doubled, [5, 6, 7, 8, 9])) == [(0, 10), (1, 12), (2, 14), (3, 16), (4, 18)]
         assert sorted(run(doubled, [1])) == [(0, 2)]
         assert list(run(doubled, [])) == []
 
 
-def test_a_mistake_in_a_worker_is_raised_here(config, corpus):
+def test_a_bug_in_a_worker_is_raised_in_the_main_process(config, corpus):
     with (
-        pytest.raises(KeyError, match="a mistake of our own"),
-        start(job_of(config, corpus), on_report=lambda report: None) as run,
+        pytest.raises(KeyError, match="a bug of our own"),
+        start(context_of(config, corpus), on_report=lambda report: None) as run,
     ):
         list(run(doubled, [1, 13, 2]))
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_that_workers_cannot_load_is_explained(config, corpus, tmp_p
 
 
 def test_the_audit_of_a_large_corpus_is_a_sample_of_bounded_size(config, corpus):
-    few = job_of(config, corpus)
+    few = context_of(config, corpus)
     assert all(few.audit_bytes(unit) == few.config.audit_bytes > 0 for unit in few.units)
     names = [f"{random.Random(number).getrandbits(128):032x}" for number in range(40_000)]
     many = replace(few, units=tuple(replace(few.units[0], name=name) for name in names))

@@ -1,4 +1,4 @@
-"""What is shown while a build runs, and at its end."""
+"""Progress on the console, and the tables at the end of a build."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import io
 import pytest
 from rich.console import Console
 
-from prep.build import build, count
+from prep.build import build
+from prep.commands.dry_run import count, count_table
+from prep.commands.tables import document_table, stream_table
 from prep.document import Rejection
 from prep.execution import progress
-from prep.execution.progress import books_table, count_table, observing, stream_table
-from prep.stages.tokenization import Progress
+from prep.execution.observer import TokenizationProgress
+from prep.execution.progress import observing
 
 
 def run(console: Console) -> None:
     with observing(console) as observer:
         observer.step("tokenizing", totals={"c4": 300, "poems": 100})
-        observer.progress(Progress(source="c4", documents=1234, text_bytes=5_000_000, tokens=2_000_000))
+        observer.progress(TokenizationProgress(source="c4", documents=1234, text_bytes=5_000_000, tokens=2_000_000))
         observer.done("c4", 150)
         observer._bars.refresh()  # on a terminal it happens ten times a second
         observer.step("packing", totals={"c4": 10})
@@ -32,7 +34,7 @@ def test_a_terminal_has_a_bar_for_each_source():
         assert expected in shown
 
 
-def test_a_log_has_lines(monkeypatch):
+def test_progress_in_a_log_is_lines(monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     console = Console(file=io.StringIO(), width=160)
     run(console)
@@ -47,17 +49,17 @@ def test_the_first_rejections_of_a_reason_are_shown():
         for row in range(9):
             observer.rejection(Rejection(source="c4", file="[x].jsonl", row=row, reason="invalid JSON"))
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == "left out: c4: [x].jsonl: row 0: invalid JSON"
+    assert lines[0] == "rejected: c4: [x].jsonl: row 0: invalid JSON"
     assert len(lines) == 5
-    assert lines[-1].endswith("further ones are listed in rejected.jsonl only")
+    assert lines[-1].endswith("further ones are only listed in rejected.jsonl")
 
 
-def test_of_further_rejections_a_dry_run_has_no_list():
+def test_a_dry_run_only_counts_further_rejections():
     console = Console(file=io.StringIO(), width=200)
     with observing(console, are_listed=False) as observer:
         for row in range(9):
             observer.rejection(Rejection(source="c4", file="x.jsonl", row=row, reason="invalid JSON"))
-    assert console.file.getvalue().splitlines()[-1].endswith("row 4: invalid JSON; further ones are counted only")
+    assert console.file.getvalue().splitlines()[-1].endswith("row 4: invalid JSON; further ones are only counted")
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_tables_at_the_end(config, corpus):
     assert "25.0%" in streams
     assert "50.0%" in streams
     assert "37.5%" in streams
-    assert [cell.strip() for cell in shown(books_table(manifest)).splitlines()[4].split("│")[1:-1]] == [
+    assert [cell.strip() for cell in shown(document_table(manifest)).splitlines()[4].split("│")[1:-1]] == [
         "corpus",
         "3",
         "2",

@@ -1,4 +1,4 @@
-"""Files that are no JSON lines, however they are cut."""
+"""Files that are not JSON lines, however they are divided into units."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from prep.build import build, count
+from prep.build import build
 from prep.commands.convert import convert
+from prep.commands.dry_run import count
 from prep.commands.train_tokenizer import train_tokenizer
 from prep.config import SourceConfig
-from prep.inputs.files import find_files
-from prep.inputs.line_check import LineCounts, add_counts, describe, signature
-from prep.inputs.readers import InputError, Part
-from prep.inputs.units import CutFiles, Unit, plan_units
+from prep.document import LineCounts, add_counts
+from prep.inputs.discovery import find_files
+from prep.inputs.faults import InputError
+from prep.inputs.files import Part, Unit
+from prep.inputs.line_check import describe, signature
+from prep.inputs.readers import CutFiles
+from prep.inputs.units import plan_units
 
 DOCUMENTS = [{"text": f"document {number}"} for number in range(60)]
 LINES = "".join(json.dumps(document) + "\n" for document in DOCUMENTS).encode()
@@ -28,13 +32,13 @@ CSV = b"id,text\n" + b"".join(b"%d,document\n" % number for number in range(60))
 CHINESE = "".join(json.dumps({"text": "床前明月光"}, ensure_ascii=False) + "\n" for _ in DOCUMENTS)
 
 OTHER_FILES = {
-    "pretty-printed": (PRETTY, "no line of it is a JSON object; it begins with an object that goes on over lines"),
+    "pretty-printed": (PRETTY, "no line of it is a JSON object; it begins with an object that spans several lines"),
     "array over lines": (
         ARRAY_OVER_LINES,
         "61 of its 62 lines are not JSON objects; the first of them begins with '[': let the name of a file that is "
         "one array end in .json",
     ),
-    "CSV": (CSV, "no line of it is a JSON object; it begins with 'id,text': write one object a line"),
+    "CSV": (CSV, "no line of it is a JSON object; it begins with 'id,text': write one object per line"),
     "GBK": (CHINESE.encode("gbk"), "no line of it is a JSON object; it is not UTF-8: convert it"),
     "UTF-16": (LINES.decode().encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     "gzip": (gzip.compress(LINES, mtime=0), "it is compressed with gzip: add .gz to its name"),
@@ -69,7 +73,7 @@ def test_a_file_of_another_kind_stops_the_build_however_it_is_cut(config, corpus
 @pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 20])
 def test_a_file_of_which_half_the_lines_are_broken_is_read_however_it_is_cut(config, corpus, unit_bytes):
     (corpus / "a.jsonl").write_bytes(b"broken\n" * 60 + LINES)
-    books = build(config(unit_bytes=unit_bytes)).manifest.books["corpus"]
+    books = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
     assert (books.documents["train"], books.rejected) == (61, {"invalid JSON": 60})
 
 
@@ -86,7 +90,7 @@ def test_workers_find_the_same_and_a_second_start_too(config, corpus):
         with pytest.raises(InputError, match=r"a\.jsonl: 61 of its 62 lines are not JSON objects"):
             build(config(unit_bytes=200, workers=workers))
     (corpus / "a.jsonl").write_bytes(LINES)
-    assert build(config(unit_bytes=200), accept_changes=True).manifest.books["corpus"].documents["train"] == 61
+    assert build(config(unit_bytes=200), accept_changes=True).manifest.counts["corpus"].documents["train"] == 61
 
 
 def test_a_conversion_stops_too(corpus, tmp_path):
@@ -155,8 +159,7 @@ def test_counts_are_added_by_file():
 
 
 def test_one_broken_line_is_a_broken_document_unless_it_says_what_it_is():
-    one = LineCounts(1, 1)
-    assert describe(one, first=b'{"text": "cut o', is_utf8=True) is None
-    assert describe(one, first=b"[1]", is_utf8=True) is not None
+    assert describe(1, 1, first=b'{"text": "cut o', is_utf8=True) is None
+    assert describe(1, 1, first=b"[1]", is_utf8=True) is not None
     assert signature(b"PAR1\x15\x04") == "a parquet file: let its name end in .parquet"
     assert signature(b'{"text"') is None

@@ -26,8 +26,8 @@ def proxy(s3_server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def mixed(s3_server, s3_place, write_lines, tmp_path) -> str:
-    """A corpus in a folder, and the same in a bucket."""
-    files._bucket.cache_clear()
+    """Create a corpus in a folder, and a copy in a bucket."""
+    files.bucket_store.cache_clear()
     root = tmp_path / "corpus"
     write_lines(root / "a.jsonl", [f"line {number}" for number in range(400)])
     write_lines(root / "deep" / "b.json.gz", ["two"])
@@ -53,7 +53,7 @@ def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers, fork):
     build(config(out=str(tmp_path / "local"), unit_bytes=1 << 20))
     sources = {"corpus": {"paths": mixed}}
     remote = config(out=str(tmp_path / "remote"), sources=sources, workers=workers, unit_bytes=1 << 20)
-    assert build(remote, fork=fork).manifest.books["corpus"].documents["train"] == 501
+    assert build(remote, fork=fork).manifest.counts["corpus"].documents["train"] == 501
     assert content(tmp_path / "remote") == content(tmp_path / "local")
     assert build(remote).was_finished
 
@@ -63,7 +63,7 @@ def test_globs_and_single_objects(config, mixed, tmp_path):
     for path, documents in (("*.parquet", 100), ("a.jsonl", 400)):
         sources = {"corpus": {"paths": f"{mixed}/{path}"}}
         manifest = build(config(out=str(tmp_path / path[-5:]), sources=sources)).manifest
-        assert manifest.books["corpus"].documents_read == documents
+        assert manifest.counts["corpus"].documents_read == documents
 
 
 @pytest.mark.slow
@@ -82,7 +82,9 @@ def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path, cap
     for path in paths:
         found = [file.name for file in files.find_files("s", [mixed + path])]
         assert found == [file.name for file in files.find_files("s", [f"{tmp_path}/corpus{path}"])], path
-        remote, local = [record.getMessage() for record in caplog.records if record.name == "prep.inputs.files"] or [
+        remote, local = [
+            record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"
+        ] or [
             "",
             "",
         ]
@@ -118,7 +120,9 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mi
     recipe = config(sources={"corpus": {"paths": mixed}})
     names = ("a.jsonl", "deep/b.json.gz", "c.parquet")
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_bucket", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=4)))
+        patched.setattr(
+            files, "bucket_store", lru_cache(lambda bucket: open_store(f"s3://{bucket}", timeout_seconds=4))
+        )
         for name in names:
             proxy.clear()
             proxy.add(Fault(kind="silent", method="GET", path=name))
@@ -127,6 +131,6 @@ def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mi
     proxy.clear()
     proxy.add(Fault(kind="status", status=503, times=5))
     proxy.add(*(Fault(kind="reset", method="GET", path=name, times=1) for name in names))
-    assert build(recipe).manifest.books["corpus"].documents_read == 501
+    assert build(recipe).manifest.counts["corpus"].documents_read == 501
     assert proxy.counts()["status 503"] == 5
     assert proxy.counts()["reset"] == 3

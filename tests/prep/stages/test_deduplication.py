@@ -1,4 +1,4 @@
-"""Which of equal documents are left out."""
+"""Exact deduplication: all but the first of equal documents are duplicates."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prep.build import build
+from prep.execution.intermediate import DUPLICATES_TASK, Duplicates
 from prep.execution.task_store import done_folder
 from prep.stages import deduplication as duplicates
-from prep.stages.deduplication import Duplicates, HashRange, first_come, join_ranges, plan_ranges
+from prep.stages.deduplication import HashRange, join_ranges, later_copies, plan_ranges
 
 
 def test_all_but_the_first_of_equal_hashes():
     hashes = np.array([[5, 1], [5, 2], [5, 1], [7, 1], [5, 1]], np.uint64)
     places = np.array([40, 10, 20, 5, 30], np.uint64)
-    assert first_come(hashes, places).tolist() == [30, 40]  # the one at 20 came first
+    assert later_copies(hashes, places).tolist() == [30, 40]  # the one at 20 came first
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
-def test_it_is_what_a_set_would_say(pairs):
+def test_later_copies_agree_with_a_set(pairs):
     seen: set[tuple[int, int]] = set()
     expected = []
     for place, pair in enumerate(pairs):
@@ -33,10 +34,10 @@ def test_it_is_what_a_set_would_say(pairs):
             expected.append(place)
         seen.add(pair)
     hashes = np.array(pairs, np.uint64).reshape(-1, 2)
-    assert first_come(hashes, np.arange(len(pairs), dtype=np.uint64)).tolist() == expected
+    assert later_copies(hashes, np.arange(len(pairs), dtype=np.uint64)).tolist() == expected
 
 
-def test_ranges_are_as_many_as_memory_wants(monkeypatch):
+def test_the_number_of_ranges_bounds_the_documents_in_each(monkeypatch):
     class Unit:
         documents = 10
         hash_runs = (6, 4)
@@ -47,14 +48,14 @@ def test_ranges_are_as_many_as_memory_wants(monkeypatch):
 
 
 def duplicates_of(ranges: list[list[tuple[int, int]]], *, documents: list[int], work: Path) -> list[list[int]]:
-    """Of each unit the documents that are left out, if (unit, document) were found to be in these ranges."""
+    """Return the duplicates of each unit, where `ranges` have the (unit, document) found in each range."""
     for index, found in enumerate(ranges):
         folder = done_folder(work, f"duplicates/{index:06}")
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "duplicates.npy", np.array([unit << 32 | number for unit, number in found], np.uint64))
-    job = SimpleNamespace(work=work)
-    join_ranges(job, [SimpleNamespace(documents=count) for count in documents], ranges=len(ranges))
-    joined = Duplicates(job)
+    context = SimpleNamespace(work_folder=work)
+    join_ranges(context, [SimpleNamespace(documents=count) for count in documents], ranges=len(ranges))
+    joined = Duplicates(done_folder(work, DUPLICATES_TASK))
     numbers = [np.arange(count, dtype=np.uint32) for count in documents]
     return [of[joined.are_among(of, unit=unit)].tolist() for unit, of in enumerate(numbers)]
 
@@ -79,10 +80,10 @@ def test_the_number_of_ranges_is_not_that_of_open_files(config, write_lines, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 50, hard))
     try:
-        books = build(config()).manifest.books["corpus"]
+        counts = build(config()).manifest.counts["corpus"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert (books.documents["train"], books.duplicates) == (90, 90)
+    assert (counts.documents["train"], counts.duplicates) == (90, 90)
 
 
 @pytest.mark.parametrize("documents_per_range", [1, 3, 1000])
@@ -90,5 +91,5 @@ def test_the_number_of_ranges_changes_nothing(config, write_lines, tmp_path, mon
     for number in range(3):
         write_lines(tmp_path / "corpus" / f"{number}.jsonl", [str(row * number % 13) for row in range(40)])
     monkeypatch.setattr(duplicates, "_DOCUMENTS_PER_RANGE", documents_per_range)
-    books = build(config(unit_bytes=100)).manifest.books["corpus"]
-    assert (books.documents["train"], books.duplicates) == (13, 120 - 13)
+    counts = build(config(unit_bytes=100)).manifest.counts["corpus"]
+    assert (counts.documents["train"], counts.duplicates) == (13, 120 - 13)

@@ -62,7 +62,7 @@ def stream(source: str, lower: int, upper: int) -> StreamRecord:
     return StreamRecord(
         split="train", source=source, lower=lower, upper=upper, documents=1, pieces=1, targets=1, bytes=1, packs=1,
         index_sha256="",
-        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, packs=1)],
+        shards=[ShardRecord(basename="shard.00000.mds.zstd", bytes=1, sha256="", raw_bytes=1, raw_sha256="", packs=1)],
     )  # fmt: skip
 
 

@@ -1,32 +1,37 @@
-"""`inspect`: documents as the model will see them, one after another."""
+"""`inspect`: documents as the model sees them."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
-from prep.dataset.finished import Place, opened
+from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.console import shown
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
 
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPiece:
-    """One piece of a document, decoded."""
+    """A decoded piece of a document."""
 
     stream: str
-    pack: int  # within the stream
+    pack: int  # index in the stream
     key: int
     start: int
     targets: int
     bytes: int
-    begins: bool  # with bos
-    ends: bool  # with eos
+    begins: bool  # True if it begins with bos
+    ends: bool  # True if it ends with eos
     text: str
 
     def __str__(self) -> str:
@@ -35,12 +40,12 @@ class ShownPiece:
         return f"{head}\n{'⟨bos⟩' if self.begins else '…'}{self.text}{'⟨eos⟩' if self.ends else '…'}"
 
 
-def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
-    """All pieces of `streams` in stored order. A character that is cut between two pieces shows as U+FFFD."""
-    tokenizer = place.tokenizer(manifest)
+def shown_pieces(data_set: DataSet, manifest: Manifest, streams: list[StreamRecord]) -> Iterator[ShownPiece]:
+    """Yield all pieces of `streams` in stored order; a character cut between two pieces is shown as U+FFFD."""
+    tokenizer = data_set.tokenizer(manifest)
     for stream in streams:
-        for number, pack in enumerate(_packs(place, stream)):
-            where = f"{place.location}/{stream.path}, pack {number}"
+        for number, pack in enumerate(_packs(data_set, stream)):
+            where = f"{data_set.location}/{stream.path}, pack {number}"
             check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
             bounds = piece_bounds(pack["lengths"])
             for piece in range(len(pack["lengths"])):
@@ -59,20 +64,20 @@ def shown_pieces(place: Place, manifest: Manifest, streams: list[StreamRecord]) 
                 )
 
 
-def _packs(place: Place, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
+def _packs(data_set: DataSet, stream: StreamRecord) -> Iterator[dict[str, NDArray[Any]]]:
     names = [f"{stream.path}/{shard.basename}" for shard in stream.shards]
-    for name, shard in zip(names, stream.shards, strict=True):  # one by one: seldom is more than the first wanted
-        for file in place.files([(name, None)]):
-            yield from read_shard(file, shard, where=f"{place.location}/{name}")
+    for name, shard in zip(names, stream.shards, strict=True):  # one by one, since usually only the first is needed
+        for file in data_set.files([(name, None)]):
+            yield from read_shard(file, shard, where=f"{data_set.location}/{name}")
 
 
 def selected(
     manifest: Manifest, *, split: str, source: str | None, bucket: str | None, where: str
 ) -> list[StreamRecord]:
-    """The streams that match.
+    """Return the streams that match.
 
     Raises:
-        DataError: none does.
+        DataError: no stream matches.
     """
     streams = [
         stream
@@ -90,10 +95,20 @@ def selected(
     return streams
 
 
-def show(out: str, *, split: str, source: str | None, bucket: str | None, skip: int, count: int) -> None:
-    """Print `count` pieces."""
-    with opened(out) as place:
-        manifest = place.manifest()
-        streams = selected(manifest, split=split, source=source, bucket=bucket, where=out)
-        for piece in itertools.islice(shown_pieces(place, manifest, streams), skip, skip + count):
-            print(shown(str(piece), lines=True))
+def run(options: argparse.Namespace) -> int:
+    """Print pieces of a data set; return the exit status."""
+    try:
+        with open_data_set(options.out) as data_set:
+            manifest = data_set.manifest()
+            streams = selected(
+                manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
+            )
+            end = options.skip + options.count
+            # Without a variable for the generator: it must be closed before the data set is.
+            for piece in itertools.islice(shown_pieces(data_set, manifest, streams), options.skip, end):
+                print(shown(str(piece), lines=True))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
+        return _BROKEN_PIPE
+    return 0

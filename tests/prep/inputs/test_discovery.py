@@ -1,4 +1,4 @@
-"""Which files a source has, and what they are called."""
+"""Discovery of a source's files, and their names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import socket
 
 import pytest
 
-from prep.inputs.files import InputFile, _glob_pattern, find_files, opened
+from prep.inputs.discovery import _glob_pattern, find_files
+from prep.inputs.files import InputFile, opened
 from streaming_rwkv.config import UserError
 
 
@@ -43,7 +44,7 @@ def test_globs_choose_files(tree):
     assert names(tree, "*/1.*") == ["a/1.jsonl", "b/1.jsonl.zst"]
 
 
-def test_a_file_given_twice_is_there_once(tree):
+def test_a_file_given_twice_is_found_once(tree):
     assert names(tree, "a", "a/1.jsonl") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet"]
 
 
@@ -69,7 +70,7 @@ def test_size_and_suffix(tree):
         ("a/*.txt", "sources.s: no file to read below"),
     ],
 )
-def test_what_cannot_be_found_names_the_source_and_the_path(tree, path, message):
+def test_a_missing_path_is_named_with_its_source(tree, path, message):
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         find_files("s", [str(tree / path)])
@@ -129,7 +130,9 @@ def test_globs_in_a_bucket_are_those_of_a_folder(tree, pattern):
 
 def test_a_file_that_changes_between_listing_and_the_end_is_an_error(tree):
     (file,) = find_files("s", [str(tree / "b")])
-    changed = r"b/1\.jsonl\.zst: has changed since it was listed: 13 bytes then, 14 now; wait until nothing writes it"
+    changed = (
+        r"b/1\.jsonl\.zst: has changed since it was listed: 13 bytes then, 14 now; wait until no program writes to it"
+    )
     with pytest.raises(UserError, match=changed), opened(file) as stream:  # noqa: PT012  # at the end of the block
         assert stream.read() == b"x" * 13
         with open(file.path, "ab") as more:
@@ -142,7 +145,7 @@ def test_two_stars_find_each_file_once(tree):
     assert names(tree, "a/**") == names(tree, "a")
 
 
-def test_a_file_to_which_links_lead_is_there_once(tree):
+def test_a_file_with_several_links_is_found_once(tree):
     (tree / "a" / "again.jsonl").symlink_to("1.jsonl")
     (tree / "a" / "to_b").symlink_to("../b")
     (tree / "b" / "to_a").symlink_to("../a")
@@ -161,7 +164,7 @@ def test_a_folder_with_brackets_gives_names_as_any_other(tree):
 
 def test_a_name_that_is_not_utf8_is_an_error(tree):
     (tree / os.fsdecode("文.jsonl".encode("gbk"))).write_bytes(b"")
-    with pytest.raises(UserError, match=r"\\xce\\xc4\.jsonl': a name that is not UTF-8"):
+    with pytest.raises(UserError, match=r"\\xce\\xc4\.jsonl': its name is not UTF-8"):
         names(tree, "")
 
 
@@ -173,7 +176,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tree):
 
 
 def not_read(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.files"]
+    return [record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"]
 
 
 def write(root, *files):
@@ -205,7 +208,7 @@ def test_a_line_of_the_log_counts_each_file_once_and_few_endings(tree, caplog):
     assert ", 3 others; files must end in" in line  # notes.md is one of eleven
 
 
-def test_an_ending_that_is_none_is_not_printed(tmp_path, caplog):
+def test_an_unusual_ending_is_not_printed(tmp_path, caplog):
     caplog.set_level("INFO")
     write(
         tmp_path, "a.jsonl", "b.\x1b[2J", "c.1 sentence and more", os.fsdecode(b"d.\xff"), "e.parquet.tmp-12345678901"
@@ -214,7 +217,7 @@ def test_an_ending_that_is_none_is_not_printed(tmp_path, caplog):
     assert "not read: 4 with another ending; " in not_read(caplog)[0]
 
 
-def test_nothing_is_said_where_all_is_read(tree, caplog):
+def test_nothing_is_logged_if_all_files_are_read(tree, caplog):
     caplog.set_level("INFO")
     names(tree, "b")
     assert not_read(caplog) == []
@@ -226,7 +229,7 @@ def test_a_folder_without_files_to_read_says_what_it_has(tmp_path):
         names(tmp_path, "")
 
 
-def test_folders_with_an_underscore_are_passed_over_as_hidden_ones_unless_they_are_partitions(tmp_path, caplog):
+def test_folders_with_an_underscore_are_skipped_unless_they_are_partitions(tmp_path, caplog):
     caplog.set_level("INFO")
     read = ["_year=2024/a.jsonl", "part-0.jsonl"]
     write(tmp_path, *read, "_temporary/0/part-0.jsonl", "_delta_log/0.json", "x/_spark/1.jsonl", ".git/2.json")
@@ -240,7 +243,7 @@ def test_folders_with_an_underscore_are_passed_over_as_hidden_ones_unless_they_a
     assert names(tmp_path, "*/_spark/*.jsonl") == ["1.jsonl"]
 
 
-def test_what_is_no_regular_file_is_never_opened(tmp_path, caplog):
+def test_only_regular_files_are_opened(tmp_path, caplog):
     caplog.set_level("INFO")
     write(tmp_path, "a.jsonl")
     os.mkfifo(tmp_path / "b.jsonl")
@@ -255,9 +258,9 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, caplog):
             names(tmp_path, name)
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_refused_at_once(tree):
+def test_a_pipe_that_replaces_a_file_is_refused_without_blocking(tree):
     (file,) = find_files("s", [str(tree / "b")])
     os.unlink(file.path)
     os.mkfifo(file.path)
-    with pytest.raises(UserError, match=r"1\.jsonl\.zst: has become a named pipe, socket or device"), opened(file):
+    with pytest.raises(UserError, match=r"1\.jsonl\.zst: was replaced by a named pipe, socket or device"), opened(file):
         raise AssertionError("never read")

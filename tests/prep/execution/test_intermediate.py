@@ -19,7 +19,7 @@ from prep.execution.intermediate import (
 from prep.execution.task_store import WorkError
 
 
-def test_a_block_comes_back_and_a_short_file_is_named(tmp_path: Path) -> None:
+def test_a_block_is_read_as_written_and_a_short_file_is_named(tmp_path: Path) -> None:
     columns = {name: np.array([3, 2], dtype) for name, dtype in COLUMNS.items()}
     pieces = SortedPieces(bounds=np.array([0, 2]), columns=columns, tokens=np.arange(5, dtype=np.uint16))
     with HashedFile(tmp_path / "pieces.bin") as file:
@@ -39,7 +39,7 @@ def test_a_block_comes_back_and_a_short_file_is_named(tmp_path: Path) -> None:
             read_block(file, block, tokens_into=tokens)
 
 
-def test_runs_of_hashes_come_back_and_a_short_file_is_named(tmp_path: Path) -> None:
+def test_runs_of_hashes_are_read_as_written_and_a_short_file_is_named(tmp_path: Path) -> None:
     with HashedFile(tmp_path / "hashes.bin") as file:
         count = write_hashes(np.array([[7, 1], [5, 2]], np.uint64), np.array([0, 1], np.uint32), file)
     ((hashes, documents),) = read_hashes(tmp_path / "hashes.bin", [count])

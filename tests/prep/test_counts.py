@@ -1,4 +1,4 @@
-"""The books balance, whatever the corpus is made of."""
+"""Counts balance for any corpus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from prep.build import build
 from prep.dataset.verification import verify
-from streaming_rwkv.shards import SourceBooks
+from streaming_rwkv.shards import SourceCounts
 from streaming_rwkv.tokenizer import load_tokenizer
 
 BROKEN = [
@@ -58,10 +58,10 @@ def lay_out(folder: Path, long_text: str) -> tuple[list[str], dict[str, int]]:
 @pytest.mark.parametrize(
     "megabytes", [1, pytest.param(50, marks=pytest.mark.slow)], ids=lambda megabytes: f"{megabytes}MB-on-one-line"
 )
-def test_books_under_everything(config, tmp_path, long_documents, megabytes):
+def test_counts_balance_for_every_kind_of_document(config, tmp_path, long_documents, megabytes):
     long_text = "0123456789 " * (megabytes * 1_000_000 // 11)
     fine, broken = lay_out(tmp_path / "corpus", long_text)
-    books = build(config(long_documents=long_documents, validation=0.3, split_seed=1)).manifest.books["corpus"]
+    counts = build(config(long_documents=long_documents, validation=0.3, split_seed=1)).manifest.counts["corpus"]
     verify(tmp_path / "out")
     kept = set(fine) - ({long_text} if long_documents == "drop" else set())
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
@@ -69,18 +69,18 @@ def test_books_under_everything(config, tmp_path, long_documents, megabytes):
     rejected = broken | ({"longer than 2048": 1} if long_documents == "drop" else {})
     cut = targets[long_text] - 2048 if long_documents == "truncate" else 0
     copies = [text for text in set(fine) for _ in range(fine.count(text) - 1)]
-    assert books == SourceBooks(
+    assert counts == SourceCounts(
         documents_read=len(fine) + sum(broken.values()),
-        documents=books.documents,
+        documents=counts.documents,
         duplicates=len(copies),
         rejected=rejected,
         targets_read=sum(targets[text] for text in fine if text in kept),
-        targets=books.targets,
+        targets=counts.targets,
         targets_duplicate=sum(targets[text] for text in copies),
         targets_cut=cut,
     )
-    assert sum(books.documents.values()) == len(kept)
-    assert sum(books.targets.values()) == sum(targets[text] for text in kept) - cut
-    assert books.imbalance() is None
+    assert sum(counts.documents.values()) == len(kept)
+    assert sum(counts.targets.values()) == sum(targets[text] for text in kept) - cut
+    assert counts.imbalance() is None
     listed = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert len(listed) == sum(rejected.values())

@@ -1,4 +1,4 @@
-"""Parquet that pyarrow cannot read, or Python cannot hold: one error that names file, row and column."""
+"""Parquet: kinds of columns, row groups, and errors that name file, row and column."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
 from prep.config import SourceConfig
-from prep.inputs.readers import InputError
-from prep.inputs.units import plan_units, read_unit
+from prep.inputs.faults import InputError
+from prep.inputs.readers import read_unit
+from prep.inputs.units import plan_units
+from tests.prep.inputs.reading import read, write_parquet
 
 HOOKS = """
 class Text(str):
@@ -39,7 +42,7 @@ def hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hooks_beside_parquet"
 
 
-def read(path: Path, **config: Any) -> list[str]:
+def texts_of(path: Path, **config: Any) -> list[str]:
     source = SourceConfig(paths=[str(path)], **config)
     units = plan_units({"s": source}, unit_bytes=1 << 20)
     return [text for unit in units for documents in read_unit(unit, source) for text in documents.texts]
@@ -47,7 +50,7 @@ def read(path: Path, **config: Any) -> list[str]:
 
 def refusal(path: Path, **config: Any) -> str:
     with pytest.raises(InputError) as raised:
-        read(path, **config)
+        texts_of(path, **config)
     return str(raised.value)
 
 
@@ -67,7 +70,9 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_value_that_python_cannot_hold_stops_only_hooks_that_use_it(tmp_path: Path, hooks: str, kind: str) -> None:
+def test_a_value_that_python_cannot_represent_stops_only_hooks_that_use_it(
+    tmp_path: Path, hooks: str, kind: str
+) -> None:
     try:
         UNREADABLE[kind].to_pylist()
     except Exception:  # noqa: BLE001  # whatever it is: the reader must cope
@@ -75,34 +80,34 @@ def test_a_value_that_python_cannot_hold_stops_only_hooks_that_use_it(tmp_path: 
     else:
         pytest.skip("this pyarrow, with what is installed beside it, can hold it")
     pq.write_table(pa.table({"text": ["zero", "one"], "when": UNREADABLE[kind]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == ["zero", "one"]
-    assert read(tmp_path / "a.parquet", filter=f"{hooks}:keep") == ["zero", "one"]
+    assert texts_of(tmp_path / "a.parquet") == ["zero", "one"]
+    assert texts_of(tmp_path / "a.parquet", filter=f"{hooks}:keep") == ["zero", "one"]
     expected = f"{tmp_path}/a.parquet: row {0 if kind == 'an unknown time zone' else 1}: a hook of `sources.s` raised"
     refused = refusal(tmp_path / "a.parquet", transform=f"{hooks}:shows")
-    assert refused.startswith(f"{expected} InputError: column 'when' holds a ")
-    assert "that Python cannot hold (" in refused
+    assert refused.startswith(f"{expected} InputError: column 'when' has a ")
+    assert "that Python cannot represent (" in refused
 
 
 def test_a_hook_that_compares_such_a_value_is_named(tmp_path: Path, hooks: str) -> None:
     far = pa.array([300_000_000_000_000_000], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table({"text": ["x"], "when": far}), tmp_path / "a.parquet")
     refused = refusal(tmp_path / "a.parquet", filter=f"{hooks}:uses")
-    assert "row 0: a hook of `sources.s` raised InputError: column 'when' holds a timestamp[us]" in refused
+    assert "row 0: a hook of `sources.s` raised InputError: column 'when' has a timestamp[us]" in refused
 
 
 def test_two_columns_of_one_name_are_an_error_where_they_matter(tmp_path: Path, hooks: str) -> None:
     column = pa.array(["x"])
     pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_arrays([column] * 3, names=["text", "other", "other"]), tmp_path / "b.parquet")
-    expected = "has 2 columns {!r}, and which one is meant cannot be told; write it with other names"
+    expected = "has 2 columns {!r}, which is ambiguous; rename them"
     for more in ({}, {"filter": f"{hooks}:keep"}, {"transform": f"{hooks}:subclass"}):
         assert refusal(tmp_path / "a.parquet", **more) == f"{tmp_path}/a.parquet: {expected.format('text')}"
-    assert read(tmp_path / "b.parquet") == ["x"]
+    assert texts_of(tmp_path / "b.parquet") == ["x"]
     assert refusal(tmp_path / "b.parquet", filter=f"{hooks}:keep").endswith(expected.format("other"))
 
 
 class _PlainKeys(encryption.KmsClient):
-    """A key service without keys, for writing files that nobody decrypts."""
+    """A key service that does not encrypt keys, for files that are never decrypted."""
 
     def __init__(self, _: object) -> None:
         super().__init__()
@@ -126,7 +131,7 @@ def test_encrypted_parquet_is_named_and_ends_no_process(tmp_path: Path, plaintex
     with pq.ParquetWriter(tmp_path / "a.parquet", table.schema, encryption_properties=properties) as writer:
         writer.write_table(table)
     assert refusal(tmp_path / "a.parquet") == (
-        f"{tmp_path}/a.parquet: is encrypted parquet; decrypt it, or take it out of the source"
+        f"{tmp_path}/a.parquet: is encrypted parquet; decrypt it, or remove it from the source"
     )
 
 
@@ -135,7 +140,7 @@ def test_a_page_that_differs_from_its_checksum_is_refused(tmp_path: Path) -> Non
     table = pa.table({"text": ["The quick brown fox"]})
     plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pq.write_table(table, file, write_page_checksum=True, **plain)
-    assert read(file) == ["The quick brown fox"]
+    assert texts_of(file) == ["The quick brown fox"]
     content = file.read_bytes()
     file.write_bytes(content.replace(b"quick", b"Quick", 1))
     assert refusal(file).startswith(f"{file}: broken parquet after row 0 (")
@@ -169,7 +174,7 @@ def test_every_flipped_bit_of_a_small_file_gives_text_or_a_named_error(tmp_path:
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         for more in ({}, {"filter": f"{hooks}:keep"}):
             try:
-                read(file, **more)
+                texts_of(file, **more)
             except InputError as error:
                 named.append(str(error))
     assert named
@@ -180,16 +185,16 @@ def test_strings_of_a_subclass_are_taken_as_what_they_hold(tmp_path: Path, hooks
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     for name, expected in (("a.parquet", "one!"), ("b.jsonl", "two!")):
-        (text,) = read(tmp_path / name, transform=f"{hooks}:subclass")
+        (text,) = texts_of(tmp_path / name, transform=f"{hooks}:subclass")
         assert (text, type(text)) == (expected, str)
-        assert read(tmp_path / name, transform=f"{hooks}:surrogate") == []  # invalid UTF-8
+        assert texts_of(tmp_path / name, transform=f"{hooks}:surrogate") == []  # invalid UTF-8
 
 
 @pytest.mark.parametrize(("hook", "error"), [("leaves", "SystemExit: 3"), ("panics", "BaseException: a Rust panic")])
 def test_a_hook_that_would_end_the_program_is_named(tmp_path: Path, hooks: str, hook: str, error: str) -> None:
     file = tmp_path / "b.jsonl"
     file.write_text('{"text": "two"}\n')
-    expected = f"{file}: row 0: a hook of `sources.s` raised {error}; mend it"
+    expected = f"{file}: row 0: a hook of `sources.s` raised {error}; fix it"
     for kind in ("filter", "transform"):
         assert refusal(file, **{kind: f"{hooks}:{hook}"}).startswith(expected)
 
@@ -197,4 +202,71 @@ def test_a_hook_that_would_end_the_program_is_named(tmp_path: Path, hooks: str, 
 def test_an_interrupt_within_a_hook_stays_one(tmp_path: Path, hooks: str) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     with pytest.raises(KeyboardInterrupt):
-        read(tmp_path / "b.jsonl", filter=f"{hooks}:interrupts")
+        texts_of(tmp_path / "b.jsonl", filter=f"{hooks}:interrupts")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+    ids=str,
+)
+def test_every_kind_of_string_column(tmp_path, kind):
+    column = pa.array(["one", "二", None, "", "one"], pa.string()).cast(kind)
+    file = write_parquet(tmp_path / "a.parquet", column)
+    expected = ([(0, "one"), (1, "二"), (3, ""), (4, "one")], [(2, "'text' is null")])
+    assert read(file) == expected
+
+
+def test_a_parquet_file_without_rows(tmp_path):
+    assert read(write_parquet(tmp_path / "a.parquet", pa.array([], pa.string()))) == ([], [])
+
+
+def test_a_column_of_nulls_is_rejected_row_by_row(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", pa.nulls(2))
+    assert read(file) == ([], [(0, "'text' is null"), (1, "'text' is null")])
+
+
+def test_invalid_utf8_in_a_string_column(tmp_path):
+    broken = pa.array([b"one", b"\xff", b"two"], pa.binary())
+    column = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
+    assert read(write_parquet(tmp_path / "a.parquet", column)) == ([(0, "one"), (2, "two")], [(1, "invalid UTF-8")])
+
+
+def test_row_groups_become_parts_whose_rows_go_on(tmp_path):
+    texts = [f"{number:05}" * 20 for number in range(1000)]
+    file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=100)
+    source = SourceConfig(paths=[str(file)])
+    units = plan_units({"s": source}, unit_bytes=20_000)
+    assert len(units) > 2
+    assert [part.row_groups for unit in units for part in unit.parts][:2] == [(0,), (1,)]
+    documents = [documents for unit in units for documents in read_unit(unit, source)]
+    assert np.concatenate([part.rows for part in documents]).tolist() == list(range(1000))
+    assert [text for part in documents for text in part.texts] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("body", pa.array(["x"]), "no column 'text', found id, body; name the right one with `sources.s.text`"),
+        ("text", pa.array([1]), "column 'text' is of type int64, expected strings"),
+    ],
+)
+def test_a_parquet_file_without_text_says_what_it_has(tmp_path, name, column, message):
+    with pytest.raises(InputError, match=rf"a\.parquet: {message}"):
+        read(write_parquet(tmp_path / "a.parquet", column, name=name))
+
+
+def test_a_parquet_file_that_is_broken_inside_is_no_end(tmp_path):
+    texts = [np.random.default_rng(row).bytes(2000).hex() for row in range(100)]
+    file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=10)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 5000] = bytes(5000)
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet: broken parquet after row \d+ .*; download it again"):
+        read(file)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prep.config import SourceConfig, load_hook
+from prep.config import SourceConfig
 from prep.inputs.hook_code import code_digest
-from streaming_rwkv.config import UserError
+from prep.inputs.hooks import source_identity
 
 FILES = {
     "hooks_of_code": "import json\nimport numpy\nimport helper_of_code\ndef keep(record): return helper_of_code.GOOD\n",
@@ -48,27 +48,11 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_an_edited_module_of_the_users_own_is_noticed(modules: Path, edited: str, is_noticed: bool) -> None:
     config = SourceConfig(paths=["x"], filter="hooks_of_code:keep")
-    before = config.deciding()["filter"]
+    before = source_identity(config)["filter"]
     (modules / f"{edited}.py").write_text(FILES[edited] + "# edited\n")
-    assert (config.deciding()["filter"] != before) == is_noticed
+    assert (source_identity(config)["filter"] != before) == is_noticed
 
 
 def test_a_hook_without_helpers_has_the_digest_of_its_file(modules: Path) -> None:
     expected = hashlib.sha256(FILES["alone_of_code"].encode()).hexdigest()
     assert code_digest("alone_of_code") == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("import sys\nsys.exit(3)\n", "hook 'raising_{}:keep': its module raised SystemExit: 3; mend it"),
-        ("1 / 0\n", "hook 'raising_{}:keep': its module raised ZeroDivisionError: division by zero; mend it"),
-        ("keep = 5\n", "hook 'raising_{}:keep': is a int, expected a function"),
-    ],
-)
-def test_a_module_that_raises_is_named(modules: Path, content: str, message: str) -> None:
-    number = len(content)
-    (modules / f"raising_{number}.py").write_text(content)
-    with pytest.raises(UserError) as raised:
-        load_hook(f"raising_{number}:keep")
-    assert str(raised.value) == message.format(number)

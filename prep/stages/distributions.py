@@ -1,4 +1,4 @@
-"""Distributions that the manifest is too small for, kept beside it for `report`."""
+"""The statistics of a data set: distributions for `report`, in a file beside the manifest."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from prep.stages.packing import FILL_BINS, Window, WindowRecord
-from prep.stages.tokenization import LENGTHS_PER_DOUBLING, UnitRecord
+from prep.stages.records import FILL_BINS, LENGTHS_PER_DOUBLING, PackedWindow, UnitRecord
 from streaming_rwkv.config import Config
-
-STATISTICS_NAME = "statistics.json"
 
 
 class SourceStatistics(Config):
-    """What was read of one source, duplicates included."""
+    """The text and documents read from one source, duplicates included."""
 
     text_bytes: int
     lengths: dict[int, int]
@@ -22,6 +19,8 @@ class SourceStatistics(Config):
 
 
 class Statistics(Config):
+    """Distributions of document lengths and of pack fill."""
+
     lengths_per_doubling: int
     fill_bins: int
     sources: dict[str, SourceStatistics]
@@ -29,8 +28,8 @@ class Statistics(Config):
     """By stream: packs by how full they are, in `fill_bins` equal steps."""
 
 
-def statistics_bytes(units: Sequence[UnitRecord], windows: Iterable[tuple[Window, WindowRecord]]) -> bytes:
-    """The canonical content of statistics.json."""
+def statistics_bytes(units: Sequence[UnitRecord], windows: Iterable[PackedWindow]) -> bytes:
+    """Return the canonical content of statistics.json."""
     lengths: dict[str, Counter[int]] = {}
     text_bytes: Counter[str] = Counter()
     for unit in units:

@@ -1,0 +1,124 @@
+"""Hooks: a user's functions that filter or transform a source's records."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.config import NOT_DECIDING, PrepConfig, SourceConfig
+from prep.inputs.faults import FILTERED, INVALID_UTF8, TRANSFORMED_AWAY, BrokenRow, InputError, missing_text
+from prep.inputs.files import InputFile
+from prep.inputs.hook_code import code_digest
+from streaming_rwkv.config import UserError
+
+
+class Hooks:
+    """The hooks of a source, applied to the records of one of its files."""
+
+    def __init__(self, config: SourceConfig, file: InputFile) -> None:
+        self._config, self._file = config, file
+        self._keep = load_hook(config.filter) if config.filter else None
+        self._transform = load_hook(config.transform) if config.transform else None
+        self._missing = BrokenRow(missing_text(config.text))
+
+    def apply(self, records: Sequence[Any], *, rows: NDArray[np.int64]) -> list[Any]:
+        """Return the text of each record, unchecked, or a BrokenRow if the record is rejected.
+
+        Args:
+            records: dicts; a BrokenRow among them is returned unchanged.
+
+        Raises:
+            InputError: a hook raised an exception.
+        """
+        values: list[Any] = []
+        for row, record in zip(rows.tolist(), records, strict=True):
+            try:
+                value = record if isinstance(record, BrokenRow) else self._text(record)
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            # Everything that a user's hook may raise is reported with its row: sys.exit and a Rust panic too.
+            except BaseException as error:
+                raise InputError(
+                    f"{self._file.path}: row {row}: a hook of `sources.{self._file.source}` raised "
+                    f"{type(error).__name__}: {error}; fix it, or let it return False or None for such a document"
+                ) from error
+            values.append(_plain(value) if isinstance(value, str) else value)
+        return values
+
+    def _text(self, record: dict[str, Any]) -> Any:
+        if self._keep is not None and not self._keep(record):
+            return BrokenRow(FILTERED)
+        if self._transform is None:
+            return record.get(self._config.text, self._missing)
+        text = self._transform(record)
+        return BrokenRow(TRANSFORMED_AWAY) if text is None else text
+
+
+def _plain(value: str) -> str | BrokenRow:
+    """Return a str itself for a subclass of it (numpy's, an HTML parser's); a BrokenRow if it is not valid Unicode."""
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return BrokenRow(INVALID_UTF8)
+    return text
+
+
+def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
+    """Import `module:function`; modules in the current folder are found too.
+
+    Raises:
+        UserError: no such module or function, a syntax error, or an exception raised by the module.
+    """
+    module_name, _, function_name = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        hook: Callable[[dict[str, Any]], Any] = getattr(importlib.import_module(module_name), function_name)
+    except SyntaxError as error:
+        raise UserError(f"hook {name!r}: {error.filename}, line {error.lineno}: {error.msg}; fix it") from error
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
+        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's module may raise anything, SystemExit too
+        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; fix it") from error
+    if not callable(hook):
+        raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
+    return hook
+
+
+def source_identity(config: SourceConfig) -> dict[str, Any]:
+    """Return the settings that, with the files' content, decide a source's documents, with digests of its hooks.
+
+    Raises:
+        UserError: a hook cannot be loaded.
+    """
+    hooks = {hook: _hook_identity(getattr(config, hook)) for hook in ("filter", "transform")}
+    return config.model_dump(exclude={"paths"}) | hooks
+
+
+def recipe_identity(config: PrepConfig) -> dict[str, Any]:
+    """Return the settings that decide the output: a manifest records them, and during a build they must not change.
+
+    Raises:
+        UserError: a hook cannot be loaded.
+    """
+    sources = {name: source_identity(source) for name, source in sorted(config.sources.items())}
+    return config.with_interpolations(config.model_dump(exclude=NOT_DECIDING) | {"sources": sources})
+
+
+def _hook_identity(name: str | None) -> str | None:
+    """Return the hook's name and a digest of its module and helpers, since an edited hook yields other documents."""
+    if name is None:
+        return None
+    load_hook(name)
+    return f"{name} (sha256 {code_digest(name.partition(':')[0])[:16]})"
