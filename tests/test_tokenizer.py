@@ -178,7 +178,7 @@ def test_a_broken_world_vocabulary_names_the_line(tmp_path):
 
 
 def world_lines() -> list[str]:
-    """Write a vocabulary of single bytes and two more tokens."""
+    """Return the lines of a vocabulary of single bytes and two more tokens."""
     return [f"{byte + 1} {(chr(byte) if byte < 128 else bytes([byte]))!r} 1" for byte in range(256)] + [
         "257 'ab' 2",
         "258 '中' 3",
