@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
-from streaming_rwkv.model.completion_mark import MARK_NAME, check_files, read_mark
+from streaming_rwkv.model.marked_files import MARK_NAME, check_files, read_files
 
 INDEX_NAME = ".metadata"
 
@@ -138,4 +138,4 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
 
 def _check_hashes(folder: Path) -> None:
     if (folder / MARK_NAME).is_symlink() or (folder / MARK_NAME).exists():
-        check_files(folder, read_mark(folder)["files"])
+        check_files(folder, read_files(folder))

@@ -7,7 +7,7 @@ the model is inferred. No reader runs code from a file: pickles are read for ten
     BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
                          (.pth, .safetensors, .st; also behind prefixes, or under `state_dict`, `model`, `module`)
     Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
-    a training run's     a folder of shards with a `.metadata`; or the run's folder, for its newest checkpoint
+    a training run's     a folder of shards with a `.metadata`: one of the run's checkpoints
     Composer's           one file (state → model → …), or a folder of shards
 """
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.filesystem import atomic_file
-from streaming_rwkv.model.completion_mark import CheckpointError as CheckpointError
 from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
 from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
 from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
 
@@ -54,7 +54,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
     """The model that a checkpoint of any known format holds, on the CPU.
 
     Args:
-        path: a `.pth`, a Composer `.pt`, a Hugging Face folder, a folder of shards, or a training run's folder.
+        path: a `.pth`, a Composer `.pt`, a Hugging Face folder, or a training run's checkpoint.
         dtype: of the parameters.
         options: of `RWKV7Config`, for what weights do not tell: activation_checkpointing, loss_chunk_tokens.
     Raises:
@@ -214,19 +214,20 @@ def read_state(path: str | Path) -> State:
     return {name: value.view(1, 1, -1) if _VECTOR.fullmatch(name) else value for name, value in state.items()}
 
 
+def is_weights_folder(path: Path) -> bool:
+    """Return True for a Hugging Face folder or a sharded checkpoint."""
+    return (path / _CONFIG_NAME).is_file() or (path / INDEX_NAME).is_file()
+
+
 def _read(path: Path) -> State:
     if path.is_dir():
         if (path / _CONFIG_NAME).is_file():
             return _read_huggingface(path)
         if (path / INDEX_NAME).is_file():
             return _guarded(read_sharded, path)
-        # Folders get these names when they are whole; a number's digits sort as it does.
-        finished = sorted(folder for folder in path.glob("checkpoints/step-*") if folder.suffix == "")
-        if finished:
-            return _read(finished[-1])
         raise CheckpointError(
             f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors), a "
-            f"sharded checkpoint ({INDEX_NAME}, *.distcp), or a run with checkpoints/step-…"
+            f"sharded checkpoint ({INDEX_NAME}, *.distcp)"
         )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")

@@ -191,13 +191,6 @@ def test_sharded_checkpoints(wrapper: str | None, root: str, random_model: Build
     assert same(model_state(load_model(tmp_path)), model_state(model))
 
 
-def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(random_model: Build, tmp_path: Path) -> None:
-    for step, seed in (("00000010", 1), ("00000200", 2), ("00000300.writing", 3)):
-        folder = tmp_path / "checkpoints" / f"step-{step}"
-        save_sharded(training_state(random_model(seed=seed), ""), folder)
-    assert same(model_state(load_model(tmp_path)), model_state(random_model(seed=2)))
-
-
 def test_a_shard_that_its_mark_disowns_is_refused(random_model: Build, tmp_path: Path) -> None:
     save_sharded(training_state(random_model(), ""), tmp_path)
     size = (tmp_path / "__0_0.distcp").stat().st_size

@@ -1,6 +1,7 @@
-"""The completion mark of a training checkpoint, `complete.json`: the files it vouches for, and how the run went on.
+"""The files of a sharded checkpoint, as its completion mark `complete.json` vouches for them.
 
-A mark may come from anywhere: a copied folder, a bucket. Every reader gets it through `parse_mark`.
+A mark may come from anywhere: a copied folder, a bucket. Reading weights needs no more of it than its files; what else
+training writes there is described in `train.checkpoints.record`.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.shards import sha256_of_file
 
-FORMAT = "streaming-rwkv-checkpoint/1"
-MARK_NAME = "complete.json"  # our training writes one beside its shards, with the sha256 of each
+FORMAT = "streaming-rwkv-checkpoint/2"
+FORMATS = ("streaming-rwkv-checkpoint/1", FORMAT)
+MARK_NAME = "complete.json"
 LARGEST_MARK_BYTES = 1 << 26
-_LARGEST_COUNT = 1 << 62
+LARGEST_COUNT = 1 << 62
 
 
 class CheckpointError(UserError):
@@ -28,40 +30,16 @@ class CheckpointError(UserError):
 class MarkedFile(Config):
     """Size and hash of one file."""
 
-    bytes: int = Field(ge=0, le=_LARGEST_COUNT)
+    bytes: int = Field(ge=0, le=LARGEST_COUNT)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-_FOR_RESUMING = ("tokens", "samples", "seconds", "consumed")
+class MarkedFiles(Config):
+    """The part of a completion mark that readers of weights need; other fields are ignored."""
 
+    model_config = ConfigDict(extra="ignore")
 
-class RunIdentity(Config):
-    """The settings that decided the steps already taken."""
-
-    model_config = ConfigDict(extra="allow")  # `check_same_settings` names those that differ
-
-    data: str | None = None
-    tokenizer: str | None = None
-    mixture: list[dict[str, Any]] = Field(default=[])
-    batch_packs: PositiveInt | None = None
-    order: dict[str, Any] = Field(default={})
-    model: dict[str, Any] = Field(default={})
-    optimizer: dict[str, Any] = Field(default={})
-
-
-class CompletionMark(Config):
-    """What a completion mark may hold; to resume from it takes more than to read its weights: see `check_resumable`."""
-
-    format: Literal["streaming-rwkv-checkpoint/1"]
-    step: int = Field(ge=0, le=_LARGEST_COUNT)
-    tokens: int = Field(default=0, ge=0, le=_LARGEST_COUNT)
-    samples: int = Field(default=0, ge=0, le=_LARGEST_COUNT)
-    slots: int | None = Field(default=None, ge=0, le=_LARGEST_COUNT)
-    """Missing in marks of an earlier version, where a batch never changed its size."""
-    seconds: NonNegativeFloat = 0.0
-    steps_skipped: NonNegativeInt = 0
-    consumed: dict[str, NonNegativeFloat] = Field(default={})
-    run: RunIdentity
+    format: Literal["streaming-rwkv-checkpoint/1", "streaming-rwkv-checkpoint/2"]
     files: dict[str, MarkedFile] = Field(min_length=1)
 
     @field_validator("files")
@@ -75,31 +53,43 @@ class CompletionMark(Config):
         return files
 
 
-def read_mark(path: Path) -> dict[str, Any]:
-    """Return the completion mark of a checkpoint.
+MarkT = TypeVar("MarkT", bound=MarkedFiles)
+
+
+def read_files(folder: Path) -> dict[str, Any]:
+    """Return bytes and sha256 of each file that the completion mark of a checkpoint names.
 
     Raises:
-        CheckpointError: none there, no regular file, or not one of this format.
+        CheckpointError: no mark, not a regular file, or not one that can be relied on.
     """
-    file = path / MARK_NAME
+    files: dict[str, Any] = parse_as(MarkedFiles, read_mark_bytes(folder), where=str(folder / MARK_NAME))["files"]
+    return files
+
+
+def read_mark_bytes(folder: Path) -> bytes:
+    """Return the content of a checkpoint's completion mark.
+
+    Raises:
+        CheckpointError: no mark, not a regular file, too large, or unreadable.
+    """
+    file = folder / MARK_NAME
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MARK_BYTES:
             raise CheckpointError(
                 f"{file}: not a completion mark; expected a regular file of at most {LARGEST_MARK_BYTES:,} bytes"
             )
-        content = file.read_bytes()
+        return file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{path}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
+            f"{folder}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    return parse_mark(content, where=str(file))
 
 
-def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
-    """Check a completion mark and return its values.
+def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> dict[str, Any]:
+    """Check the content of a completion mark and return its values.
 
     Raises:
         CheckpointError: not JSON, of another format, or with a field that is missing, unknown or wrong.
@@ -109,28 +99,12 @@ def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
         json.dumps(mark, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half a surrogate pair is no text
         raise CheckpointError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(mark, dict) or mark.get("format") != FORMAT:
+    if not isinstance(mark, dict) or mark.get("format") not in FORMATS:
         raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
     try:
-        return validate(CompletionMark, mark, where=where).model_dump(exclude_unset=True)
+        return validate(mark_type, mark, where=where).model_dump(exclude_unset=True)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-
-
-def check_resumable(mark: dict[str, Any], *, where: str) -> None:
-    """Refuse a mark that lacks what a run needs to continue from it.
-
-    Raises:
-        CheckpointError: names each field that is missing.
-    """
-    missing = [name for name in _FOR_RESUMING if name not in mark]
-    if "slots" not in mark and "batch_packs" not in mark["run"]:
-        missing.append("slots")
-    if missing:
-        raise CheckpointError(
-            f"{where}: its completion mark has no {', '.join(missing)}; a run cannot resume from it: move it away to "
-            "resume from the checkpoint before it"
-        )
 
 
 def check_files(folder: Path, files: dict[str, Any]) -> None:
