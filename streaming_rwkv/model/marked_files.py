@@ -1,7 +1,7 @@
-"""The files of a sharded checkpoint, as its completion mark `complete.json` vouches for them.
+"""The files of a sharded checkpoint, with sizes and hashes from its completion mark `complete.json`.
 
-A mark may come from anywhere: a copied folder, a bucket. Reading weights needs no more of it than its files; what else
-training writes there is described in `train.checkpoints.record`.
+A mark may come from anywhere, such as a copied folder or a bucket, and is validated. Reading weights needs only its
+files; `train.checkpoints.record` describes its other fields.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST_COUNT = 1 << 62
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model it is to be loaded into."""
+    """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model or run that loads it."""
 
 
 class MarkedFile(Config):
@@ -46,7 +46,7 @@ class MarkedFiles(Config):
     @classmethod
     def _plain_names(cls, files: dict[str, MarkedFile]) -> dict[str, MarkedFile]:
         for name in files:
-            # A reader joins this with a folder or a prefix: `../` or an absolute path would lead out of it.
+            # Readers join this with a folder or a prefix: `../` or an absolute path would lead outside.
             is_outside = name in ("", ".", "..") or any(character in name for character in "/\\\0")
             if is_outside or len(name.encode(errors="replace")) > 255:
                 raise ValueError(f"names a file outside its folder, {name[:80]!r}; expected a plain file name")
@@ -57,7 +57,7 @@ MarkT = TypeVar("MarkT", bound=MarkedFiles)
 
 
 def read_files(folder: Path) -> dict[str, Any]:
-    """Return bytes and sha256 of each file that the completion mark of a checkpoint names.
+    """Return the size and sha256 of each file in a checkpoint's completion mark.
 
     Raises:
         CheckpointError: no mark, not a regular file, or not one that can be relied on.
@@ -97,7 +97,7 @@ def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> dict[str,
     try:
         mark = json.loads(content)
         json.dumps(mark, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:  # a lone surrogate cannot be encoded
         raise CheckpointError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(mark, dict) or mark.get("format") not in FORMATS:
         raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
@@ -111,7 +111,7 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
     """Compare the files of a checkpoint with its mark, by size first.
 
     Raises:
-        ValueError: one is missing, no regular file, or not what was written.
+        ValueError: one is missing, is not a regular file, or differs from its record.
     """
     for name, record in files.items():
         if (problem := find_file_problem(folder / name, record)) is not None:
@@ -121,7 +121,7 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
 
 
 def find_file_problem(file: Path, record: dict[str, Any]) -> str | None:
-    """Tell what is wrong with a file without reading it, or None."""
+    """Return the problem of a file that can be found without reading it, or None."""
     try:
         status = file.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -310,7 +310,10 @@ def test_a_truncated_file_is_named(random_model: Build, tmp_path: Path) -> None:
     ("change", "error"),
     [
         (lambda state: state.pop("blocks.1.att.k_a"), r"x\.pth: has no blocks\.1\.att\.k_a \(1 parameters missing, 0"),
-        (lambda state: state.update(wte=torch.ones(1)), r"x\.pth: has wte, which this model has not \(0 .* 1 unknown"),
+        (
+            lambda state: state.update(wte=torch.ones(1)),
+            r"x\.pth: has wte, which this model does not have \(0 .* 1 unknown",
+        ),
         (lambda state: state.update({"head.weight": torch.ones(97, 64)}), r"head\.weight is \(97, 64\), this model's"),
         (lambda state: state.pop("emb.weight"), r"not an RWKV-7 model, it has no emb\.weight; found blocks"),
         (lambda state: state.update({"blocks.0.att.r_k": torch.ones(4)}), r"r_k is \(4,\), expected 2 dimensions"),
