@@ -1,4 +1,4 @@
-"""A completion mark of anybody's is a CheckpointError or one that readers can rely on."""
+"""Every completion mark is either refused with a CheckpointError or can be relied on."""
 
 from __future__ import annotations
 

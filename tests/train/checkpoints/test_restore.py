@@ -66,7 +66,7 @@ def checkpoint_of(run: dict[str, Any]) -> Checkpoint:
     return Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark={"format": FORMAT, "step": 5, "run": run})
 
 
-def test_the_same_run_goes_on() -> None:
+def test_the_same_run_resumes() -> None:
     check_same_run(checkpoint_of(RUN), dict(RUN), allow=frozenset())
 
 

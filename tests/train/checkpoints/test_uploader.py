@@ -197,7 +197,7 @@ def test_the_newest_are_kept_and_interrupted_uploads_before_them_go(store: Store
     assert steps_in(store) == [6, 9]
 
 
-def test_of_two_runs_in_one_place_the_later_goes_on(store: Store, folder: Path, empty: Path, tmp_path: Path) -> None:
+def test_of_two_runs_in_one_place_the_later_continues(store: Store, folder: Path, empty: Path, tmp_path: Path) -> None:
     first, second = Mirror(store, folder, keep=0), Mirror(store, empty, keep=0)
     first.take_over()
     first.begin(save(folder, 5))
@@ -264,7 +264,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(
     with pytest.raises(CheckpointError, match=rf"{store.location}/checkpoints: no checkpoint here is whole \({text}"):
         restore(store, empty)
     assert list(empty.rglob("step-*")) == []
-    checkpoint, in_store = restore(store, folder)  # where it lies whole
+    checkpoint, in_store = restore(store, folder)  # where it is complete
     assert checkpoint is not None
     assert (checkpoint.step, in_store) == (5, False)
     send(store, save(folder, 4))
