@@ -17,9 +17,9 @@ _DATA_SET = "the data set: a folder, or s3://bucket/path"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0 on success, or 1 after printing an error that the user can fix."""
+    exit_if_missing(*BASE)
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    exit_if_missing(*BASE)
     from streaming_rwkv.config import UserError
     from streaming_rwkv.console import print_error, tolerate_any_encoding
 

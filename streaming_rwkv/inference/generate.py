@@ -21,7 +21,7 @@ from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.tokenizer import WORLD_VOCABULARY, Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 
 class GenerationError(UserError):

@@ -37,7 +37,6 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
-from streaming_rwkv.model.completion_mark import check_resumable
 from streaming_rwkv.model.config import RWKV7Config, flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -47,21 +46,18 @@ from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Manifest, Split, Str
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.callbacks import callbacks as cb
 from streaming_rwkv.train.callbacks.samples import Samples
-from streaming_rwkv.train.checkpoints.local import (
-    Checkpoint,
-    check_same_run,
-    load_checkpoint,
-    newest_checkpoint,
-    plan_from,
-)
-from streaming_rwkv.train.checkpoints.uploader import (
-    Mirror,
+from streaming_rwkv.train.checkpoints.local import load_checkpoint, newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import Checkpoint, check_resumable
+from streaming_rwkv.train.checkpoints.remote import newest_remote
+from streaming_rwkv.train.checkpoints.restore import (
     check_place,
+    check_same_run,
     local_checkpoint,
-    newest_remote,
     node_checkpoint,
+    plan_from,
     restore,
 )
+from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 from streaming_rwkv.train.config import ModelConfig, RunConfig
 from streaming_rwkv.train.microbatch import densest_pack, probe_microbatch, remembered_microbatch
