@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100  # a target that is not trained on: torch's own default for cross-entropy
+from streaming_rwkv.model.head import IGNORED
+from streaming_rwkv.shards import piece_bounds
+
 NO_STREAM = -1  # stream of a blank pack: it fills up a rank's last evaluation batch and counts for nothing
 
 
@@ -71,8 +73,8 @@ def finish(joined: Joined) -> Batch:
     inputs[np.cumsum(lengths) - 1] = False  # the last stored token of a piece is only a target
     tokens = joined.tokens[inputs].astype(np.int64)
     targets = joined.tokens[1:][inputs[:-1]].astype(np.int64)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths - 1)])
-    pack_starts = cu_seqlens[np.concatenate([[0], np.cumsum(joined.pieces)])]
+    cu_seqlens = piece_bounds(lengths - 1)
+    pack_starts = cu_seqlens[piece_bounds(joined.pieces)]
     ignored = 0
     for pack in np.flatnonzero(joined.streams == NO_STREAM):
         targets[pack_starts[pack] : pack_starts[pack + 1]] = IGNORED

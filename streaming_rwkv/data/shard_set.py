@@ -16,14 +16,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import zstandard
-from streaming import Stream
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
-from streaming.base.format.base.reader import FileInfo
-from streaming.base.storage.download import CloudDownloader
-
+from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
 from streaming_rwkv.filesystem import FolderLock, lock_folder
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
@@ -36,6 +30,7 @@ from streaming_rwkv.shards import (
     columns,
     parse_manifest,
     sha256_of_file,
+    shard_records,
 )
 from streaming_rwkv.storage import ObjectMissing, StorageError, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
@@ -45,7 +40,6 @@ logger = logging.getLogger(__name__)
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
 LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, or a tokenizer's file
 SHOWN_SHARDS = 3
-VERIFIED = "verified"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +50,11 @@ class ShardSet:
     store: Store | None  # of a location in object storage
     manifest: Manifest
     cache: Path
-    lock: FolderLock | None  # held by the node's leader
+    lock: FolderLock | None  # held by local rank 0
 
     def streams(
         self, records: Sequence[StreamRecord], *, download_attempts: int, timeout_seconds: float
-    ) -> list[Stream]:
+    ) -> list[VerifiedStream]:
         return [
             VerifiedStream(
                 self.store,
@@ -76,7 +70,7 @@ class ShardSet:
 
 
 def open_shard_set(
-    location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, leader: bool
+    location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, fetch: bool
 ) -> ShardSet:
     """Fetch and check manifest and indexes of `splits` into `cache`.
 
@@ -93,9 +87,9 @@ def open_shard_set(
     store = open_store(location, timeout_seconds=timeout_seconds) if is_remote(location) else None
     cache = Path(cache).resolve()
     lock = None
-    if leader:
+    if fetch:
         lock = lock_folder(cache, what="data cache", remedy="give this run its own `data.cache`")
-        _remove_stale_shared_memory(cache)
+        remove_stale_shared_memory(cache)
         _remove_unfinished_files(cache)
         content = _fetch(location, store, MANIFEST_NAME, to=cache, timeout_seconds=timeout_seconds)
     else:
@@ -103,7 +97,7 @@ def open_shard_set(
     manifest = parse_manifest(content, where=f"{location}/{MANIFEST_NAME}")
     # A folder of its own for each data set: shards of two data sets have the same names.
     folder = cache / manifest.fingerprint[:16]
-    if leader:
+    if fetch:
         records = [record for record in manifest.streams if record.split in splits]
 
         def check(record: StreamRecord) -> None:
@@ -186,7 +180,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
         if store is not None:
             fresh.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
         elif Path(remote).exists():
-            CloudDownloader.get(None).download(remote, str(fresh), timeout_seconds)
+            copy_file(remote, fresh, timeout_seconds=timeout_seconds)
         else:
             raise ObjectMissing(remote)
     except ObjectMissing:
@@ -228,137 +222,14 @@ def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where:
             raw = entry["raw_data"]
             if raw["basename"] != entry["zip_data"]["basename"].removesuffix(".zstd") or "/" in raw["basename"]:
                 raise DataError(f"{where}: raw file name {raw['basename']!r} is not that of its compressed form")
-        found_shards = [
-            (
-                e["zip_data"]["basename"],
-                e["zip_data"]["bytes"],
-                e["zip_data"]["hashes"]["sha256"],
-                e["raw_data"]["bytes"],
-            )
-            for e in entries
-        ]
-        packs = [entry["samples"] for entry in entries]
+        found_shards = shard_records(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not an MDS index of prep's ({type(error).__name__}: {error})") from None
-    expected = [(s.basename, s.bytes, s.sha256, s.raw_bytes) for s in record.shards]
-    if found_shards != expected or packs != [shard.packs for shard in record.shards]:
+    if found_shards != record.shards:
         raise DataError(f"{where}: does not list the manifest's shards; the data set was changed or damaged")
     oversized = [shard.basename for shard in record.shards if shard.raw_bytes >= LARGEST_SHARD_BYTES]
     if oversized:
         raise DataError(f"{where}: {oversized[0]} claims to expand to more than {LARGEST_SHARD_BYTES} bytes")
-
-
-class VerifiedStream(Stream):
-    """A stream whose shards are compared with their hashes, in the download and in the cache.
-
-    Streaming's own check is made once: a bad file stays in the cache, and is used or refused for ever after. Its own
-    S3 client waits for ever for a server that sends a byte a second; `store` does not.
-    """
-
-    def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
-        super().__init__(**options)
-        self.store = store
-        self.folder = folder
-
-    def _prepare_shard_part(
-        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
-    ) -> int:
-        """Make the raw file be there, and right; returns the change in bytes of the cache."""
-        assert zip_info is not None
-        raw = Path(self.local, self.split, raw_info.basename)
-        delta = self.drop_if_bad(raw_info)
-        if raw.exists():
-            return delta
-        data, left_over = self._compressed(zip_info)
-        delta -= left_over
-        # The frame's own claim of its size is not trusted: at most the bytes that the manifest allows are produced.
-        plain = _expand(data, raw_info.bytes)
-        if plain is None:
-            raise DataError(
-                f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
-            )
-        partial = raw.with_name(raw.name + ".tmp")
-        partial.write_bytes(plain)
-        partial.replace(raw)
-        return delta + raw_info.bytes
-
-    def _compressed(self, info: FileInfo) -> tuple[bytes, int]:
-        """A shard as it lies at the location, with the hash that the index gives; and how many bytes of it the cache
-        has now less than it had."""
-        path = Path(self.local, self.split, info.basename)
-        left_over = path.stat().st_size if path.exists() else 0
-        try:
-            if self.store is None:
-                return self._copied(path, info), left_over
-            name, sha256 = f"{self.folder}/{info.basename}", info.hashes["sha256"]
-            return self.store.get_bytes(name, most=info.bytes, sha256=sha256), left_over
-        except DataError:
-            raise
-        except StorageError as error:
-            raise DataError(str(error)) from error
-        except Exception as error:
-            raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _copied(self, path: Path, info: FileInfo) -> bytes:
-        """From a folder, by way of `path` in the cache, where a killed run may have left it."""
-        for attempt in ("first", "second"):
-            if not path.exists():
-                self._download_file(info.basename)
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == info.hashes["sha256"]:
-                return data
-            logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(info), attempt, len(data))
-            path.unlink()
-        raise DataError(
-            f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
-            "rebuild the data set with `python -m prep build`"
-        )
-
-    def drop_if_bad(self, raw_info: FileInfo) -> int:
-        """Remove the cached raw file if it is not what the index says; returns the change in bytes of the cache."""
-        raw = Path(self.local, self.split, raw_info.basename)
-        try:
-            size = raw.stat().st_size
-            if size == raw_info.bytes and sha256_of_file(raw) == raw_info.hashes["sha256"]:
-                return 0
-            raw.unlink()
-        except FileNotFoundError:
-            return 0
-        logger.warning("%s: damaged in the cache; fetching it again", raw)
-        return -size
-
-    def _url(self, info: FileInfo) -> str:
-        return f"{self.remote}/{info.basename}"
-
-
-def _expand(data: bytes, size: int) -> bytes | None:
-    """`data` decompressed if that gives just `size` bytes; never more than one byte beyond is produced."""
-    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-        try:
-            plain = reader.read(size)
-            return plain if len(plain) == size and not reader.read(1) else None
-        except zstandard.ZstdError:
-            return None
-
-
-def _remove_stale_shared_memory(cache: Path) -> None:
-    """Remove Streaming's shared memory that names our cache.
-
-    A run that was killed leaves it behind, and Streaming then refuses the folder ('Reused local directory'). We hold
-    the cache's lock, so whoever made it is gone. Shared memory of other caches is left alone.
-    """
-    for path in Path("/dev/shm").glob(f"*_{LOCALS}"):
-        try:
-            names = path.read_bytes().split(b"\0")
-        except (FileNotFoundError, PermissionError):
-            continue
-        if not any(os.fsencode(cache) + b"/" in name for name in names):
-            continue
-        prefix = path.name.removesuffix(LOCALS)
-        for name in [*SHM_TO_CLEAN, VERIFIED]:
-            (path.parent / f"{prefix}{name}").unlink(missing_ok=True)
 
 
 def _remove_unfinished_files(cache: Path) -> None:

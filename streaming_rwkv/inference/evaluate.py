@@ -21,21 +21,20 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, tolerate_any_encoding
+from streaming_rwkv.console import print_error, print_rich, tolerate_any_encoding
 from streaming_rwkv.data.batch import Batch
-from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
 from streaming_rwkv.filesystem import make_folder
-from streaming_rwkv.inference.generate import find_device, find_tokenizer
+from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.plot import validation_rows
 from streaming_rwkv.shards import SPLITS, Split
-from streaming_rwkv.train.callbacks.callbacks import groups_of, validation_metrics
+from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
 from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
-from streaming_rwkv.train.preview import show
 
 TIMEOUT_SECONDS = 120.0
 DOWNLOAD_ATTEMPTS = 3
@@ -85,10 +84,9 @@ def evaluate(
         batches=batches,
         num_batches=count,
         batch_packs=1,
-        fetch_ahead=FETCH_AHEAD,
-        cache_limit=None,
-        download_attempts=DOWNLOAD_ATTEMPTS,
-        timeout_seconds=TIMEOUT_SECONDS,
+        options=LoaderOptions(
+            fetch_ahead=FETCH_AHEAD, download_attempts=DOWNLOAD_ATTEMPTS, timeout_seconds=TIMEOUT_SECONDS
+        ),
     )
     network = RWKV7ForTraining(model, num_streams=len(records), flops_per_token=1)
     sums = LossByStream(len(records)).to(device)
@@ -136,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(metrics, indent=1))
     else:
-        show(loss_table(metrics, title=options.split))
+        print_rich(loss_table(metrics, title=options.split))
     return 0
 
 
@@ -150,7 +148,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
             cache=Path(options.cache or temporary),
             splits=[options.split],
             timeout_seconds=TIMEOUT_SECONDS,
-            leader=True,
+            fetch=True,
         )
         check_shards(shard_set, shard_set.manifest.select(options.split))
         own, of_data = find_tokenizer(checkpoint), shard_set.manifest.tokenizer

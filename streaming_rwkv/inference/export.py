@@ -16,7 +16,7 @@ import torch
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
-from streaming_rwkv.inference.generate import find_tokenizer
+from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +47,7 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
 def _write_world_for_transformers(folder: Path) -> None:
     """The code by which `AutoTokenizer` reads RWKV World's vocabulary; a tokenizer.json cannot give its ids exactly."""
     name = "tokenization_rwkv_world"
-    shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
     end = "<|endoftext|>"
     config = {
         "tokenizer_class": "RWKVWorldTokenizer",

@@ -44,12 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         # After the settings are known: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
         from streaming_rwkv.train.faults import explained_faults
-        from streaming_rwkv.train.fit import begin, fit
+        from streaming_rwkv.train.fit import fit
+        from streaming_rwkv.train.startup import start_up
 
         if options.dry_run:
             return dry_run(config, processes=options.processes)
         with explained_faults(Path(config.save_folder)):
-            run = begin(config)
+            run = start_up(config)
     except UserError as error:
         if is_reporting:
             print_error(error)

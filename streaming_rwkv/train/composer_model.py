@@ -11,9 +11,11 @@ import torch
 from composer.models import ComposerModel
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
 from streaming_rwkv.data.batch import NO_STREAM, Batch
+from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.rwkv7 import RWKV7
 
 
@@ -86,3 +88,26 @@ class LossByStream(Metric):
         # Called with the sums of all ranks in place; they are kept for the report by stream.
         self.totals = {name: getattr(self, name).tolist() for name in ("nll", "targets", "text_bytes")}
         return self.nll.sum() / self.targets.sum().clamp(min=1)
+
+
+def average_gradients(network: RWKV7) -> None:
+    """Divide gradients by the number of ranks where the backend returns their sum for a mean (gloo on torch 2.7).
+
+    AdamW is nearly invariant to a common factor, but gradient norms and clipping are not. The backend's result is
+    checked, not its version.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return
+    ones = torch.ones(ranks, device=next(network.parameters()).device)
+    mean = torch.empty(1, device=ones.device)
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    if mean.item() == 1:
+        return
+
+    def divide(gradient: Tensor) -> None:
+        gradient.div_(ranks)
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(divide)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.data.loader import explain_dead_worker, explain_resource
+from streaming_rwkv.data.workers import explain_dead_worker, explain_resource
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)

@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 from composer.core import Precision, get_precision_context
+from composer.devices import Device
 from composer.distributed.prepare_distributed import parallelize_composer_model
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
 from streaming_rwkv.model.config import RWKV7Config
@@ -32,6 +34,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.checkpoints.local import write_durably
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
+from streaming_rwkv.train.prepare import PreparedRun
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,41 @@ RECORD_NAME = "microbatch.json"
 
 class MicrobatchError(UserError):
     """Not even the smallest microbatch fits."""
+
+
+def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device) -> int:
+    """Return the packs of one pass on each process: as configured, all of a step, or on a GPU as many as fit."""
+    config, manifest = prepared.config, prepared.shard_set.manifest
+    per_process = prepared.plan.batch_packs // world_size()
+    if isinstance(config.microbatch_packs, int):
+        return config.microbatch_packs
+    if config.microbatch_packs is None or device.name != "gpu":
+        return per_process
+    pieces_per_pack = densest_pack(prepared.plan.streams, pack_tokens=manifest.pack_tokens)
+    conditions = {
+        "packs": per_process,
+        "pack_tokens": manifest.pack_tokens,
+        "pieces_per_pack": pieces_per_pack,
+        "precision": precision,
+        "model": prepared.model.model_dump(mode="json"),
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(),
+    }
+    found = remembered_microbatch(
+        Path(config.save_folder),
+        conditions,
+        lambda: probe_microbatch(
+            prepared.model,
+            packs=per_process,
+            pack_tokens=manifest.pack_tokens,
+            pieces_per_pack=pieces_per_pack,
+            precision=Precision(precision),
+            device=torch.device("cuda", torch.cuda.current_device()),
+        ),
+    )
+    if is_rank_zero():
+        print_rich(f"microbatches of {found} packs, of {per_process} on each process (microbatch_packs: auto)")
+    return found
 
 
 def probe_microbatch(

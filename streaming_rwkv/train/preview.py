@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from streaming_rwkv.data.batch import IGNORED, Batch
+from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.mixture import Plan
-from streaming_rwkv.model.config import RWKV7Config, flops_per_token, parameter_count
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.flops import flops_per_token, parameter_count
+from streaming_rwkv.model.head import IGNORED
 from streaming_rwkv.ops import cpp, cuda
 from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # the run shows the mixture table as well
-    from streaming_rwkv.train.fit import Prepared
+from streaming_rwkv.train.prepare import PreparedRun
 
 GB, MB = 1e9, 1e6
 # What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);
@@ -28,13 +25,6 @@ SAVED_BYTES = {"fp32": 168, "amp_bf16": 118}
 RESIDUAL_BYTES = 4  # of which only the block's input is kept with activation checkpointing
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
-LOG_COLUMNS = 160
-
-
-def show(what: Table | str) -> None:
-    # A log file has no width: 80 columns, which rich would take it for, cut every name of a wide mixture.
-    width = None if sys.stdout.isatty() else LOG_COLUMNS
-    Console(highlight=False, width=width, soft_wrap=isinstance(what, str)).print(what, markup=False)
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
@@ -104,7 +94,7 @@ def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
     )
 
 
-def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Table:
+def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> Table:
     """Steps, tokens, parameters, FLOPs, memory of a process, and the checkpoints to come."""
     config, plan, model = prepared.config, prepared.plan, prepared.model
     per_process = plan.batch_packs // processes

@@ -10,16 +10,19 @@ from __future__ import annotations
 import importlib.util
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.train.callbacks.console import Console
+from streaming_rwkv.train.callbacks.json_lines import JSONLines
 from streaming_rwkv.train.checkpoints.local import write_durably
-from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
+from streaming_rwkv.train.config import LogConfig, MlflowConfig, RunConfig, WandbConfig
 
 TRACKING_ID_NAME = "tracking-id"
 
@@ -74,6 +77,34 @@ class ResumedMLFlowLogger(MLFlowLogger):
         if self._enabled:
             known = self._mlflow_client.get_run(self._run_id).data.params
             super().log_hyperparameters({name: value for name, value in hyperparameters.items() if name not in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLoggers:
+    """Composer's loggers of a run: metrics.jsonl, the console, TensorBoard, and the configured trackers."""
+
+    all: list[LoggerDestination]
+    lines: JSONLines
+    trackers: list[LoggerDestination]
+
+    def log_settings(self, config: RunConfig) -> None:
+        """Send the run's settings to the trackers, with interpolations in place of the environment's values."""
+        values = config.with_interpolations(config.model_dump(mode="json", exclude_none=True))
+        for tracker in self.trackers:
+            tracker.log_hyperparameters(flat_settings(values))
+
+
+def build_loggers(config: RunConfig, *, last_step: int) -> RunLoggers:
+    """Return the loggers that a run's configuration asks for."""
+    log, save_folder = config.log, Path(config.save_folder)
+    lines = JSONLines(save_folder / "metrics.jsonl")
+    loggers: list[LoggerDestination] = [lines]
+    if not log.progress_bar:
+        loggers.append(Console(interval_steps=log.interval_steps, last_step=last_step))
+    if log.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
+    trackers = build_trackers(log, save_folder=save_folder)
+    return RunLoggers(all=[*loggers, *trackers], lines=lines, trackers=trackers)
 
 
 def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:

@@ -18,9 +18,9 @@ from composer.loggers import Logger, TensorboardLogger
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
-from streaming_rwkv.inference.generate import generate
+from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.callbacks.callbacks import forget_lines_after
+from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 

@@ -1,0 +1,74 @@
+"""Metrics as one JSON line per step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+
+from streaming_rwkv.distributed import is_rank_zero
+
+
+class JSONLines(LoggerDestination):
+    """Every metric of every step in one file, a line each: nothing to install, nothing to parse twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pending: dict[str, float] = {}
+        self.step = -1
+        self.writes = is_rank_zero()
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines after `step`: a resumed run writes them again."""
+        if self.writes:
+            forget_lines_after(self.path, step)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item() if value.numel() == 1 else value.tolist()
+            self.pending[name] = value
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.flush(int(state.timestamp.batch))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self.flush(int(state.timestamp.batch))
+
+    def flush(self, step: int) -> None:
+        if self.writes and self.pending:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(_finite_only({"step": step, **self.pending}), allow_nan=False) + "\n")
+        self.pending = {}
+
+
+def _finite_only(value: Any) -> Any:
+    """Plain values with None for numbers that JSON does not have: a loss that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite_only(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite_only(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def forget_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of JSON up to `step`, in one move; a line that a kill tore goes too."""
+    if not path.exists():
+        return
+    # Bytes: after a loss of power there may be some that are no UTF-8, and lines that are whole stay as they are.
+    kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
+    partial.replace(path)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf  # torn by a kill
