@@ -227,7 +227,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: 
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     code, _, err = run(tmp_path / "model.pth", "--tokenizer", "rwkv-world", capsys=capsys)
     assert code == 1
-    assert "the model knows 50 tokens, the tokenizer 'rwkv-world' has 65536" in err
+    assert "the model has 50 tokens, the tokenizer 'rwkv-world' has 65536" in err
 
 
 @pytest.mark.parametrize(
