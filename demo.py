@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from prep.dataset.shard_reader import read_shard
+from streaming_rwkv.filesystem import atomic_file
 from streaming_rwkv.shards import piece_bounds, read_manifest
 
 HERE = Path(__file__).parent
@@ -45,10 +46,8 @@ def collect(corpus: Path) -> None:
     for source, documents in texts.items():
         folder = corpus / source
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "documents.partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with atomic_file(folder / "documents.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in documents if text.strip())
-        partial.replace(folder / "documents.jsonl")
 
 
 def unigram_entropy(shards: Path) -> float:

@@ -41,10 +41,7 @@ from prep.execution.task_store import (
     WorkError,
     done_folder,
     explained_write_errors,
-    flush,
     locked,
-    temporary_folder,
-    write_durably,
 )
 from prep.inputs.files import InputFile, content_digest
 from prep.inputs.units import CutFiles, find_sources, nothing_in, plan_units
@@ -62,6 +59,7 @@ from prep.stages.tokenization import (
     unit_name,
 )
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import atomic_file, atomic_folder, fsync, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import (
     FORMAT,
@@ -152,13 +150,13 @@ def build(
                     raise
                 _warn_of_difference(error)
                 shutil.rmtree(job.work / DONE_FOLDER, ignore_errors=True)
-                write_durably(job.work / BY_REFERENCE_NAME, str(error).encode())
+                write_atomically(job.work / BY_REFERENCE_NAME, str(error).encode())
                 job = replace(job, by_reference=True)
                 # Not forked: the reference has encoded something here, so it has threads.
                 manifest = _build_with(job, tokenizer, observer, store, plan, files, fork=False)
             if store is None:
                 _flush_all(job, manifest)
-                write_durably(job.out / MANIFEST_NAME, manifest.to_json())
+                write_atomically(job.out / MANIFEST_NAME, manifest.to_json())
             _clear(config)
     return Built(manifest=manifest, was_finished=False)
 
@@ -436,9 +434,8 @@ def _save_tokenizer(tokenizer: Tokenizer, job: Job) -> None:
             return
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
-    with temporary_folder(job.work) as temporary:
+    with atomic_folder(folder, within=job.work / TEMPORARY_FOLDER) as temporary:
         tokenizer.save(temporary)
-        temporary.rename(folder)
 
 
 def _check_not_empty(job: Job, units: Sequence[UnitRecord]) -> None:
@@ -489,7 +486,7 @@ def _flush_all(job: Job, manifest: Manifest) -> None:
     folders = [job.out / stream.path for stream in manifest.streams]
     files = [file for folder in (*folders, job.out / TOKENIZER_FOLDER) for file in folder.iterdir()]
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(flush, [*files, job.out / STATISTICS_NAME, job.out / REJECTED_NAME, *folders]))
+        list(pool.map(fsync, [*files, job.out / STATISTICS_NAME, job.out / REJECTED_NAME, *folders]))
 
 
 def _by_stream(
@@ -563,13 +560,10 @@ def _books(
 
 
 def _publish_rejected(job: Job) -> None:
-    temporary = job.work / TEMPORARY_FOLDER / REJECTED_NAME
-    temporary.parent.mkdir(exist_ok=True)
-    with temporary.open("wb") as together:
+    with atomic_file(job.out / REJECTED_NAME) as temporary, temporary.open("wb") as together:
         for unit in job.units:
             with (done_folder(job.work, unit_name(unit)) / REJECTED_NAME).open("rb") as one:
                 shutil.copyfileobj(one, together)
-    temporary.replace(job.out / REJECTED_NAME)
 
 
 def _clear(config: PrepConfig) -> None:

@@ -1,4 +1,8 @@
-"""Folders that can be written, and by one run at a time."""
+"""Files and folders that appear whole or not at all, and folders that belong to one process at a time.
+
+Everything is written under a temporary name in the folder of the final one, and renamed when it is complete. A name
+that ends with `TEMPORARY_SUFFIX` therefore belongs to an unfinished write, which its writer may remove or overwrite.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,155 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from streaming_rwkv.config import UserError
+from streaming_rwkv.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What file systems without locks answer: Lustre without `-o flock`, some NFS and FUSE mounts.
+TEMPORARY_SUFFIX = ".tmp"
+LOCK_NAME = ".lock"
+_LOCK_POLL_SECONDS = 0.01
+
+# Errors of `flock` on file systems without locks: Lustre without `-o flock`, some NFS and FUSE mounts.
 _WITHOUT_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
+# Writing
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is written until it is complete.
+
+    The name is always the same, so that the next write takes over what a killed process left. Only one process may
+    write at a time.
+    """
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return True for the name of an unfinished write."""
+    return path.name.endswith(TEMPORARY_SUFFIX)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Rename a file or folder, with the names in both folders and the file's content on the disk.
+
+    Files in a renamed folder are not flushed: call `fsync` for each of them before.
+    """
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` in one step; it survives a loss of power as a whole, with the old content or the new."""
+    with atomic_file(path, durable=True) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = False, concurrent: bool = False) -> Iterator[Path]:
+    """Yield a temporary path; the file that the block writes there replaces `path` if the block does not fail.
+
+    Args:
+        durable: have the file on the disk before it gets its name.
+        concurrent: other processes may write the same `path` meanwhile; the last one's file stays.
+    """
+    temporary = temporary_path(path.with_name(f"{path.name}.{uuid.uuid4().hex}") if concurrent else path)
+    try:
+        yield temporary
+        if durable:
+            rename_durably(temporary, path)
+        else:
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the block's own error is the one to report
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in `parent`, which is made if needed; the folder is removed unless the block renames it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".", suffix=TEMPORARY_SUFFIX))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, *, within: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `folder` if the block does not fail, and is removed otherwise.
+
+    Args:
+        folder: does not exist, or is empty.
+        within: where to make the temporary folder, on the same file system; by default beside `folder`.
+    """
+    with temporary_folder(within or folder.parent) as temporary:
+        whole = temporary / folder.name  # with the permissions of any new folder, unlike those of a temporary one
+        whole.mkdir()
+        yield whole
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        whole.rename(folder)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename a temporary folder; one that exists under the final name is removed before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+# Folders that can be written
+
+
+def make_folder(folder: Path, *, what: str, remedy: str) -> None:
+    """Make `folder` if it does not exist, and check that files can be written in it. No file becomes visible.
+
+    Args:
+        what: the folder's purpose, as in `save folder`.
+        remedy: advice that names the setting, as in "give this run its own `save_folder`".
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    with _explain_errors(folder, what=what, remedy=remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def _explain_errors(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: this {what} cannot be made or written to ({error.strerror}); fix that, or {remedy}"
+        ) from None
+
+
+# Locks
+
+
 class FolderLock:
-    """A folder that this process holds until `release`, or until its own end, however that comes."""
+    """A folder that this process holds until `release`, the end of a `with` block, or its own end."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -32,33 +171,80 @@ class FolderLock:
 
     __del__ = release
 
+    def __enter__(self) -> FolderLock:
+        return self
 
-def make_folder(folder: Path, *, what: str, remedy: str) -> None:
-    """Make `folder` if it is not there, and find out whether files can be written in it; none is seen.
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
+    """Make `folder` if needed and hold it for this process, for as long as the returned lock is kept.
+
+    On a file system without `flock` the folder is not protected; a warning says so.
 
     Args:
-        what: what it is for, as in `save folder`.
-        remedy: what names the setting, as in "give this run its own `save_folder`".
+        what, remedy: as for `make_folder`.
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: another process holds the folder, or it cannot be made or written to.
     """
-    with _refusing(folder, what=what, remedy=remedy):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    make_folder(folder, what=what, remedy=remedy)
+    with _explain_errors(folder, what=what, remedy=remedy):
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _flock_or_warn(descriptor, folder)
+    except BlockingIOError:
+        holder = os.read(descriptor, 100).decode(errors="replace") or "unknown"
+        os.close(descriptor)
+        raise UserError(f"{folder}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return FolderLock(descriptor)
 
 
 @contextlib.contextmanager
-def _refusing(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
+def wait_for_lock(folder: Path, *, timeout_seconds: float) -> Iterator[None]:
+    """Hold an existing folder during a short block, for work that only has to be kept apart; no file is made in it.
+
+    Without `flock`, and when the lock is not free in time, the block runs all the same, after a warning.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        give_up = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                _flock_or_warn(descriptor, folder)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    logger.warning("%s: another process has held this folder for %d s", folder, timeout_seconds)
+                    break
+                time.sleep(_LOCK_POLL_SECONDS)
         yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: this {what} cannot be made, or not written to ({error.strerror}); mend that, or {remedy}"
-        ) from None
+    finally:
+        os.close(descriptor)
 
 
-def try_flock(descriptor: int) -> bool:
-    """Lock an open file or folder for this process alone; False where its file system has no `flock`.
+def has_flock(folder: Path) -> bool:
+    """Find out with a temporary file whether files in `folder` can be locked."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file.fileno())
+
+
+def _flock_or_warn(descriptor: int, folder: Path) -> None:
+    if not _flock(descriptor):
+        logger.warning(
+            "%s: the file system has no locks (flock), so two processes that write here would not notice each other; "
+            "start one at a time, or mount it with flock (Lustre: -o flock, NFS: without nolock)",
+            folder,
+        )
+
+
+def _flock(descriptor: int) -> bool:
+    """Lock an open file or folder for this process alone; return False where its file system has no `flock`.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -72,39 +258,3 @@ def try_flock(descriptor: int) -> bool:
             raise
         return False
     return True
-
-
-def warn_without_flock(folder: Path, *, what: str) -> None:
-    """Say once that two processes in `folder` would not notice each other."""
-    logger.warning(
-        "%s: the file system has no locks (flock), so nothing stops a second run in this %s; start one at a time, or "
-        "mount it with flock (Lustre: -o flock, NFS: without nolock)",
-        *(folder, what),
-    )
-
-
-def has_flock(folder: Path) -> bool:
-    """Tell from a temporary file whether files in `folder` can be locked."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return try_flock(file.fileno())
-
-
-def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
-    """Hold `folder` for this process; keep the returned lock for as long as it shall be held.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made or written to.
-    """
-    make_folder(folder, what=what, remedy=remedy)
-    with _refusing(folder, what=what, remedy=remedy):
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not try_flock(descriptor):
-            warn_without_flock(folder, what=what)
-    except BlockingIOError:
-        holder = os.read(descriptor, 100).decode(errors="replace") or "unknown"
-        os.close(descriptor)
-        raise UserError(f"{folder}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
-    return FolderLock(descriptor)

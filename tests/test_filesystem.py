@@ -1,4 +1,4 @@
-"""Folders are made or refused with the reason, and no two runs write to one."""
+"""Files and folders appear whole or not at all, and no two runs write to one folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import lock_folder, make_folder
+from streaming_rwkv.filesystem import (
+    atomic_file,
+    atomic_folder,
+    is_temporary,
+    lock_folder,
+    make_folder,
+    temporary_path,
+    wait_for_lock,
+    write_atomically,
+)
 
 HOLD = """
 import sys, time
@@ -48,7 +57,7 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path,
         with pytest.raises(UserError) as caught:
             claim(folder, what="save folder", remedy="take another")
         assert str(caught.value) == (
-            f"{folder}: this save folder cannot be made, or not written to ({reason}); mend that, or take another"
+            f"{folder}: this save folder cannot be made or written to ({reason}); fix that, or take another"
         )
 
 
@@ -60,7 +69,7 @@ def test_finding_out_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Pa
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_the_right_to_write_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r"not written to \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"or written to \(Permission denied\)"):
         make_folder(tmp_path, what="save folder", remedy="take another")
 
 
@@ -92,3 +101,61 @@ def test_a_file_system_without_locks_gets_a_warning(
     monkeypatch.setattr("fcntl.flock", flock)  # no such file system can be mounted here
     lock_folder(tmp_path, what="save folder", remedy="take another").release()
     assert f"{tmp_path}: the file system has no locks (flock)" in caplog.text
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise RuntimeError
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_write_takes_over_what_a_killed_one_left(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    temporary_path(target).write_bytes(b"left by a killed process")
+    write_atomically(target, b"new")
+    assert target.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with atomic_file(target, concurrent=True) as first, atomic_file(target, concurrent=True) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+        assert is_temporary(first)
+        assert first != second
+    assert target.read_bytes() == b"first"  # renamed last
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "file").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir()
+    with atomic_folder(folder) as temporary:  # an empty one is replaced
+        (temporary / "file").touch()
+        assert list(folder.iterdir()) == []
+    assert list(folder.iterdir()) == [folder / "file"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "folder"):
+        pass
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_lock_that_is_not_free_in_time_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with wait_for_lock(tmp_path, timeout_seconds=60):
+        assert caplog.text == ""
+        with wait_for_lock(tmp_path, timeout_seconds=0):
+            assert f"{tmp_path}: another process has held this folder" in caplog.text
+    assert list(tmp_path.iterdir()) == []

@@ -98,8 +98,8 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
         (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),
         (["data.cache_limit=1kb"], "data.cache_limit: found 1,024 bytes, but at least"),
         (["checkpoint.allow_changed=[batch_size]"], "checkpoint.allow_changed"),
-        (["save_folder=/proc/run"], "/proc/run: this save folder cannot be made, or not written to (No such file or"),
-        (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made, or not written to (Not a"),
+        (["save_folder=/proc/run"], "/proc/run: this save folder cannot be made or written to (No such file or"),
+        (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made or written to (Not a"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):

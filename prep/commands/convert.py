@@ -20,6 +20,7 @@ from prep.config import SourceConfig
 from prep.inputs.files import InputFile, find_files
 from prep.inputs.readers import Part, read_part, without_text
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import atomic_file
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
@@ -85,17 +86,16 @@ def _convert_file(task: _Task) -> Converted:
     rejected: Counter[str] = Counter()
     documents = 0
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.writing")  # always the same: what a kill left is taken over
-    try:
-        # Open files: of a name with a colon pyarrow would make a URI.
-        with temporary.open("wb") as opened, pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer:
-            for texts in _row_groups(_texts(file, config, rejected)):
-                documents += len(texts)
-                writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
-            writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Open files: of a name with a colon pyarrow would make a URI.
+    with (
+        atomic_file(place) as temporary,
+        temporary.open("wb") as opened,
+        pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer,
+    ):
+        for texts in _row_groups(_texts(file, config, rejected)):
+            documents += len(texts)
+            writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
+        writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
     return Converted(name=file.name, documents=documents, rejected=dict(rejected))
 
 

@@ -7,13 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from prep.config import SourceConfig
 from prep.inputs.line_check import LineCounts, add_counts
 from prep.inputs.units import CutFiles, nothing_in, plan_units, read_unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import make_folder
+from streaming_rwkv.filesystem import atomic_folder, make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -54,14 +53,11 @@ def train_tokenizer(
     texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / folder.name
-        whole.mkdir()
+    with atomic_folder(folder) as whole:
         trained.save(str(whole / "tokenizer.json"))
         (whole / "special_tokens_map.json").write_text(json.dumps(special))
         tokenizer = load_tokenizer(whole)
         tokenizer.save(whole)
-        whole.rename(folder)  # over the empty one: all of it is there, or nothing
     return tokenizer
 
 

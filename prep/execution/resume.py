@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.execution.task_store import WorkError, write_durably
+from prep.execution.task_store import WorkError
 from prep.inputs.files import InputFile, content_digest
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
 
@@ -94,7 +95,7 @@ def check_plan(
 def save_plan(plan: dict[str, Any], *, work: Path, contents: dict[str, str] | None = None) -> None:
     """Write the plan; `contents` has each file's digest, once the build has read it all."""
     noted = plan if contents is None else plan | {_CONTENTS: contents}
-    write_durably(work / PLAN_NAME, json.dumps(noted, indent=1, sort_keys=True).encode())
+    write_atomically(work / PLAN_NAME, json.dumps(noted, indent=1, sort_keys=True).encode())
 
 
 def _read_plan(file: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Work that survives a kill: done or not there, and verified by hash when it is found again.
 
-    {out}/.prep/lock             held by the one build that works here
+    {out}/.prep/.lock            held by the one build that works here
     {out}/.prep/plan.json        what is being built, of which files: a restart with anything else is refused
     {out}/.prep/done/{name}/     one folder for each finished task: its files and record.json
     {out}/.prep/tmp/             what is being written; cleared at each start
@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
-from streaming_rwkv.filesystem import make_folder, try_flock, warn_without_flock
+from streaming_rwkv.filesystem import lock_folder, make_folder, replace_folder, temporary_folder
 
 WORK_FOLDER = ".prep"
 DONE_FOLDER = "done"
@@ -66,25 +65,15 @@ def load_done(work: Path, name: str, record_type: type[RecordT]) -> RecordT | No
     return record if whole else None
 
 
-@contextlib.contextmanager
-def temporary_folder(work: Path) -> Iterator[Path]:
-    """A folder of this task's own; removed unless it was renamed by `finish`."""
-    (work / TEMPORARY_FOLDER).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=work / TEMPORARY_FOLDER))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def temporary_task_folder(work: Path) -> AbstractContextManager[Path]:
+    """Yield a folder of this task's own; it is removed unless `finish` renames it."""
+    return temporary_folder(work / TEMPORARY_FOLDER)
 
 
 def finish(temporary: Path, record: DoneRecord, *, work: Path, name: str) -> None:
-    """Make what lies in `temporary` the finished task `name`, in one step."""
-    folder = done_folder(work, name)
+    """Make the files in `temporary` the finished task `name`, in one step."""
     (temporary / _RECORD_NAME).write_text(record.model_dump_json())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():  # it failed its verification
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    replace_folder(temporary, done_folder(work, name))  # one that exists has failed its verification
 
 
 def hash_file(file: Path) -> FileRecord:
@@ -97,27 +86,6 @@ def hash_file(file: Path) -> FileRecord:
     return FileRecord(bytes=size, xxh3=digest.hexdigest())
 
 
-def write_durably(file: Path, content: bytes) -> None:
-    """Write and flush to the disk; under its name the file is whole or not there.
-
-    By one process at a time: what a killed one was writing has one name, so that the next one takes it over.
-    """
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_bytes(content)
-    flush(temporary)
-    os.replace(temporary, file)
-    flush(file.parent)
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
     """Hold the work folder: two builds in one folder would take each other's work away.
@@ -125,22 +93,9 @@ def locked(work: Path) -> Iterator[None]:
     Raises:
         UserError: another build holds it, or it cannot be made or written to.
     """
-    make_folder(work.parent, what="folder of the data set", remedy="choose another `out=`")
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("a+") as lock:
-        try:
-            if not try_flock(lock.fileno()):
-                warn_without_flock(work, what="work folder")
-        except BlockingIOError:
-            lock.seek(0)
-            raise WorkError(
-                f"{work.parent}: another build (process {lock.read().strip() or 'unknown'}) is working here; wait for "
-                "it, or choose another `out=`"
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
+    remedy = "choose another `out=`"
+    make_folder(work.parent, what="folder of the data set", remedy=remedy)
+    with lock_folder(work, what="work folder of a build", remedy=remedy):
         shutil.rmtree(work / TEMPORARY_FOLDER, ignore_errors=True)
         yield
 

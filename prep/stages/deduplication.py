@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prep.execution.context import Job
 from prep.execution.intermediate import HASHES_NAME, read_hashes
-from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
+from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.ragged import offsets_of
 from prep.stages.tokenization import Report, UnitRecord, unit_name
 
@@ -58,7 +58,7 @@ def do_range(job: Job, hash_range: HashRange, report: Report) -> RangeRecord:
     record = load_done(job.work, name, RangeRecord)
     if record is None:
         duplicates = _find(job, hash_range)
-        with temporary_folder(job.work) as folder:
+        with temporary_task_folder(job.work) as folder:
             np.save(folder / _RESULT_NAME, duplicates)
             record = RangeRecord(files={_RESULT_NAME: hash_file(folder / _RESULT_NAME)}, duplicates=len(duplicates))
             finish(folder, record, work=job.work, name=name)
@@ -100,7 +100,7 @@ def join_ranges(job: Job, units: Sequence[UnitRecord], *, ranges: int) -> None:
             documents = some.astype(np.uint32)  # the lower half
             at = first_bytes[(some >> np.uint64(32)).astype(np.int64)] + (documents >> 3)
             np.bitwise_or.at(bits, at, np.left_shift(1, documents & 7).astype(np.uint8))
-    with temporary_folder(job.work) as folder:
+    with temporary_task_folder(job.work) as folder:
         np.save(folder / _FIRST_BYTES_NAME, first_bytes)
         np.save(folder / _BITS_NAME, bits)
         record = DoneRecord(files={name: hash_file(folder / name) for name in (_FIRST_BYTES_NAME, _BITS_NAME)})

@@ -20,7 +20,7 @@ from prep.dataset.shard_writer import Pack, Shard, write_shards
 from prep.document import mix
 from prep.execution.context import Job
 from prep.execution.intermediate import COLUMNS, PIECES_NAME, Block, read_block
-from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_folder
+from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.ragged import gather, offsets_of
 from prep.stages.best_fit import assign_best_fit
 from prep.stages.deduplication import Duplicates
@@ -109,7 +109,7 @@ def do_window(job: Job, window: Window, report: Report) -> WindowRecord:
     if record is None:
         pieces, left_out = _read(job, window)
         packs, fill = _packs(job, window, pieces)
-        with temporary_folder(job.work) as folder:
+        with temporary_task_folder(job.work) as folder:
             shards = write_shards(packs, folder, form=job.shard_format)
             inputs = pieces.columns["lengths"].astype(np.int64) - 1
             record = WindowRecord(

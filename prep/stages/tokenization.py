@@ -28,7 +28,7 @@ from prep.execution.intermediate import (
     write_blocks,
     write_hashes,
 )
-from prep.execution.task_store import DoneRecord, finish, load_done, temporary_folder
+from prep.execution.task_store import DoneRecord, finish, load_done, temporary_task_folder
 from prep.inputs.line_check import LineCounts, add_counts
 from prep.inputs.readers import FILTERED, TRANSFORMED_AWAY, InputError
 from prep.inputs.units import Unit, read_unit
@@ -103,7 +103,7 @@ def do_unit(job: Job, unit: Unit, report: Report) -> UnitRecord:
     name = unit_name(unit)
     record = load_done(job.work, name, UnitRecord)
     if record is None:
-        with temporary_folder(job.work) as folder:
+        with temporary_task_folder(job.work) as folder:
             record = tokenize_unit(job, unit, folder=folder, report=report)
             finish(folder, record, work=job.work, name=name)
     return record

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
-from streaming_rwkv.filesystem import FolderLock, lock_folder
+from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
@@ -174,25 +174,27 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
     """The bytes of the file `name` of the data set, freshly; the one below `to` is replaced in one step."""
     local, remote = to / name, f"{location}/{name}"
     local.parent.mkdir(parents=True, exist_ok=True)
-    fresh = local.with_name(local.name + ".fetching")
-    fresh.unlink(missing_ok=True)
-    try:
-        if store is not None:
-            fresh.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
-        elif Path(remote).exists():
-            copy_file(remote, fresh, timeout_seconds=timeout_seconds)
-        else:
-            raise ObjectMissing(remote)
-    except ObjectMissing:
-        remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
-        raise DataError(f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`") from None
-    except StorageError as error:
-        raise DataError(str(error)) from error
-    except Exception as error:
-        raise DataError(f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials") from error
-    content = fresh.read_bytes()
-    fresh.replace(local)
-    return content
+    with atomic_file(local) as temporary:
+        try:
+            if store is not None:
+                temporary.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
+            elif Path(remote).exists():
+                temporary.unlink(missing_ok=True)  # Streaming would take over what a killed process left
+                copy_file(remote, temporary, timeout_seconds=timeout_seconds)
+            else:
+                raise ObjectMissing(remote)
+        except ObjectMissing:
+            remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
+            raise DataError(
+                f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`"
+            ) from None
+        except StorageError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:
+            raise DataError(
+                f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials"
+            ) from error
+        return temporary.read_bytes()
 
 
 def _has_hash(path: Path, sha256: str) -> bool:
@@ -234,6 +236,5 @@ def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where:
 
 def _remove_unfinished_files(cache: Path) -> None:
     """Remove what a run that was killed was about to write; the cache's limit does not count it."""
-    for pattern in ("*.mds.tmp", "*.fetching"):
-        for path in cache.rglob(pattern):
-            path.unlink(missing_ok=True)
+    for path in cache.rglob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)

@@ -27,7 +27,6 @@ import hashlib
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -48,7 +47,7 @@ from streaming.base.world import World
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.filesystem import has_flock, try_flock
+from streaming_rwkv.filesystem import atomic_file, has_flock, wait_for_lock
 from streaming_rwkv.shards import DataError, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
 
@@ -106,9 +105,8 @@ class VerifiedStream(Stream):
             raise DataError(
                 f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
             )
-        partial = raw.with_name(raw.name + ".tmp")
-        partial.write_bytes(plain)
-        partial.replace(raw)
+        with atomic_file(raw) as temporary:
+            temporary.write_bytes(plain)
         return delta + raw_info.bytes
 
     def _fetch_compressed(self, info: FileInfo) -> tuple[bytes, int]:
@@ -341,30 +339,11 @@ def _take_prefix(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
     Every rank looks for a free name, then local rank 0 takes it.
     """
     world: World = arguments[2]
-    with _names_locked() if world.is_local_leader else nullcontext():
+    shared_memory = Path("/dev/shm")
+    names = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())  # the folder that holds them
+    with wait_for_lock(names, timeout_seconds=START_SECONDS) if world.is_local_leader else nullcontext():
         barrier()
         return prefix.get_shm_prefix(*arguments, **options)
-
-
-@contextmanager
-def _names_locked() -> Iterator[None]:
-    """Locks the folder that the names are in: no file is left, and the lock ends with the process at the latest."""
-    shared_memory = Path("/dev/shm")
-    folder = os.open(shared_memory if shared_memory.is_dir() else tempfile.gettempdir(), os.O_RDONLY)
-    try:
-        give_up = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                try_flock(folder)  # without locks as after the wait: see below
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:  # go on without: it matters only to runs that start at this moment
-                    logger.warning("another run has been looking for shared memory for %d s", START_SECONDS)
-                    break
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _close_shared_memory(opened: list[SharedMemory]) -> None:

@@ -14,7 +14,6 @@ the model is inferred. No reader runs code from a file: pickles are read for ten
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -27,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from streaming_rwkv.filesystem import atomic_file
 from streaming_rwkv.model.completion_mark import CheckpointError as CheckpointError
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
@@ -414,10 +414,9 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # A parameter read from a mapped file is a view of the whole: without a copy, its file would be stored with it.
-    torch.save({name: value.clone() for name, value in complete.items()}, partial)
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        # A parameter read from a mapped file is a view of the whole: without a copy, its file would be stored with it.
+        torch.save({name: value.clone() for name, value in complete.items()}, temporary)
 
 
 def write_huggingface(
@@ -449,9 +448,8 @@ def write_huggingface(
         value = value.T if _is_transposed(their_name) else value
         value = value.flatten() if their_name.endswith(_FLAT) else value
         weights[their_name] = value.contiguous().clone()
-    partial = folder / (_SAFETENSORS_NAME + ".partial")
-    safetensors.torch.save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / _SAFETENSORS_NAME)
+    with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
     values = {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",

@@ -6,7 +6,6 @@ a rename: processes that build it at the same time do the work twice and no harm
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -14,12 +13,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from streaming_rwkv.config import UserError
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import atomic_file, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +71,15 @@ def cached(name: str, key: Sequence[str | bytes], build: Callable[[Path], None])
     if path.exists():
         return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        raise KernelError(
-            f"{folder}: compiled kernels cannot be kept here ({error.strerror}); point XDG_CACHE_HOME to a folder "
-            "that can be written"
-        ) from error
-    os.close(handle)
-    try:
-        started = time.monotonic()
-        logger.info("compiling %s, once for this machine; half a minute or so", name)
-        build(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        make_folder(
+            folder, what="cache of compiled kernels", remedy="set XDG_CACHE_HOME to a folder that can be written"
+        )
+    except UserError as error:
+        raise KernelError(str(error)) from error
+    started = time.monotonic()
+    logger.info("compiling %s, once for this machine; half a minute or so", name)
+    with atomic_file(path, concurrent=True) as temporary:
+        build(temporary)
     logger.info("compiled %s in %.1f s: %s", name, time.monotonic() - started, path)
     return path
 

@@ -21,7 +21,6 @@ import hashlib
 import io
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from streaming_rwkv.filesystem import atomic_file
 from streaming_rwkv.location import LocationError, checked_location, is_remote
 from streaming_rwkv.storage.remote_file import RemoteFile
 from streaming_rwkv.storage.requests import (
@@ -197,14 +197,8 @@ class Store:
         Args:
             sha256: the expected one; without it, the one that the object's writer noted, if any.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("w+b") as file:
-                self._get(name, file, sha256=sha256, most=None)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(Path(path), concurrent=True) as temporary, temporary.open("w+b") as file:
+            self._get(name, file, sha256=sha256, most=None)
 
     def open(self, name: str, *, listed: tuple[int, int] | None = None) -> IO[bytes]:
         """An object as a seekable file, of which only what is read is fetched: see `RemoteFile`.

@@ -29,10 +29,10 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
-from streaming_rwkv.train.checkpoints.local import write_durably
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 from streaming_rwkv.train.prepare import PreparedRun
 
@@ -216,5 +216,5 @@ def remembered_microbatch(save_folder: Path, conditions: dict[str, object], prob
         return known
     packs = probe()
     if is_rank_zero():
-        write_durably(path, json.dumps({"packs": packs, "conditions": conditions}, indent=1).encode())
+        write_atomically(path, json.dumps({"packs": packs, "conditions": conditions}, indent=1).encode())
     return packs

@@ -28,7 +28,7 @@ from streaming_rwkv.distributed import (
     run_on_rank_zero,
     world_size,
 )
-from streaming_rwkv.filesystem import FolderLock, lock_folder
+from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
 from streaming_rwkv.model.completion_mark import check_resumable
 from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.processes import usable_cores
@@ -39,7 +39,6 @@ from streaming_rwkv.train.checkpoints.local import (
     check_same_run,
     newest_checkpoint,
     plan_from,
-    write_durably,
 )
 from streaming_rwkv.train.checkpoints.uploader import Mirror, check_place, newest_remote, node_checkpoint, restore
 from streaming_rwkv.train.config import DataConfig, RunConfig
@@ -200,7 +199,7 @@ def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
     run_on_rank_zero(lambda: copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER))
     if not is_rank_zero():
         return
-    write_durably(save_folder / "config.yaml", config.to_yaml().encode())
+    write_atomically(save_folder / "config.yaml", config.to_yaml().encode())
     print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))
     where = f"resuming from {checkpoint.path}" if checkpoint else "starting at step 0"
     print_rich(f"{plan.steps} steps of {plan.batch_packs} packs, {prepared.total_tokens:,} tokens; {where}")

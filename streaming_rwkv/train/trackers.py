@@ -19,9 +19,9 @@ from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger,
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.train.callbacks.console import Console
 from streaming_rwkv.train.callbacks.json_lines import JSONLines
-from streaming_rwkv.train.checkpoints.local import write_durably
 from streaming_rwkv.train.config import LogConfig, MlflowConfig, RunConfig, WandbConfig
 
 TRACKING_ID_NAME = "tracking-id"
@@ -45,7 +45,7 @@ def tracking_id(save_folder: Path) -> str:
     """The name of the tracked run that this save folder has, drawn at its first start."""
     path = save_folder / TRACKING_ID_NAME
     if not path.exists():
-        write_durably(path, uuid.uuid4().hex[:16].encode())
+        write_atomically(path, uuid.uuid4().hex[:16].encode())
     return path.read_text()
 
 

@@ -315,7 +315,7 @@ def test_what_a_kill_left_unfinished_in_the_cache_goes(place: Place, tmp_path: P
     cache = tmp_path / "cache"
     with opened(place.location, cache) as dataset:
         folder = Path(dataset.streams[0].local)
-    for name in ("shard.00000.mds.tmp", "index.json.fetching"):
+    for name in (".shard.00000.mds.tmp", ".index.json.tmp"):
         (folder / name).write_bytes(b"half of it")
     with opened(place.location, cache) as dataset:
         assert sorted(os.listdir(folder)) == ["index.json"]

@@ -49,7 +49,7 @@ def test_pth_round_trip_is_bitwise(dtype: torch.dtype, random_model: Build, tmp_
     first, second = torch.load(tmp_path / "a.pth"), torch.load(tmp_path / "b.pth")
     assert same(first, second)
     assert same({name: value for name, value in first.items() if name not in UNUSED}, model_state(model))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_file_has_blinkdls_keys_and_shapes(random_model: Build, tmp_path: Path) -> None:
@@ -200,7 +200,10 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(random_model: Buil
 
 def test_a_shard_that_its_mark_disowns_is_refused(random_model: Build, tmp_path: Path) -> None:
     save_sharded(training_state(random_model(), ""), tmp_path)
-    (tmp_path / "complete.json").write_text(json.dumps({"files": {"__0_0.distcp": {"sha256": "0" * 64}}}))
+    size = (tmp_path / "__0_0.distcp").stat().st_size
+    files = {"__0_0.distcp": {"bytes": size, "sha256": "0" * 64}}
+    mark = {"format": "streaming-rwkv-checkpoint/1", "step": 1, "run": {}, "files": files}
+    (tmp_path / "complete.json").write_text(json.dumps(mark))
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is not what was written"):
         load_model(tmp_path)
 

@@ -117,7 +117,9 @@ def test_source_that_does_not_compile_shows_command_and_message(source: Path) ->
 
 def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(KernelError, match=r"compiled kernels cannot be kept here .*; point XDG_CACHE_HOME to a folder"):
+    with pytest.raises(
+        KernelError, match=r"cache of compiled kernels cannot be made .*; fix that, or set XDG_CACHE_HOME to a folder"
+    ):
         build_cpp(source)
 
 

@@ -91,7 +91,7 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
         (["train-tokenizer", "{recipe}", "--vocab-size", "9", "--to", "x"], "at least 257 are needed"),
         (
             ["train-tokenizer", "{recipe}", "--vocab-size", "260", "--to", "{recipe}/bpe"],
-            "recipe.yaml/bpe: this folder of the tokenizer cannot be made, or not written to (Not a directory); mend "
+            "recipe.yaml/bpe: this folder of the tokenizer cannot be made or written to (Not a directory); fix "
             "that, or name another with `--to FOLDER`",
         ),
     ],

@@ -236,7 +236,10 @@ def test_another_key_for_the_text_can_be_accepted_and_another_pack_size_cannot(s
 
 
 def test_two_builds_at_once_in_one_folder_are_refused(small, tmp_path):
-    with locked(tmp_path / "out" / ".prep"), pytest.raises(ValueError, match=f"another build .process {os.getpid()}"):
+    with (
+        locked(tmp_path / "out" / ".prep"),
+        pytest.raises(ValueError, match=f"in use .by process {os.getpid()}.*choose another `out=`"),
+    ):
         build(small())
 
 

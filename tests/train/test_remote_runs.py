@@ -83,7 +83,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         proxy.add(*FAULTS)
-        with place.run(run, *remote, freeze_at="step-00000018.writing/complete.json.tmp:1") as first:
+        with place.run(run, *remote, freeze_at=".step-00000018.tmp/.complete.json.tmp:1") as first:
             first.wait_until_frozen()
             assert newest_step(run) == 12
             first.kill_all()

@@ -246,11 +246,11 @@ def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace
         run.kill_all()
         run.assert_nothing_left(seconds=0)
 
-    with place.run(folder, freeze_at="step-00000012.writing/complete.json.tmp:1") as run:
+    with place.run(folder, freeze_at=".step-00000012.tmp/.complete.json.tmp:1") as run:
         run.wait_until_frozen()
         assert "resuming from" in run.log.read_text()
         assert "step-00000006" in run.log.read_text()
-        assert checkpoints(folder) == ["step-00000006", "step-00000012.writing"]
+        assert checkpoints(folder) == [".step-00000012.tmp", "step-00000006"]
         run.kill_all()
         run.assert_nothing_left(seconds=0)
     assert newest_step(folder) == 6
@@ -283,7 +283,7 @@ def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_wi
         run.kill_all()
         run.assert_nothing_left(seconds=0)
 
-    with place.run(folder, processes=2, freeze_at="step-00000012.writing/__0_0.distcp:1") as run:
+    with place.run(folder, processes=2, freeze_at=".step-00000012.tmp/__0_0.distcp:1") as run:
         run.wait_until_frozen()
         assert "step-00000006" in run.log.read_text()
         run.kill_all()
@@ -407,7 +407,7 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     """From the moment on when the run has looked for its shards; what is missing before, it finds then."""
     data = Path(shutil.copytree(place.data, tmp_path / "data"))
     (shard,) = (data / "train" / "web" / "17-32").glob("*.zstd")
-    with place.run(tmp_path / "run", f"data.workers={workers}", data=data, freeze_at="/config.yaml.tmp:1") as run:
+    with place.run(tmp_path / "run", f"data.workers={workers}", data=data, freeze_at="/.config.yaml.tmp:1") as run:
         frozen = run.wait_until_frozen()
         if how == "missing":
             shard.unlink()

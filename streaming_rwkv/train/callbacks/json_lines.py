@@ -12,6 +12,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.filesystem import write_atomically
 
 
 class JSONLines(LoggerDestination):
@@ -62,9 +63,7 @@ def forget_lines_after(path: Path, step: int) -> None:
         return
     # Bytes: after a loss of power there may be some that are no UTF-8, and lines that are whole stay as they are.
     kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    partial.replace(path)
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float:

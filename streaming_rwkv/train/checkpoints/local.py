@@ -2,7 +2,7 @@
 
     {save_folder}/checkpoints/step-00000500/          weights and optimizer, sharded (torch.distributed.checkpoint)
     {save_folder}/checkpoints/step-00000500/complete.json   written last: what the run was, and each file's sha256
-    {save_folder}/checkpoints/step-00000750.writing/  an interrupted write; never read, removed by the next write
+    {save_folder}/checkpoints/.step-00000750.tmp/     an interrupted write; never read, removed by the next write
 
 A folder gets its name by a rename after its mark was written, so there is no moment at which half a checkpoint looks
 whole. A folder with a checkpoint's name that is not whole is damage, and stops the run: starting afresh beside it, or
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -47,6 +46,7 @@ from streaming_rwkv.distributed import (
     rank,
     world_size,
 )
+from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
 from streaming_rwkv.model.completion_mark import FORMAT, MARK_NAME, find_file_problem
 from streaming_rwkv.model.completion_mark import parse_mark as parse_mark
 from streaming_rwkv.model.completion_mark import read_mark as read_mark
@@ -56,7 +56,6 @@ from streaming_rwkv.shards import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
-WRITING = ".writing"
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -161,7 +160,7 @@ def save_checkpoint(
     Args:
         mark: what the completion mark shall carry beside the files: JSON values.
     """
-    final, writing = root / step_name(step), root / (step_name(step) + WRITING)
+    final, writing = root / step_name(step), temporary_path(root / step_name(step))
     if is_rank_zero():
         _make_room(final, writing)
     barrier()
@@ -200,10 +199,15 @@ def wrote(name: str) -> bool:
 
 def _make_room(final: Path, writing: Path) -> None:
     if final.exists():  # damaged, or this step would not be written again
-        final.rename(final.with_name(final.name + ".replaced" + WRITING))
-    for left_over in final.parent.glob(f"step-*{WRITING}"):
+        final.rename(replaced_path(final))
+    for left_over in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(left_over)
     writing.mkdir(parents=True)
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name that a damaged checkpoint has from when it is replaced until it is removed."""
+    return temporary_path(path.with_name(f"{path.name}.replaced"))
 
 
 def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: int) -> None:
@@ -213,10 +217,8 @@ def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: in
 
 def install(writing: Path, final: Path, mark: bytes) -> None:
     """Give the files in `writing`, which are on the disk, their completion mark and their name."""
-    write_durably(writing / MARK_NAME, mark)
-    sync(writing)
-    writing.rename(final)
-    sync(final.parent)
+    write_atomically(writing / MARK_NAME, mark)
+    rename_durably(writing, final)
 
 
 def prune(root: Path, *, keep: int, last_step: int) -> None:
@@ -229,7 +231,7 @@ def prune(root: Path, *, keep: int, last_step: int) -> None:
     found = sorted((int(name[1]), path) for path in root.glob("step-*") if (name := NAME.fullmatch(path.name)))
     for _, path in [(step, path) for step, path in found if step <= last_step][:-keep]:
         # Renamed first: killed in between, this must not leave a checkpoint with files missing.
-        leaving = path.with_name(path.name + WRITING)
+        leaving = temporary_path(path)
         path.rename(leaving)
         shutil.rmtree(leaving)
 
@@ -311,24 +313,6 @@ def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Pa
                 f"{path}: {key} is {found.get(key, 'missing')} in the checkpoint and {wanted.get(key, 'missing')} in "
                 "this model; the `model:` section differs"
             )
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace `path` in one step, on the disk before anyone sees it."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from streaming_rwkv.distributed import (
     run_on_local_rank_zero,
     run_on_rank_zero,
 )
+from streaming_rwkv.filesystem import fsync, is_temporary, temporary_path
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.completion_mark import LARGEST_MARK_BYTES, MARK_NAME
 from streaming_rwkv.model.weights import CheckpointError
@@ -55,7 +56,6 @@ from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.train.checkpoints.local import (
     NAME,
-    WRITING,
     Checkpoint,
     check_same_settings,
     find_problem,
@@ -63,8 +63,8 @@ from streaming_rwkv.train.checkpoints.local import (
     newest_checkpoint,
     parse_mark,
     read_mark,
+    replaced_path,
     step_name,
-    sync,
     wrote,
 )
 
@@ -240,7 +240,7 @@ class Mirror:
 
 def _log_files(folder: Path) -> list[Path]:
     found = [path for name in LOGS for path in (folder / name, *(folder / name).rglob("*"))]
-    return sorted(path for path in found if path.is_file() and path.suffix != ".tmp")
+    return sorted(path for path in found if path.is_file() and not is_temporary(path))
 
 
 def prune(store: Store, *, keep: int, last: str) -> None:
@@ -420,7 +420,7 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
     if final.exists() and find_problem(final) is None:
         return
     logger.info("fetching %s", store.url(f"{CHECKPOINTS}/{remote.name}"))
-    writing = final.with_name(final.name + WRITING)
+    writing = temporary_path(final)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
 
@@ -430,13 +430,13 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
             os.link(final / name, writing / name)
             return
         store.get_file(f"{CHECKPOINTS}/{remote.name}/{name}", writing / name, sha256=sha256)
-        sync(writing / name)
+        fsync(writing / name)
 
     with ThreadPoolExecutor(FETCH_THREADS) as executor:
         list(executor.map(fetch, sorted(remote.mark["files"])))
     _fetch_logs(store, folder, logs)
     if final.exists():  # not whole
-        final.rename(final.with_name(final.name + ".replaced" + WRITING))
+        final.rename(replaced_path(final))
     install(writing, final, remote.content)
 
 

@@ -147,7 +147,7 @@ def test_the_newest_is_chosen_by_its_step(tmp_path: Path) -> None:
 
 def test_an_interrupted_write_is_passed_over_and_cleaned_up_by_the_next(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002.writing")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp")
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 1
@@ -156,7 +156,7 @@ def test_an_interrupted_write_is_passed_over_and_cleaned_up_by_the_next(tmp_path
 
 
 def test_only_an_interrupted_first_write_is_a_fresh_start(tmp_path: Path) -> None:
-    save(tmp_path, 1).rename(tmp_path / "step-00000001.writing")
+    save(tmp_path, 1).rename(tmp_path / ".step-00000001.tmp")
     assert newest_checkpoint(tmp_path) is None
 
 
@@ -331,7 +331,7 @@ def before_a_kill(base: Path, situation: str) -> None:
     save(base, 2)
     match situation:
         case "after an interrupted write":
-            shutil.copytree(base / "step-00000002", base / "step-00000003.writing")
+            shutil.copytree(base / "step-00000002", base / ".step-00000003.tmp")
         case "over a damaged one":
             truncate(data_file(save(base, 3)))
 

@@ -59,7 +59,7 @@ def save(folder: Path, step: int) -> Path:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step}) + "\n")
     final = folder / "checkpoints" / f"step-{step:08}"
-    writing = final.with_name(final.name + ".writing")
+    writing = final.with_name(f".{final.name}.tmp")
     writing.mkdir(parents=True)
     records = {}
     for name, content in files(step).items():
