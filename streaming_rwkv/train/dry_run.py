@@ -1,7 +1,7 @@
-"""`train.py CONFIG --dry-run`: everything that a run does before its first step, shown; then it stops.
+"""Dry run, `train.py CONFIG --dry-run`: show everything that a run does before its first step, and exit.
 
-It validates the configuration, opens and checks the data, works out the plan and reads one batch through the real
-loader. Nothing is left behind but the save folder and the cache of shards, which the run will use.
+A dry run validates the configuration, opens and checks the data, plans the run and reads one batch through the real
+loader. It leaves only the save folder and the cache of shards, which the run will use.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from streaming_rwkv.train.startup import newest_mark
 
 
 def dry_run(config: RunConfig, *, processes: int) -> int:
-    """Show what `train` would do on so many processes; returns the exit status.
+    """Show what training on `processes` processes would do; return the exit status.
 
     Raises:
-        UserError: whatever would stop the run before its first step.
+        UserError: an error would stop the run before its first step.
     """
     make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
     root = Path(config.save_folder) / "checkpoints"
@@ -38,7 +38,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     with contextlib.closing(store) if store else contextlib.nullcontext():
         mark = newest_mark(root, store)
     if mark is None:
-        newest_checkpoint(root)  # of damage, it says what to do
+        newest_checkpoint(root)  # raises if checkpoints are damaged
     prepared = prepare(config, world_size=processes, fetch=True, shape=mark["run"]["model"] if mark else None)
     step = 0
     if mark is not None:
@@ -57,7 +57,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
 
 
 def _read(prepared: PreparedRun, step: int) -> tuple[Batch, Tokenizer]:
-    """The whole global batch of `step`, whatever the number of processes, and what its tokens mean."""
+    """Return the global batch of `step`, for any number of processes, and the data set's tokenizer."""
     folder = prepared.shard_set.cache / TOKENIZER_FOLDER
     copy_tokenizer(prepared.shard_set, folder)
     dataset = open_training_packs(prepared)

@@ -232,7 +232,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize(
     ("out", "error"),
-    [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; give NAME.pth"), ("d.pth", "is a folder")],
+    [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; name NAME.pth"), ("d.pth", "is a folder")],
 )
 def test_an_export_to_an_impossible_place(
     out: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -256,7 +256,7 @@ def test_a_device_that_is_not_here(device: str, tmp_path: Path, capsys: pytest.C
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
     assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
-    assert "without a tokenizer: none lies with it" in capsys.readouterr().out
+    assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 

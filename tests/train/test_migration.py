@@ -126,7 +126,7 @@ def test_every_setting_that_the_page_names_exists() -> None:
 def test_a_rate_that_rises_is_refused_as_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     rising = ["optimizer.lr=1e-4", "optimizer.lr_final=5e-4"]
     assert main([str(ROOT / "yamls" / "tiny_cpu.yaml"), *rising, "--dry-run"]) == 1
-    assert "the rate falls, it does not rise" in capsys.readouterr().err
+    assert "the rate must not rise" in capsys.readouterr().err
 
 
 def test_the_table_of_the_README_says_the_same(prepared: PreparedRun) -> None:

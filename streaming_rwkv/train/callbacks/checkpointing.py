@@ -21,7 +21,7 @@ from streaming_rwkv.train.composer_model import RWKV7ForTraining
 
 
 class Checkpointer(Callback):
-    """Checkpoints at their interval, at the end, and when the run is asked to stop (SIGTERM, Ctrl-C)."""
+    """Save checkpoints at their interval, after the last step, and when the run is asked to stop (SIGTERM, Ctrl-C)."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Checkpointer(Callback):
         self.stopping = False
 
     def listen(self) -> None:
-        """Take SIGTERM, and the first Ctrl-C, as a wish to stop at the end of the step."""
+        """Handle SIGTERM and the first Ctrl-C as requests to stop at the end of the step."""
         interrupted = False
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             nonlocal interrupted
-            # Not whoever was asked before: of one Ctrl-C comes a SIGINT from the terminal and a SIGTERM from the
-            # launcher, in either order.
+            # SIGTERMs are not counted: one Ctrl-C causes a SIGINT from the terminal and a SIGTERM from the launcher, in
+            # either order.
             if number == signal.SIGINT and interrupted:
                 raise KeyboardInterrupt
             interrupted = interrupted or number == signal.SIGINT
@@ -67,7 +67,7 @@ class Checkpointer(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         mirror = self.mirror
-        # One rank may hear the signal a step before another: they must agree, or they would wait for each other.
+        # One rank may receive the signal a step before another: they must agree, or they would wait for each other.
         flags = [self.asked_to_stop, *((mirror.busy, mirror.failed) if mirror else (False, False))]
         device = next(state.model.parameters()).device
         asked, busy, failed = all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
@@ -76,8 +76,8 @@ class Checkpointer(Callback):
         self.stopping = bool(asked or failed)
         if not (self.stopping or step % self.interval_steps == 0 or step == self.last_step):
             return
-        # One checkpoint at a time goes up: no queue grows before a slow network. Who has been asked to stop may have
-        # seconds left, though: this one goes onto the disk first, where nothing that is on its way up is removed.
+        # At most one upload is in flight, so a slow network cannot build a queue. When stopping, save locally first,
+        # since seconds may be left, and do not delete the checkpoint that is being uploaded.
         if mirror and not failed and not self.stopping:
             failed = not mirror.settle()
         assert isinstance(state.model, RWKV7ForTraining)

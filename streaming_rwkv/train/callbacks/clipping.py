@@ -13,11 +13,11 @@ from streaming_rwkv.config import UserError
 
 
 class TrainingStopped(UserError):
-    """The run cannot go on; the text says why and what to do."""
+    """An error that stops training; its text names the cause and the remedy."""
 
 
 class ClipGradient(Callback):
-    """Clip to the largest norm, report it, and catch a gradient that is not finite before it reaches the weights."""
+    """Clip the gradient to the largest norm, log the norm, and stop or skip a step whose gradient is not finite."""
 
     def __init__(self, largest_norm: float, *, on_nonfinite: str) -> None:
         self.largest_norm = largest_norm
@@ -36,11 +36,11 @@ class ClipGradient(Callback):
         if self.on_nonfinite == "stop":
             raise TrainingStopped(
                 f"step {step}: the gradient is not finite (norm {value}; in weights that are not finite themselves: "
-                f"{', '.join(bad[:3]) or 'none'}). Lower optimizer.lr, or say on_nonfinite=skip to leave such steps out"
+                f"{', '.join(bad[:3]) or 'none'}). Lower optimizer.lr, or set on_nonfinite=skip to skip such steps"
             )
         self.skipped += 1
         for parameter in parameters:
-            parameter.grad = None  # AdamW leaves weights and moments without a gradient alone
+            parameter.grad = None  # AdamW does not change weights and moments without a gradient
         logger.log_metrics({"optimizer/steps_skipped": self.skipped})
 
 

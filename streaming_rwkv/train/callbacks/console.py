@@ -11,7 +11,7 @@ from streaming_rwkv.distributed import is_rank_zero
 
 
 class Console(LoggerDestination):
-    """A line for every interval and evaluation, for people and for log files."""
+    """Print a line at every interval and evaluation."""
 
     def __init__(self, *, interval_steps: int, last_step: int) -> None:
         self.interval_steps = interval_steps

@@ -14,15 +14,16 @@ from streaming_rwkv.train.composer_model import add_by_stream
 
 
 class Consumption(Callback):
-    """Loss and tokens by stream as they are trained on; the shares that were really consumed."""
+    """Loss by stream, and the shares of tokens that were consumed."""
 
     def __init__(self, streams: Sequence[StreamRecord], *, interval_steps: int) -> None:
         self.names = [f"{stream.source}/{stream.bucket}" for stream in streams]
         self.interval_steps = interval_steps
-        self.before = torch.zeros(len(streams), dtype=torch.float64)  # of all ranks, until this start of the run
-        self.sums: dict[str, torch.Tensor] = {}  # of this rank, since
+        self.before = torch.zeros(len(streams), dtype=torch.float64)  # of all ranks, before this start of the run
+        self.sums: dict[str, torch.Tensor] = {}  # of this rank, since this start
 
     def load(self, consumed: dict[str, float]) -> None:
+        """Continue counting after a checkpoint's `consumed`."""
         self.before = torch.tensor([consumed.get(name, 0.0) for name in self.names], dtype=torch.float64)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -39,7 +40,7 @@ class Consumption(Callback):
         add_by_stream(self.sums["window_nll"], outputs["pack_nll"], batch["streams"])
 
     def consumed(self) -> dict[str, float]:
-        """Targets of each stream that the whole run has trained on; called by all ranks together."""
+        """Return the targets of each stream that the whole run has trained on. Collective."""
         total = self.before + all_reduce_sum(self.sums["targets"].clone()).cpu()
         return dict(zip(self.names, total.tolist(), strict=True))
 

@@ -16,7 +16,7 @@ from streaming_rwkv.filesystem import write_atomically
 
 
 class JSONLines(LoggerDestination):
-    """Every metric of every step in one file, a line each: nothing to install, nothing to parse twice."""
+    """Write every metric of every step to one file, one JSON line per step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,7 +25,7 @@ class JSONLines(LoggerDestination):
         self.writes = is_rank_zero()
 
     def rewind(self, step: int) -> None:
-        """Forget the lines after `step`: a resumed run writes them again."""
+        """Remove the lines after `step`, which a resumed run writes again."""
         if self.writes:
             forget_lines_after(self.path, step)
 
@@ -49,7 +49,7 @@ class JSONLines(LoggerDestination):
 
 
 def _finite_only(value: Any) -> Any:
-    """Plain values with None for numbers that JSON does not have: a loss that is not finite."""
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite_only(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -58,10 +58,10 @@ def _finite_only(value: Any) -> Any:
 
 
 def forget_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of JSON up to `step`, in one move; a line that a kill tore goes too."""
+    """Remove the lines after `step`, and incomplete lines that a killed run left, in one atomic write."""
     if not path.exists():
         return
-    # Bytes: after a loss of power there may be some that are no UTF-8, and lines that are whole stay as they are.
+    # As bytes: after a loss of power some may not be UTF-8, and complete lines stay unchanged.
     kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
     write_atomically(path, b"".join(line + b"\n" for line in kept))
 
@@ -70,4 +70,4 @@ def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf  # torn by a kill
+        return math.inf  # incomplete: the run was killed while it wrote the line

@@ -10,7 +10,7 @@ from streaming_rwkv.train.optimizer import lr_multiplier
 
 
 class LearningRate(Callback):
-    """The schedule, by tokens: each group's own rate times the course of the whole."""
+    """Set each parameter group's rate to its own rate times the schedule's multiplier at the tokens seen."""
 
     def __init__(self, config: OptimizerConfig, *, total_tokens: int) -> None:
         self.config = config

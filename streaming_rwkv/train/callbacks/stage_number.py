@@ -9,7 +9,7 @@ from composer.loggers import Logger
 
 
 class StageNumber(Callback):
-    """Which stage of the curriculum a step belongs to, counted from 0."""
+    """Log the curriculum stage of each step, counted from 0."""
 
     def __init__(self, stage_of: Callable[[int], int]) -> None:
         self.stage_of = stage_of

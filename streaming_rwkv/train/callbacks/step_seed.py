@@ -11,7 +11,7 @@ from streaming_rwkv.distributed import rank
 
 
 class StepSeed(Callback):
-    """Randomness of a step is a function of seed, step and rank: nothing to save, and nothing to forget to restore."""
+    """Seed the random numbers of each step by seed, step and rank, so that no state has to be saved or restored."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -9,7 +9,7 @@ from composer.loggers import Logger
 
 
 class Throughput(Callback):
-    """Tokens a second, share of time spent waiting for data, tokens and time left."""
+    """Tokens per second, share of time spent waiting for data, and tokens and time left."""
 
     def __init__(
         self, *, total_tokens: int, flops_per_token: int, peak_flops: float | None, interval_steps: int
@@ -34,7 +34,7 @@ class Throughput(Callback):
         self.waited += time.perf_counter() - self.asked_for_data
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._open_window(state)  # the time of an evaluation is not the training's
+        self._open_window(state)  # an evaluation's time does not count as training
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if int(state.timestamp.batch) % self.interval_steps:

@@ -13,7 +13,7 @@ from streaming_rwkv.train.composer_model import LossByStream
 
 
 def groups_of(streams: Sequence[StreamRecord]) -> dict[str, list[int]]:
-    """What is reported together: indices of streams by all, source, bucket and stream."""
+    """Return the indices of the streams that are reported together: all, by source, by bucket, and by stream."""
     groups: dict[str, list[int]] = {"all": list(range(len(streams)))}
     for i, stream in enumerate(streams):
         for name in (
@@ -26,7 +26,7 @@ def groups_of(streams: Sequence[StreamRecord]) -> dict[str, list[int]]:
 
 
 def validation_metrics(groups: Mapping[str, Sequence[int]], totals: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of each group.
+    """Return loss, perplexity and bits per byte of each group.
 
     Args:
         totals: `LossByStream.totals`.
@@ -38,13 +38,13 @@ def validation_metrics(groups: Mapping[str, Sequence[int]], totals: Mapping[str,
             metrics[f"validation/loss/{group}"] = nll / targets
             metrics[f"validation/perplexity/{group}"] = math.exp(min(700.0, nll / targets))
         if text_bytes:
-            # Comparable between tokenizers, as the loss per token is not.
+            # Unlike the loss per token, this can be compared between tokenizers.
             metrics[f"validation/bits_per_byte/{group}"] = nll / math.log(2) / text_bytes
     return metrics
 
 
 class ValidationReport(Callback):
-    """Loss, perplexity and bits per byte on validation, over all and by source, bucket and stream."""
+    """Loss, perplexity and bits per byte on the validation packs: of all, by source, by bucket and by stream."""
 
     def __init__(self, streams: Sequence[StreamRecord]) -> None:
         self.groups = groups_of(streams)
@@ -56,7 +56,10 @@ class ValidationReport(Callback):
 
 
 def evaluation_interval(interval_steps: int, *, last_step: int) -> Callable[[State, Event], bool]:
-    """Evaluate every so many steps and at the end; before the step's checkpoint, so that a kill can lose neither."""
+    """Return Composer's condition for an evaluation: every `interval_steps` steps, and after the last step.
+
+    The evaluation comes before the step's checkpoint, so that a run that is killed between them repeats the step.
+    """
 
     def due(state: State, event: Event) -> bool:
         step = int(state.timestamp.batch)
