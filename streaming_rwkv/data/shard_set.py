@@ -1,9 +1,9 @@
-"""A data set at its location: manifest, indexes and shards, each checked before it is believed, and their cache.
+"""A data set at its location: manifest, indexes and shards, each verified before use, and their cache.
 
-Whatever lies on a remote, or was left in the cache by an earlier run, is taken as a claim. The manifest is parsed
-strictly; each index must have the hash that the manifest gives, and describe just the shards that it lists; a shard
-must have its hash after the download and again when it is found in the cache, and expands to just the bytes it said.
-What is bad is fetched once more; then the run stops and names it.
+Nothing in object storage or in the cache is trusted. The manifest is parsed strictly. Each index must have the hash
+that the manifest gives, and describe exactly the shards that it lists. A shard must have its hash after the download
+and again when it is found in the cache, and must decompress to exactly its size. A damaged file is fetched once more;
+then the run stops with an error that names it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHOWN_SHARDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """A checked data set, and where its shards are kept on this machine."""
+    """A checked data set, and the folder of its shards on this machine."""
 
     location: str
     store: Store | None  # of a location in object storage
@@ -72,13 +72,15 @@ class ShardSet:
 def open_shard_set(
     location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, fetch: bool
 ) -> ShardSet:
-    """Fetch and check manifest and indexes of `splits` into `cache`.
+    """Open a data set, with the manifest and the indexes of `splits` in `cache`.
 
-    Only the node's leader writes; others wait for it first and then read what it left.
+    Args:
+        fetch: fetch and check them, and lock the cache; only local rank 0 does. The other ranks call this afterwards,
+            and read its files.
 
     Raises:
-        DataError: no data set there, or one that is not what it says.
-        LocationError: neither a local folder nor s3://bucket/prefix.
+        DataError: there is no data set, or it is damaged.
+        LocationError: the location is neither a local folder nor s3://bucket/prefix.
         UserError: another run is using the cache.
     """
     location = checked_location(location).rstrip("/")
@@ -116,10 +118,10 @@ def open_shard_set(
 
 
 def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
-    """Compare names and sizes of shards at the location with the manifest's; contents are when they are read.
+    """Compare names and sizes of the stored shards with the manifest; contents are verified when they are read.
 
     Raises:
-        DataError: some are missing or of another size.
+        DataError: shards are missing or have another size.
     """
     found: dict[str, int] = {}
     if shard_set.store is not None:
@@ -154,10 +156,10 @@ def _sizes(location: str, folder: str) -> dict[str, int]:
 
 
 def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
-    """Put the data set's tokenizer beside a run, so that its checkpoints can be tried and exported without the data.
+    """Copy the data set's tokenizer to a run, so that its checkpoints can be used without the data set.
 
     Raises:
-        DataError: what lies there is not the tokenizer that the manifest names.
+        DataError: the stored tokenizer is not the one that the manifest names.
     """
     source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
     for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
@@ -171,7 +173,7 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
 
 
 def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_seconds: float) -> bytes:
-    """The bytes of the file `name` of the data set, freshly; the one below `to` is replaced in one step."""
+    """Fetch the file `name` of the data set, replace the copy in `to` atomically, and return its bytes."""
     local, remote = to / name, f"{location}/{name}"
     local.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(local) as temporary:
@@ -186,7 +188,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
         except ObjectMissing:
             remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
             raise DataError(
-                f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`"
+                f"{remote}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
             ) from None
         except StorageError as error:
             raise DataError(str(error)) from error
@@ -208,10 +210,10 @@ def _check_index(content: bytes, record: StreamRecord, manifest: Manifest, *, wh
 
 
 def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
-    """Refuse an index that would make StreamingDataset read or write anything but the manifest's shards.
+    """Refuse an index with which StreamingDataset would read or write anything but the manifest's shards.
 
     Raises:
-        DataError: other columns or encodings (pickles above all), other files or sizes, or names outside the folder.
+        DataError: other columns or encodings (such as pickles), other files or sizes, or names outside the folder.
     """
     try:
         entries = json.loads(content)["shards"]
@@ -235,6 +237,6 @@ def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where:
 
 
 def _remove_unfinished_files(cache: Path) -> None:
-    """Remove what a run that was killed was about to write; the cache's limit does not count it."""
+    """Remove unfinished files of a killed run, which the cache's limit does not count."""
     for path in cache.rglob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

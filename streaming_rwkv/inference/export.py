@@ -45,7 +45,7 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
 
 
 def _write_world_for_transformers(folder: Path) -> None:
-    """Write the code with which `AutoTokenizer` reads RWKV World's vocabulary, which tokenizer.json cannot represent."""
+    """Write the code with which `AutoTokenizer` reads RWKV World's vocabulary; tokenizer.json cannot hold it."""
     name = "tokenization_rwkv_world"
     shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
     end = "<|endoftext|>"

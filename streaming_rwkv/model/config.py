@@ -1,4 +1,4 @@
-"""The shape of an RWKV-7 model, what it costs, and the sizes that BlinkDL released."""
+"""Shape of an RWKV-7 model, and the sizes that BlinkDL released."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from streaming_rwkv.config import Config
 
 Preset = Literal["0.1B", "0.4B", "1.5B", "2.9B"]
 
-# BlinkDL's World models. Their LoRA ranks are of older formulas than the one below (the 0.4B model's of none), so they
-# are written out; the parameter counts of the RWKV-7 paper confirm them.
+# BlinkDL's World models. Their LoRA ranks follow older formulas than the one below (the 0.4B model's follow none), so
+# they are listed; the parameter counts in the RWKV-7 paper confirm them.
 _PRESET_FIELDS = ("num_layers", "hidden_size", "decay_rank", "a_rank", "v_rank", "gate_rank", "head_size", "ffn_size")
 PRESETS: dict[Preset, dict[str, int]] = {
     "0.1B": dict(zip(_PRESET_FIELDS, (12, 768, 64, 64, 32, 128, 64, 3072), strict=True)),
@@ -22,10 +22,10 @@ PRESETS: dict[Preset, dict[str, int]] = {
 
 
 def _rank(factor: float) -> Any:
-    """A LoRA rank as the reference trainer chooses it: factor · √C, rounded to 32."""
+    """Return a field for a LoRA rank, by default the reference trainer's: factor · √C, rounded to 32."""
 
     def from_hidden_size(fields: dict[str, Any]) -> int:
-        # Absent where the hidden size itself was refused: that error is the one to show.
+        # Missing if the hidden size itself is invalid: then that error is reported.
         return max(32, round(factor * fields.get("hidden_size", 0) ** 0.5 / 32) * 32)
 
     return Field(default_factory=from_hidden_size)
@@ -35,15 +35,15 @@ class RWKV7Config(Config):
     """Shape and memory options of a model; give `preset`, or `hidden_size` and `num_layers`.
 
     Fields:
-        preset: a released size; it decides everything of the shape but the vocabulary.
+        preset: a released size; it determines the whole shape except the vocabulary.
         vocab_size: rows of embedding and head, V.
         hidden_size: C, a multiple of the head size.
         num_layers: L.
-        head_size: N; the released models, and the fused kernels, have 64.
+        head_size: N; 64 in the released models and the fused kernels.
         ffn_size: width of the channel mixing, 4·C in every released model.
         decay_rank, a_rank, v_rank, gate_rank: LoRA ranks; by default the reference trainer's formula.
-        activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
-        loss_chunk_tokens: how many tokens' logits exist at once when the loss is computed.
+        activation_checkpointing: keep only the input of each block, and recompute the rest in the backward pass.
+        loss_chunk_tokens: chunk size, in tokens, of the cross-entropy; bounds the memory of the logits.
     """
 
     preset: Preset | None = None

@@ -14,9 +14,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def parameter_count(config: RWKV7Config) -> int:
-    """Trained parameters, embedding and head included.
+    """Return the number of trained parameters, embedding and head included.
 
-    BlinkDL's files also store `att.v0`, `v1` and `v2` of layer 0, which no token ever meets: C·(2·v_rank + 1) more.
+    BlinkDL's files also store `att.v0`, `v1` and `v2` of layer 0, which are not used: C·(2·v_rank + 1) more.
     """
     width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
     norms_and_mixes = 6 + 1 + 4 + 2 + 3 + 2  # x_*, ffn.x_k; ln1, ln2; ln_x; k_k, k_a, r_k; w0, a0
@@ -30,10 +30,10 @@ def parameter_count(config: RWKV7Config) -> int:
 
 
 def flops_per_token(config: RWKV7Config) -> int:
-    """Floating-point operations of one trained token, forward and backward, a multiply-add counting as two.
+    """Return the FLOPs of one trained token, forward and backward, where a multiply-add counts as two.
 
-    6 per weight of every matrix that a token is multiplied by, and 27·N·C per layer for the recurrence. The
-    embedding is a look-up and costs nothing; recomputation (activation checkpointing) is not useful work either.
+    They are 6 per weight of every matrix that a token is multiplied by, and 27·N·C per layer for the recurrence. The
+    embedding is a look-up and costs nothing; recomputation (activation checkpointing) is not counted.
     """
     width, layers = config.hidden_size, config.num_layers
     matrices = layers * (4 * width * width + 2 * width * config.ffn_size)
@@ -43,5 +43,5 @@ def flops_per_token(config: RWKV7Config) -> int:
 
 
 def flops_per_token_6n(config: RWKV7Config) -> int:
-    """6 · (parameters), the convention of BlinkDL's README: it counts the embedding and leaves out the recurrence."""
+    """Return 6 · (parameters), as BlinkDL's README does, which counts the embedding but not the recurrence."""
     return 6 * parameter_count(config)

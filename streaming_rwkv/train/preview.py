@@ -22,7 +22,7 @@ GB, MB = 1e9, 1e6
 # Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/test_preview.py),
 # without the states that the kernel saves.
 SAVED_BYTES = {"fp32": 168, "amp_bf16": 118}
-RESIDUAL_BYTES = 4  # the block's input; with activation checkpointing nothing else is kept
+RESIDUAL_BYTES = 4  # the block's input, all that activation checkpointing keeps
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
 

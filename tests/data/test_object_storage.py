@@ -235,7 +235,7 @@ def test_a_data_set_that_cannot_be_read_is_refused_before_the_first_step(
 
 def test_where_no_data_set_lies_is_said_so(place: Place, s3_place: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"{s3_place}/manifest.json: not there, so this is no finished data set; build"
+        DataError, match=rf"{s3_place}/manifest.json: missing, so this is not a finished data set; build"
     ):
         open_shard_set(s3_place, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, fetch=True)
 
