@@ -28,7 +28,7 @@ EDGE_TOKENS = 4
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
-    """Return a table of each stream's requested and effective share of tokens in each stage, and its number of passes."""
+    """Return a table of each stream's requested and effective token shares by stage, and its number of passes."""
     targets = plan.expected_targets()
     packs = np.array([stream.packs for stream in plan.streams])
     repeats = plan.end / packs
