@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from composer.core import DataSpec, Evaluator
 
 from streaming_rwkv.data.loader import (
@@ -16,6 +18,29 @@ from streaming_rwkv.distributed import world_size
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.callbacks.validation import evaluation_interval
 from streaming_rwkv.train.prepare import PreparedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDatasets:
+    """The training packs with their loader, and an evaluator over the validation packs, if there are any."""
+
+    train_set: PackDataset
+    train_loader: DataSpec
+    evaluators: list[Evaluator]
+
+
+def build_datasets(prepared: PreparedRun, *, microbatch: int) -> RunDatasets:
+    """Open the training and validation packs of a run.
+
+    Args:
+        microbatch: packs of one training pass on each process.
+    """
+    data, train_set = prepared.config.data, open_training_packs(prepared)
+    return RunDatasets(
+        train_set=train_set,
+        train_loader=data_spec(train_set, workers=data.workers, timeout_seconds=data.timeout_seconds),
+        evaluators=build_evaluators(prepared, microbatch=microbatch),
+    )
 
 
 def open_training_packs(prepared: PreparedRun) -> PackDataset:
@@ -44,18 +69,8 @@ def _open_packs(
     )
 
 
-def load_packs(dataset: PackDataset, prepared: PreparedRun) -> DataSpec:
-    """Return the loader of a training dataset, with the configured worker processes."""
-    data = prepared.config.data
-    return data_spec(dataset, workers=data.workers, timeout_seconds=data.timeout_seconds)
-
-
 def build_evaluators(prepared: PreparedRun, *, microbatch: int) -> list[Evaluator]:
-    """Return one evaluator over all validation packs, or none if the data set has no validation packs.
-
-    Args:
-        microbatch: packs of one training pass on each process.
-    """
+    """Return one evaluator over all validation packs, or none if the data set has no validation packs."""
     records = prepared.shard_set.manifest.select("validation")
     if not records:
         return []

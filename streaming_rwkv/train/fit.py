@@ -7,23 +7,21 @@ from pathlib import Path
 
 import torch
 from composer import Trainer
-from composer.core import Evaluator
 
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.loader import PackDataset
-from streaming_rwkv.distributed import barrier, run_on_all, world_size
-from streaming_rwkv.model.flops import flops_per_token, peak_flops
-from streaming_rwkv.model.init import initialize
-from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_state, read_state
+from streaming_rwkv.distributed import world_size
+from streaming_rwkv.model.flops import peak_flops
 from streaming_rwkv.train.callbacks.build import RunCallbacks, build_callbacks
+from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.checkpoints.local import Checkpoint, load_checkpoint
+from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, sharding
-from streaming_rwkv.train.datasets import build_evaluators, load_packs, open_training_packs
+from streaming_rwkv.train.datasets import RunDatasets, build_datasets
+from streaming_rwkv.train.loggers import RunLoggers, build_loggers
 from streaming_rwkv.train.microbatch import choose_microbatch
-from streaming_rwkv.train.optimizer import build_optimizer
-from streaming_rwkv.train.startup import CheckedRun, collective_timeout, remove_initial_weights
-from streaming_rwkv.train.trackers import RunLoggers, build_loggers
+from streaming_rwkv.train.network import build_model
+from streaming_rwkv.train.startup import CheckedRun
 
 STOPPED_EARLY = 143  # 128 + SIGTERM, the exit status that shells and schedulers expect
 
@@ -41,50 +39,27 @@ def fit(run: CheckedRun) -> int:
 
     microbatch = choose_microbatch(prepared, precision=precision, device=run.device)
     model, optimizer = build_model(run)
-    train_set = open_training_packs(prepared)
-    evaluators = build_evaluators(prepared, microbatch=microbatch)
+    datasets = build_datasets(prepared, microbatch=microbatch)
     callbacks = build_callbacks(prepared, mirror=run.mirror, peak_flops=peak * world_size() if peak else None)
     loggers = build_loggers(config, last_step=prepared.plan.steps)
     trainer = build_trainer(
-        run, model, optimizer, train_set, evaluators, callbacks, loggers, precision=precision, microbatch=microbatch
+        run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch
     )
-    loggers.log_settings(config)
+    loggers.log_settings()
     average_gradients(model.network)
     if run.checkpoint is not None:
         load_checkpoint(run.checkpoint, model=model.network, optimizer=optimizer)
-        restore_progress(run.checkpoint, trainer, train_set, callbacks)
+        restore_progress(run.checkpoint, trainer, datasets.train_set, callbacks)
     for log in (loggers.lines, callbacks.samples):
         log.rewind(run.checkpoint.step if run.checkpoint else 0)
-    return train(run, trainer, callbacks)
-
-
-def build_model(run: CheckedRun) -> tuple[RWKV7ForTraining, torch.optim.AdamW]:
-    """Return the network, with initial weights unless a checkpoint follows, and its optimizer."""
-    prepared, config = run.prepared, run.prepared.config
-    network = RWKV7(prepared.model)
-    if run.checkpoint is None and run.initial is not None:
-        path = run.initial.path
-        assert path is not None  # a run without a path has a checkpoint, which start-up has found
-        run_on_all(lambda: load_state(network, read_state(path), where=str(config.model.init_from)))
-        barrier()
-        remove_initial_weights(Path(config.save_folder))
-    elif run.checkpoint is None:
-        initialize(network, seed=config.seed)
-    validation_records = prepared.shard_set.manifest.select("validation")
-    model = RWKV7ForTraining(
-        network,
-        num_streams=max(len(prepared.plan.streams), len(validation_records)),
-        flops_per_token=flops_per_token(prepared.model),
-    )
-    return model, build_optimizer(network, config.optimizer)
+    return train(trainer, callbacks.checkpointer, run.mirror)
 
 
 def build_trainer(
     run: CheckedRun,
     model: RWKV7ForTraining,
     optimizer: torch.optim.AdamW,
-    train_set: PackDataset,
-    evaluators: list[Evaluator],
+    datasets: RunDatasets,
     callbacks: RunCallbacks,
     loggers: RunLoggers,
     *,
@@ -96,8 +71,8 @@ def build_trainer(
     return Trainer(
         run_name=Path(config.save_folder).name,
         model=model,
-        train_dataloader=load_packs(train_set, prepared),
-        eval_dataloader=evaluators or None,
+        train_dataloader=datasets.train_loader,
+        eval_dataloader=datasets.evaluators or None,
         max_duration=f"{prepared.plan.steps}ba",
         optimizers=optimizer,
         callbacks=callbacks.all,
@@ -107,7 +82,7 @@ def build_trainer(
         device_train_microbatch_size=microbatch,
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
-        dist_timeout=collective_timeout(config.data),
+        dist_timeout=run.timeout_seconds,
         parallelism_config={"fsdp": sharding()} if world_size() > 1 else None,
         progress_bar=config.log.progress_bar,
         spin_dataloaders=False,
@@ -134,21 +109,21 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDa
     callbacks.clipping.skipped = mark.get("steps_skipped", 0)
 
 
-def train(run: CheckedRun, trainer: Trainer, callbacks: RunCallbacks) -> int:
+def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -> int:
     """Run Composer's training loop, finish the uploads, and return the exit status."""
-    callbacks.checkpointer.listen()
+    checkpointer.listen()
     try:
         trainer.fit()
     except BaseException:
         trainer.engine.close()  # while the exception is pending: trackers then record a failed run
         raise
-    steps, last_step = int(trainer.state.timestamp.batch), run.prepared.plan.steps
+    steps, last_step = int(trainer.state.timestamp.batch), checkpointer.last_step
     trainer.close()
-    if run.mirror:
-        run.mirror.finish()
+    if mirror:
+        mirror.finish()
     if steps == last_step:
         return 0
-    if not callbacks.checkpointer.stopping:
+    if not checkpointer.stopping:
         raise RuntimeError(f"the loader ended after {steps} of {last_step} steps")
     print_rich(f"stopped at step {steps} of {last_step} on request; rerun the same command to resume")
     return STOPPED_EARLY

@@ -17,7 +17,6 @@ from streaming_rwkv.shards import SPLITS, Manifest, Split, TokenizerRecord
 from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
 from streaming_rwkv.train.config import DataConfig, ModelConfig, RunConfig
 from streaming_rwkv.train.optimizer import lr_multiplier
-from streaming_rwkv.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +31,7 @@ class PreparedRun:
     model: RWKV7Config
     total_tokens: int
     cache_limits: dict[Split, int | None]  # bytes
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the steps already taken; a checkpoint made with anything else is refused."""
-        manifest, config = self.shard_set.manifest, self.config
-        memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
-        return {
-            "data": manifest.fingerprint,
-            "tokenizer": manifest.tokenizer.sha256,
-            "mixture": [stage.model_dump(exclude_none=True) for stage in all_stages(config.data)],
-            "batch_packs": self.plan.batch_packs,
-            "order": {"version": ORDER_VERSION, "block_shards": config.data.shuffle_block_shards, "seed": config.seed},
-            "model": self.model.model_dump(exclude=memory_only),
-            "optimizer": config.optimizer.model_dump(mode="json"),
-        }
+    identity: dict[str, Any]  # determines the steps already taken; a checkpoint made with another one is refused
 
 
 def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[str, Any] | None = None) -> PreparedRun:
@@ -58,7 +43,6 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     Raises:
         UserError: the configuration or the data would stop the run later.
     """
-    check_trackers(config.log)
     data = config.data
     shard_set = open_shard_set(
         data.path,
@@ -74,26 +58,38 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             f"evaluation.prompts: texts are sampled at evaluations, but {data.path} has no validation packs; "
             "build it with `validation` above 0, or leave the prompts out"
         )
+    stages = all_stages(data)
     plan = make_plan(
-        all_stages(data),
+        stages,
         manifest.select("train"),
         batch_packs=count_batch_packs(data, pack_tokens=manifest.pack_tokens, world_size=world_size),
         seed=config.seed,
         block_shards=data.shuffle_block_shards,
     )
-    total_tokens = round(float(plan.expected_targets().sum()))
-    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=total_tokens)  # raises if the schedule does not fit
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
         _warn_of_large_microbatch(config, packs=plan.batch_packs // world_size, world_size=world_size)
+    model = resolve_model(config.model, manifest.tokenizer, shape)
+    total_tokens = round(float(plan.expected_targets().sum()))
+    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=total_tokens)  # raises if the schedule does not fit
+    memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
     return PreparedRun(
         config=config,
         shard_set=shard_set,
         plan=plan,
-        model=resolve_model(config.model, manifest.tokenizer, shape),
+        model=model,
         total_tokens=total_tokens,
         cache_limits=limits,
+        identity={
+            "data": manifest.fingerprint,
+            "tokenizer": manifest.tokenizer.sha256,
+            "mixture": [stage.model_dump(exclude_none=True) for stage in stages],
+            "batch_packs": plan.batch_packs,
+            "order": {"version": ORDER_VERSION, "block_shards": data.shuffle_block_shards, "seed": config.seed},
+            "model": model.model_dump(exclude=memory_only),
+            "optimizer": config.optimizer.model_dump(mode="json"),
+        },
     )
 
 

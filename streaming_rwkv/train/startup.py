@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from composer.devices import Device
@@ -41,9 +41,12 @@ from streaming_rwkv.train.checkpoints.local import (
     plan_from,
 )
 from streaming_rwkv.train.checkpoints.uploader import Mirror, check_place, newest_remote, node_checkpoint, restore
-from streaming_rwkv.train.config import DataConfig, RunConfig
+from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
 from streaming_rwkv.train.preview import mixture_table
+from streaming_rwkv.train.trackers import check_trackers
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class CheckedRun:
     checkpoint: Checkpoint | None
     mirror: Mirror | None
     device: Device
+    timeout_seconds: float  # of a collective
     lock: FolderLock | None  # of the save folder, held by rank 0
 
 
@@ -75,7 +79,10 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     Raises:
         UserError: on all ranks, whichever of them met it, so that none waits for the others.
     """
-    device = join_ranks(config.device, config.data)
+    check_trackers(config.log)
+    # Longer than a rank may wait for its data.
+    timeout_seconds = max(300.0, 4 * config.data.timeout_seconds)
+    device = join_ranks(config.device, timeout_seconds=timeout_seconds)
     save_folder = Path(config.save_folder)
     lock = run_on_rank_zero(
         lambda: lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
@@ -84,7 +91,8 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
     initial = find_initial_weights(config.model.init_from, save_folder, store)
-    prepared = prepare_on_all_ranks(config, shape=initial.shape if initial else None)
+    fetch, ranks, shape = is_local_rank_zero(), world_size(), initial.shape if initial else None
+    prepared = run_on_local_rank_zero_first(lambda: prepare(config, world_size=ranks, fetch=fetch, shape=shape))
     mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
     prepared, checkpoint = find_resume_point(prepared, store, mirror)
     if checkpoint is not None and checkpoint.step == prepared.plan.steps:
@@ -96,11 +104,17 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     if mirror:
         mirror.send_logs()
     return CheckedRun(
-        prepared=prepared, initial=initial, checkpoint=checkpoint, mirror=mirror, device=device, lock=lock
+        prepared=prepared,
+        initial=initial,
+        checkpoint=checkpoint,
+        mirror=mirror,
+        device=device,
+        timeout_seconds=timeout_seconds,
+        lock=lock,
     )
 
 
-def join_ranks(device_name: str | None, data: DataConfig) -> Device:
+def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
     """Choose this rank's device, and connect the ranks of the run with each other."""
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
@@ -113,13 +127,8 @@ def join_ranks(device_name: str | None, data: DataConfig) -> Device:
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise each process would use all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
-    dist.initialize_dist(device, timeout=collective_timeout(data))
+    dist.initialize_dist(device, timeout=timeout_seconds)
     return device
-
-
-def collective_timeout(data: DataConfig) -> float:
-    """Return the seconds after which a collective fails: longer than a rank may wait for its data."""
-    return max(300.0, 4 * data.timeout_seconds)
 
 
 def find_initial_weights(location: str | None, save_folder: Path, store: Store | None) -> InitialWeights | None:
@@ -159,18 +168,13 @@ def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
     return max(found, key=lambda mark: int(mark["step"]), default=None)
 
 
-def prepare_on_all_ranks(config: RunConfig, *, shape: Mapping[str, Any] | None) -> PreparedRun:
-    """Call `prepare` on local rank 0 of each node, then on the other ranks, which read the files that it fetched."""
-    fetch, ranks = is_local_rank_zero(), world_size()
-
-    def work() -> PreparedRun:
-        return prepare(config, world_size=ranks, fetch=fetch, shape=shape)
-
+def run_on_local_rank_zero_first(work: Callable[[], Value]) -> Value:
+    """Run `work` on local rank 0 of each node, then on the other ranks, and return each rank's result."""
     first = run_on_local_rank_zero(work)
-    second = run_on_all(None if fetch else work)
-    prepared = first or second
-    assert prepared is not None
-    return prepared
+    second = run_on_all(None if is_local_rank_zero() else work)
+    result = first if is_local_rank_zero() else second
+    assert result is not None
+    return result
 
 
 def find_resume_point(

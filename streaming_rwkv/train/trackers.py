@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.jsonl, console, TensorBoard, Weights & Biases and MLflow.
+"""Trackers of a run: Weights & Biases and MLflow, through Composer's loggers.
 
 A save folder has one tracked run, however often it is started: its name is generated at the first start and kept in
 `{save_folder}/tracking-id`. Credentials are given to the trackers themselves (`wandb login`, WANDB_API_KEY,
@@ -10,19 +10,16 @@ from __future__ import annotations
 import importlib.util
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import is_rank_zero
 from streaming_rwkv.filesystem import write_atomically
-from streaming_rwkv.train.callbacks.console import Console
-from streaming_rwkv.train.callbacks.json_lines import JSONLines
-from streaming_rwkv.train.config import LogConfig, MlflowConfig, RunConfig, WandbConfig
+from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
 
 TRACKING_ID_NAME = "tracking-id"
 
@@ -82,47 +79,6 @@ class ResumedMLFlowLogger(MLFlowLogger):
             super().log_hyperparameters({name: value for name, value in hyperparameters.items() if name not in known})
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunLoggers:
-    """Composer's loggers of a run: metrics.jsonl, the console, TensorBoard, and the configured trackers."""
-
-    all: list[LoggerDestination]
-    lines: JSONLines
-    trackers: list[LoggerDestination]
-
-    def log_settings(self, config: RunConfig) -> None:
-        """Send the run's settings to the trackers, with interpolations in place of the environment's values."""
-        values = config.with_interpolations(config.model_dump(mode="json", exclude_none=True))
-        for tracker in self.trackers:
-            tracker.log_hyperparameters(flat_settings(values))
-
-
-def build_loggers(config: RunConfig, *, last_step: int) -> RunLoggers:
-    """Return the loggers that a run's configuration asks for."""
-    log, save_folder = config.log, Path(config.save_folder)
-    lines = JSONLines(save_folder / "metrics.jsonl")
-    loggers: list[LoggerDestination] = [lines]
-    if not log.progress_bar:
-        loggers.append(Console(interval_steps=log.interval_steps, last_step=last_step))
-    if log.tensorboard:
-        loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
-    trackers = build_trackers(log, save_folder=save_folder)
-    return RunLoggers(all=[*loggers, *trackers], lines=lines, trackers=trackers)
-
-
-def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
-    """Return Composer's loggers for the configured trackers; they write only on rank 0."""
-    if log.wandb is None and log.mlflow is None:
-        return []
-    ours = tracking_id(save_folder) if is_rank_zero() else ""
-    trackers: list[LoggerDestination] = []
-    if log.wandb is not None:
-        trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))
-    if log.mlflow is not None:
-        trackers.append(ResumedMLFlowLogger(tracking_id=ours, **mlflow_arguments(log.mlflow)))
-    return trackers
-
-
 def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested settings by dotted keys, as on the command line; lists of settings by index."""
 
@@ -136,3 +92,16 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             yield from walk(entry, f"{key}.{name}" if key else str(name))
 
     return dict(walk(dict(values), ""))
+
+
+def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
+    """Return Composer's loggers for the configured trackers; they write only on rank 0."""
+    if log.wandb is None and log.mlflow is None:
+        return []
+    ours = tracking_id(save_folder) if is_rank_zero() else ""
+    trackers: list[LoggerDestination] = []
+    if log.wandb is not None:
+        trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))
+    if log.mlflow is not None:
+        trackers.append(ResumedMLFlowLogger(tracking_id=ours, **mlflow_arguments(log.mlflow)))
+    return trackers
