@@ -391,7 +391,7 @@ def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, 
 def test_a_bomb_expands_no_further_than_the_index_says():
     import zstandard
 
-    from streaming_rwkv.data.shard_set import _expand
+    from streaming_rwkv.data.streaming_compat import _expand
 
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     assert len(bomb) < 1 << 15
