@@ -92,7 +92,7 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--processes", "3"], "data.batch_packs: 4 packs do not divide among 3 processes"),
-        (["data.path=/nowhere"], "/nowhere/manifest.json: not there"),
+        (["data.path=/nowhere"], "/nowhere/manifest.json: missing"),
         (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),
         (["data.stages.0.sources.code=-1"], "shares must not be negative"),
         (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),

@@ -45,7 +45,7 @@ START_SECONDS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How packs are fetched; none of it changes which packs a step has.
+    """Options of fetching packs, which do not change the packs of a step.
 
     Fields:
         fetch_ahead: packs that each worker looks ahead for shards to fetch.
