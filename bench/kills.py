@@ -34,7 +34,8 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoints.local import load_checkpoint, newest_checkpoint, save_checkpoint
-from streaming_rwkv.train.checkpoints.uploader import Mirror, restore
+from streaming_rwkv.train.checkpoints.restore import restore
+from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 

@@ -35,7 +35,7 @@ from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import read_manifest
 from streaming_rwkv.storage import open_store
-from streaming_rwkv.train.checkpoints.uploader import restore
+from streaming_rwkv.train.checkpoints.restore import restore
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_server import S3Server, running
 

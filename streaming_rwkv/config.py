@@ -21,7 +21,7 @@ from yaml import YAMLError
 from streaming_rwkv.errors import UserError
 
 Location: TypeAlias = tuple[int | str, ...]
-_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that no backslash makes text
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped by a backslash
 
 
 class ConfigError(UserError):
@@ -29,7 +29,7 @@ class ConfigError(UserError):
 
 
 def without_credentials(text: str) -> str:
-    """Return `text` with what may be secret in its URLs cut out: user information and queries (signatures)."""
+    """Return `text` without the parts of its URLs that may be secret: user information and queries (signatures)."""
     return re.sub(r"://[^\s'\"]*[@?][^\s'\"]*", "://…", text)
 
 
@@ -43,20 +43,20 @@ __all__ = ["Config", "ConfigError", "LoadedConfig", "UserError", "configs_within
 
 
 class LoadedConfig(Config):
-    """Base of what a YAML file holds as a whole; it remembers which values were interpolations."""
+    """Base of the configuration of a whole YAML file; it remembers which values were interpolations."""
 
     _interpolations: dict[Location, str] = PrivateAttr(default_factory=dict)
-    """The text of each value that an interpolation gave, by its place."""
+    """The text of each interpolation, by the location of its value."""
 
     def with_interpolations(self, values: dict[str, Any]) -> dict[str, Any]:
-        """`values`, a dump of this configuration or of a part of it, as they may be saved or published.
+        """Return `values`, a dump of this configuration or a part of it, in a form that may be saved or published.
 
-        An interpolation may have brought in a secret of the environment: it is kept in place of its value.
+        Interpolations replace their values, which may be secrets of the environment.
         """
         return _replaced(values, self._interpolations)
 
     def to_yaml(self) -> str:
-        """YAML that `load_config` reads as this configuration again, with its interpolations unresolved."""
+        """Return YAML from which `load_config` reads this configuration again, with its interpolations unresolved."""
         return OmegaConf.to_yaml(_replaced(_escaped(self.model_dump(mode="json")), self._interpolations))
 
 
@@ -66,7 +66,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path`, apply `key=value` overrides (dots for nesting), validate.
 
-    Where a field is a string, the text of an override is its value as it is; elsewhere it is read as YAML.
+    The text of an override is the literal value of a string field; for any other field it is read as YAML.
 
     Raises:
         ConfigError: unreadable file, malformed override, unknown key, or a value of the wrong kind.
@@ -103,10 +103,10 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
 
 
 def _read_yaml(path: Path) -> str:
-    """The text of a YAML file, once it has been parsed without an error.
+    """Return the text of a YAML file that can be parsed.
 
     Raises:
-        ConfigError: not there, not readable, not text, or not YAML.
+        ConfigError: missing, not readable, not text, or not YAML.
     """
     try:
         text = path.read_bytes().decode()
@@ -123,13 +123,13 @@ def _read_yaml(path: Path) -> str:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
     except OmegaConfBaseException:
         raise
-    except ValueError as error:  # Python reads no integers of more than 4,300 digits
+    except ValueError as error:  # Python refuses to read integers of more than 4,300 digits
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     return text
 
 
 def _apply(config: Any, override: str, config_type: type[Config]) -> None:
-    """Put one override in its place; merging them all at once cannot reach into lists (data.stages.0.tokens=…)."""
+    """Apply one override; merging all at once cannot reach into lists (data.stages.0.tokens=…)."""
     key, _, text = override.partition("=")
     place = without_credentials(_short(override))
     try:
@@ -140,7 +140,7 @@ def _apply(config: Any, override: str, config_type: type[Config]) -> None:
         raise ConfigError(f"command line: {place}: the value is not valid YAML: nested too deeply") from None
     except (OmegaConfBaseException, TypeError, IndexError) as error:  # a list's index that is none, or too large
         raise ConfigError(f"command line: {place} leads nowhere in the file: {error}") from error
-    except ValueError as error:  # Python reads no integers of more than 4,300 digits
+    except ValueError as error:  # Python refuses to read integers of more than 4,300 digits
         raise ConfigError(f"command line: {place}: the value is not valid YAML: {error}") from None
 
 
@@ -167,7 +167,7 @@ def _parsed(text: str) -> Any:
 
 
 def _literal(value: Any, types: Sequence[Any]) -> Any:
-    """`value` with each text that is a string field's escaped, so that nothing in it is an interpolation."""
+    """Return `value` with the text of string fields escaped, so that nothing in it is an interpolation."""
     if isinstance(value, dict):
         return {key: _literal(entry, _types_below(types, str(key))) for key, entry in value.items()}
     if isinstance(value, list):
@@ -176,7 +176,7 @@ def _literal(value: Any, types: Sequence[Any]) -> Any:
 
 
 def _types_at(config_type: type[Config], key: str) -> list[Any]:
-    """The types that the field of an override's key may have; none where there is no such field."""
+    """Return the types that the field of an override's key may have; none if there is no such field."""
     types: list[Any] = [config_type]
     for part in re.findall(r"[^.\[\]]+", key):
         types = _types_below(types, part)
@@ -193,13 +193,13 @@ def _types_below(types: Sequence[Any], part: str) -> list[Any]:
 
 
 def _entry_types(types: Sequence[Any]) -> list[Any]:
-    """The types of the entries of lists, and of the values of mappings."""
+    """Return the types of the entries of lists and of the values of mappings."""
     entries = [get_args(kind)[-1] for kind in types if get_origin(kind) in (list, tuple, dict) and get_args(kind)]
     return [member for entry in entries for member in _members(entry)]
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, each without its constraints."""
+    """Return the types of a union, each without its constraints."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])
@@ -209,7 +209,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _escaped(value: Any) -> Any:
-    """Plain values with each `${` written so that OmegaConf takes it as text."""
+    """Return plain values with each `${` escaped for OmegaConf."""
     if isinstance(value, dict):
         return {key: _escaped(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -218,7 +218,7 @@ def _escaped(value: Any) -> Any:
 
 
 def _find_interpolations(plain: Any, location: Location = ()) -> dict[Location, str]:
-    """Each value that OmegaConf would resolve, by its place."""
+    """Return each value that OmegaConf would resolve, by its location."""
     if isinstance(plain, str) and _INTERPOLATION.search(plain):
         return {location: plain}
     entries = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
@@ -228,7 +228,7 @@ def _find_interpolations(plain: Any, location: Location = ()) -> dict[Location, 
 
 
 def _replaced(values: Any, by_location: Mapping[Location, str], location: Location = ()) -> Any:
-    """Plain values with others at some places; a list that one place became has it as well."""
+    """Return plain values with those at some locations replaced."""
     if location in by_location:
         return by_location[location]
     if isinstance(values, dict):
@@ -249,7 +249,7 @@ def validate(
     """Build `config_type` from plain values; every problem becomes one line of the error.
 
     Args:
-        secrets: the interpolations whose values must not be shown, by their place.
+        secrets: the interpolations whose values must not be shown, by their location.
     Raises:
         ConfigError: one line for each unknown, missing or wrong key.
     """
@@ -268,7 +268,7 @@ def validate(
 
 
 def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:
-    """`text` with the interpolation of each value that one gave in its place."""
+    """Return `text` with each secret value replaced by its interpolation."""
     shown: dict[str, str] = {}
     for location, interpolation in secrets.items():
         value = values
@@ -283,16 +283,16 @@ def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: cut where it is long."""
+    """Return a value as shown in errors: long ones are cut."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integers of more than 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "an integer of more than 4,300 digits"
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _is_about(text: str, key: str, override: str) -> bool:
-    """Whether a problem at `key` is of what `override` gives: there, above, or below in a key that `text` names."""
+    """Return True if an override caused the problem at `key`: set there, above, or below in a key that `text` names."""
     if f"{key}.".startswith(f"{override}."):
         return True
     below = override.removeprefix(f"{key}.") if key else override
@@ -317,7 +317,7 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:
-    """The field names of the configuration that lies at `location` below `config_type`."""
+    """Return the field names of the configuration at `location` below `config_type`."""
     candidates: list[type[Config]] = [config_type]
     for part in location:
         below: list[type[Config]] = []
@@ -331,7 +331,7 @@ def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> l
 
 
 def configs_within(annotation: Any) -> list[type[Config]]:
-    """The configurations that a field of this type may hold."""
+    """Return the configurations that a field of this type may contain."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [config for argument in get_args(annotation) for config in configs_within(argument)]

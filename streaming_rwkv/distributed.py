@@ -1,10 +1,10 @@
-"""Ranks of a distributed run: which one this process is, collectives, and work that one rank does for all.
+"""Ranks of a distributed run: this process's rank, collectives, and work that one rank does for all.
 
-A rank is one process of a run. Each node has a local rank 0, which does what is needed once per machine; rank 0 does
-what is needed once per run. Without a process group this process is the only rank.
+A rank is one process of a run. Each node has a local rank 0, for work that is done once per machine; rank 0 is for work
+that is done once per run. Without a process group this process is the only rank.
 
-Every function below "Collectives" must be called by all ranks, in the same order. torch is imported when it is needed:
-who this process is can be asked before.
+Every function below "Collectives" must be called by all ranks, in the same order. torch is imported on first use, so
+that the functions that need only the environment stay fast.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-POLL_SECONDS = 0.5  # between two looks at how far the other ranks are
+POLL_SECONDS = 0.5  # between two checks of the other ranks' progress
 
 
 class OtherRankError(UserError):
-    """An error that another rank met; its text names the cause."""
+    """An error of another rank; its text names the cause."""
 
 
-# Who this process is
+# This process
 
 
 def has_launcher() -> bool:
@@ -76,7 +76,7 @@ def local_world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     from torch import distributed
 
     if is_distributed():
@@ -118,7 +118,7 @@ def all_reduce_min(tensor: Tensor) -> Tensor:
 
 
 def run_on_all(work: Callable[[], Value] | None) -> Value | None:
-    """Run each rank's `work`, if it has any, and wait for all of it, however long it takes.
+    """Run each rank's `work`, if it has any, and wait for all ranks without a time limit.
 
     A collective that waited for another rank's download would time out, so ranks poll each other meanwhile. An error
     of one rank is raised on every rank.

@@ -1,6 +1,6 @@
-"""No process outlives its parent or its own work.
+"""Processes that end with their parent and with their own work.
 
-Nothing is imported here but the standard library: to die with a parent must be asked for before anything takes time.
+Only the standard library is imported: `die_with_parent` must be called before any slow import.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends.
+    """Have the kernel kill this process when its parent ends in any way.
 
-    A launcher that gets SIGKILL cannot stop its ranks; they would go on training, and write checkpoints beside those
+    A launcher that gets SIGKILL cannot stop its ranks. They would continue to train, and write checkpoints beside those
     of the run that replaced them.
 
     Args:
-        parent: its number, where it is known: by now it may have ended, and another have taken its place. Without it,
-            call this before anything that takes time.
+        parent: the parent's process number, if known: it may have ended already, and another parent have adopted this
+            process. Without it, call this before any slow work.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -35,7 +35,7 @@ def die_with_parent(parent: int | None = None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -43,8 +43,8 @@ def wait_for_launcher(seconds: float = 60.0) -> None:
     """Wait for the launcher's SIGTERM in a rank that fails for the same reason as local rank 0 of its node.
 
     The launcher polls its ranks. As soon as one has failed, it sends SIGTERM to the others and then reports the status
-    of the first that failed by rank. If this rank left earlier than local rank 0, that one would be killed before it
-    could say what is wrong.
+    of the failed one with the lowest rank. If this rank exited before local rank 0, the launcher would kill local rank
+    0 before it could report the error.
 
     Args:
         seconds: the longest wait, in case local rank 0 did not fail.
@@ -53,22 +53,22 @@ def wait_for_launcher(seconds: float = 60.0) -> None:
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may use; all of the machine's where the system cannot tell."""
+    """Return the number of CPU cores that this process may use, or all of the machine where the system cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main`, and end this process with the status it gives, as `sys.exit(main())` would; but always end it.
+    """Call `main` and end this process with the returned status, as `sys.exit(main())` would, but without fail.
 
-    Threads of gloo still free the tensors of the last collective when a run is over, and need the interpreter for it.
-    Whoever takes that apart, or the process group, waits for them for ever, or they abort the process (PyTorch #154976,
-    #190489; up to one exit in five): a run that has succeeded would hang, or count as failed. So nothing is taken
-    apart, after all that is registered for the end of a process has been called.
+    When a run is over, gloo's threads still free the tensors of the last collective, for which they need the
+    interpreter. Finalizing the interpreter or the process group waits for them indefinitely, or they abort the process
+    (PyTorch #154976, #190489; up to one exit in five): a successful run would hang, or count as failed. The process
+    therefore ends without finalization, after all registered exit functions were called.
     """
     status = 1
     try:
         try:
-            sys.exit(main())  # by this name: W&B learns the status there
+            sys.exit(main())  # through this name, where W&B reads the status
         except SystemExit as ending:
             status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
             if isinstance(ending.code, str):
@@ -76,11 +76,11 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
         except BaseException as error:  # noqa: BLE001 - what the interpreter does with it
             status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
             sys.excepthook(type(error), error, error.__traceback__)
-        # As multiprocessing ends the processes that it forks.
+        # The same steps as at the end of a process forked by multiprocessing.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, AttributeError):  # nobody reads it any more, or ever did
+            with contextlib.suppress(OSError, AttributeError):  # closed, or never open
                 stream.flush()
     finally:  # a signal's exception too
         os._exit(status)

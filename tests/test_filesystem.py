@@ -106,9 +106,14 @@ def test_a_file_system_without_locks_gets_a_warning(
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "file"
     write_atomically(target, b"old")
-    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_bytes(b"half of the n")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_bytes(b"half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -134,9 +139,14 @@ def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
-        (temporary / "file").touch()
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / "file").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     folder.mkdir()
     with atomic_folder(folder) as temporary:  # an empty one is replaced

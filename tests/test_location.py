@@ -9,7 +9,7 @@ import pytest
 from streaming_rwkv.config import ConfigError, load_config, validate
 from streaming_rwkv.location import LocationError, checked_local, checked_location, is_remote
 from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.config import RunConfig
 
 SECRET = "wJalr/XUtn+FEMI"

@@ -33,7 +33,7 @@ from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.plot import validation_rows
 from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
-from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
 
 TIMEOUT_SECONDS = 120.0

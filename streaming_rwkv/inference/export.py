@@ -20,7 +20,7 @@ from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -16,7 +16,7 @@ from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.inference.sampling import GenerationError, generate
 from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoints.uploader import local_checkpoint
+from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""Reading torch's and Composer's checkpoint files for their weights, without running what a pickle may bring.
+"""Read weights from checkpoint files of torch and Composer without running code from their pickles.
 
-Both load their own files with a plain `pickle.load`; whoever can write such a file runs code on the machine that
-reads it. Here every global that a pickle names must be on a list.
+Both load their own files with a plain `pickle.load`, so a file can run code on the machine that reads it. Here every
+global that a pickle names must be on a list.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
-from streaming_rwkv.model.completion_mark import MARK_NAME, check_files, read_mark
+from streaming_rwkv.model.marked_files import MARK_NAME, check_files, read_files
 
 INDEX_NAME = ".metadata"
 
-# What a Composer file holds beside tensors and plain values: times, versions, and NumPy's random state.
+# The contents of a Composer file beside tensors and plain values: times, versions, and NumPy's random state.
 SAFE_GLOBALS: list[Any] = [
     datetime.timedelta,
     TorchVersion,
@@ -59,14 +59,14 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader of sharded checkpoints, but for their index, which torch unpickles without any check."""
+    """torch's reader of sharded checkpoints with a checked index, which torch would unpickle unchecked."""
 
     def read_metadata(self) -> Metadata:
         """Read the index.
 
         Raises:
-            pickle.UnpicklingError: it names a global that it does not need.
-            ValueError: it places a tensor elsewhere than in a file of the folder.
+            pickle.UnpicklingError: it names a global that no index needs.
+            ValueError: it places a tensor outside the files of the folder.
         """
         with open(Path(self.path) / INDEX_NAME, "rb") as file:
             metadata = _IndexUnpickler(file).load()
@@ -79,7 +79,7 @@ class SafeReader(FileSystemReader):
 
 
 def _check_places(metadata: Metadata, folder: Path) -> None:
-    """Every piece of a tensor must lie in a file of the folder, between its beginning and its end."""
+    """Check that every piece of a tensor is within a file of the folder."""
     places = metadata.storage_data
     if not isinstance(places, dict):
         raise ValueError(f"{INDEX_NAME}: storage_data is a {type(places).__name__}, expected a mapping")
@@ -101,14 +101,14 @@ def _check_places(metadata: Metadata, folder: Path) -> None:
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
-    """The model's tensors of a checkpoint that one or several processes wrote; the optimizer's stay unread.
+    """Return the model's tensors of a checkpoint written by any number of processes, without the optimizer's.
 
-    They are found by the one name that ends with `emb.weight`: `model.emb.weight` in our own checkpoints,
+    The model is found by the one name that ends with `emb.weight`: `model.emb.weight` in this project's checkpoints,
     `state.model.…` in Composer's.
 
     Raises:
         pickle.UnpicklingError: the index names a global that no checkpoint needs.
-        ValueError: a file is not what the completion mark says, or there is no such model in it.
+        ValueError: a file differs from the completion mark, or the checkpoint has no such model.
     """
     _check_hashes(folder)
     entries = SafeReader(folder).read_metadata().state_dict_metadata
@@ -126,11 +126,11 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{INDEX_NAME}: has {needed} bytes of weights, the files have {stored}")
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in of_model.items()}
     with warnings.catch_warnings():
-        # It warns that one process alone is reading, which is what is meant.
+        # It warns that a single process reads, which is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is")
         try:
             load(tensors, storage_reader=SafeReader(folder), no_dist=True)
-        except CheckpointException as error:  # which is no Exception
+        except CheckpointException as error:  # a BaseException of torch
             reason = next(iter(error.failures.values()), (error, None))[0]
             raise ValueError(f"{type(reason).__name__}: {reason}") from None
     return {name.removeprefix(prefixes[0]): value for name, value in tensors.items()}
@@ -138,4 +138,4 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
 
 def _check_hashes(folder: Path) -> None:
     if (folder / MARK_NAME).is_symlink() or (folder / MARK_NAME).exists():
-        check_files(folder, read_mark(folder)["files"])
+        check_files(folder, read_files(folder))

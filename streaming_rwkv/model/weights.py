@@ -1,13 +1,13 @@
-"""Weights in and out: BlinkDL's `.pth`, Hugging Face folders, and our own training checkpoints.
+"""Read and write weights: BlinkDL's `.pth`, Hugging Face folders, and training checkpoints.
 
-Every reader gives a *state*: a dict of CPU tensors under the model's own names (BlinkDL's), from which the shape of
-the model is inferred. No reader runs code from a file: pickles are read for tensors and plain values alone.
+Every reader returns a *state*: a dict of CPU tensors under the model's own names (BlinkDL's), from which the shape of
+the model is inferred. No reader runs code from a file: only tensors and plain values are read from pickles.
 
-    format               what it is
+    format               description
     BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
                          (.pth, .safetensors, .st; also behind prefixes, or under `state_dict`, `model`, `module`)
     Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
-    a training run's     a folder of shards with a `.metadata`; or the run's folder, for its newest checkpoint
+    a training run's     a folder of shards with a `.metadata`: one of the run's checkpoints
     Composer's           one file (state → model → …), or a folder of shards
 """
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.filesystem import atomic_file
-from streaming_rwkv.model.completion_mark import CheckpointError as CheckpointError
 from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
 from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
 from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
 
@@ -42,21 +42,21 @@ _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _SAFETENSORS_SUFFIXES = (".safetensors", ".st")
 _WRAPPERS = ("state", "state_dict", "model", "module")  # of Composer, Lightning, plain trainers, DeepSpeed
 _MOST_WRAPPERS = 4
-# What wraps modules puts into their names: torch.compile, FSDP and activation checkpointing, anywhere.
+# Wrappers add these parts anywhere in a name: torch.compile, FSDP and activation checkpointing.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
-_TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the old kind
-_LAYER_NORM_EPS = 1e-5  # torch's default, and what every RWKV has
+_TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
+_LAYER_NORM_EPS = 1e-5  # torch's default, used by every RWKV model
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
-    """The model that a checkpoint of any known format holds, on the CPU.
+    """Return the model of a checkpoint of any known format, on the CPU.
 
     Args:
-        path: a `.pth`, a Composer `.pt`, a Hugging Face folder, a folder of shards, or a training run's folder.
+        path: a `.pth`, a Composer `.pt`, a Hugging Face folder, or a training run's checkpoint.
         dtype: of the parameters.
-        options: of `RWKV7Config`, for what weights do not tell: activation_checkpointing, loss_chunk_tokens.
+        options: fields of `RWKV7Config` that weights do not determine: activation_checkpointing, loss_chunk_tokens.
     Raises:
         CheckpointError: see `read_state` and `infer_config`.
     """
@@ -71,7 +71,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
 
 
 def _expected_shapes(config: RWKV7Config) -> dict[str, torch.Size]:
-    """Each parameter's shape, from a model of two layers: from the second on they are alike."""
+    """Return each parameter's shape, from a model of two layers: all layers after the first have the same shapes."""
     with torch.device("meta"):
         small = RWKV7(config.model_copy(update={"num_layers": min(2, config.num_layers)}))
     shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
@@ -83,10 +83,10 @@ def _expected_shapes(config: RWKV7Config) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def load_state(model: RWKV7, state: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy `state` into `model`, in place, rounding to its type. The model lies on the CPU, before it is sharded.
+    """Copy `state` into `model`, in place, rounding to its type. The model is on the CPU and not sharded yet.
 
     Raises:
-        CheckpointError: a parameter is missing, unknown, of another shape, or not finite, there or in the model's type.
+        CheckpointError: a parameter is missing, unknown, of another shape, or not finite in the state or the model.
     """
     parameters = dict(model.named_parameters())
     _check_fits(state, {name: parameter.shape for name, parameter in parameters.items()}, where=where)
@@ -99,7 +99,7 @@ def _check_fits(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *
     unknown = sorted(name for name in state if name not in shapes and not _UNUSED.fullmatch(name))
     missing = sorted(name for name in shapes if name not in state)
     if unknown or missing:
-        problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model has not"
+        problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model does not have"
         raise CheckpointError(
             f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown); found a model of "
             f"{len(_layers(state))} layers, this one has {len(_layers(shapes))}"
@@ -113,12 +113,12 @@ def _check_fits(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *
 
 
 def _is_finite(value: Tensor) -> bool:
-    # The extremes are NaN where any element is; no copy of a large matrix is made.
+    # The extremes are NaN if any element is; a large matrix is not copied.
     return not value.numel() or all(bool(extreme.isfinite()) for extreme in value.aminmax())
 
 
 def _check_finite(value: Tensor, source: Tensor, *, where: str) -> None:
-    """`value`: what `source` became in another type."""
+    """Refuse values that are not finite; `value` is `source` converted to another type."""
     if _is_finite(value):
         return
     kind = str(value.dtype).removeprefix("torch.")
@@ -134,19 +134,19 @@ def _check_finite(value: Tensor, source: Tensor, *, where: str) -> None:
 
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype, *, where: str) -> Tensor:
-    """On the CPU in another type. Raises `CheckpointError` where a value is not finite there."""
+    """Return a tensor on the CPU in another type. Raises `CheckpointError` if a value is not finite there."""
     converted = value.detach().to("cpu", dtype)
     _check_finite(converted, value, where=f"{where}: {name}")
     return converted
 
 
 def model_state(model: RWKV7) -> State:
-    """The state of a model that is not sharded; the tensors are its parameters, not copies."""
+    """Return the state of a model that is not sharded; the tensors are its parameters, not copies."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
-    """The shape of the model whose weights `state` holds: released RWKV-7 models follow several rank formulas.
+    """Return the shape of the model with these weights: released RWKV-7 models follow several rank formulas.
 
     Raises:
         CheckpointError: not an RWKV-7 model.
@@ -177,7 +177,7 @@ def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
         "a_rank": shape("blocks.0.att.a1", 2)[1],
         "gate_rank": shape("blocks.0.att.g1", 2)[1],
     }
-    # Layer 0 needs no value residual and early files have none there.
+    # Layer 0 needs no value residual, and early files have none for it.
     value_lora = "blocks.1.att.v1" if fields["num_layers"] > 1 else "blocks.0.att.v1"
     if fields["num_layers"] > 1 or value_lora in state:
         fields["v_rank"] = shape(value_lora, 2)[1]
@@ -188,7 +188,7 @@ def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
 
 
 def _layers(state: Mapping[str, Any]) -> list[int]:
-    """The numbers of the layers of which there are weights, rising."""
+    """Return the numbers of the layers that have weights, in ascending order."""
     found = (re.match(r"blocks\.(0|[1-9]\d{0,8})\.", name) for name in state)
     return sorted({int(match[1]) for match in found if match})
 
@@ -201,11 +201,11 @@ def _some_names(state: Mapping[str, Any]) -> str:
 
 
 def read_state(path: str | Path) -> State:
-    """The weights of a checkpoint of any known format, memory-mapped where the format allows it.
+    """Return the weights of a checkpoint of any known format, memory-mapped where the format allows it.
 
     Raises:
-        CheckpointError: no such file, damaged, another kind of file, a pickle that holds more than weights, or a
-            Hugging Face model with options that RWKV-7 as BlinkDL trains it does not have.
+        CheckpointError: no such file, a damaged file, another kind of file, a pickle with more than weights, or a
+            Hugging Face model with options that BlinkDL's RWKV-7 does not have.
     """
     path = Path(path)
     state = _read(path)
@@ -214,19 +214,20 @@ def read_state(path: str | Path) -> State:
     return {name: value.view(1, 1, -1) if _VECTOR.fullmatch(name) else value for name, value in state.items()}
 
 
+def is_weights_folder(path: Path) -> bool:
+    """Return True for a Hugging Face folder or a sharded checkpoint."""
+    return (path / _CONFIG_NAME).is_file() or (path / INDEX_NAME).is_file()
+
+
 def _read(path: Path) -> State:
     if path.is_dir():
         if (path / _CONFIG_NAME).is_file():
             return _read_huggingface(path)
         if (path / INDEX_NAME).is_file():
             return _guarded(read_sharded, path)
-        # Folders get these names when they are whole; a number's digits sort as it does.
-        finished = sorted(folder for folder in path.glob("checkpoints/step-*") if folder.suffix == "")
-        if finished:
-            return _read(finished[-1])
         raise CheckpointError(
             f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors), a "
-            f"sharded checkpoint ({INDEX_NAME}, *.distcp), or a run with checkpoints/step-…"
+            f"sharded checkpoint ({INDEX_NAME}, *.distcp)"
         )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")
@@ -239,19 +240,21 @@ def _read(path: Path) -> State:
         if inner is None:
             break
         content = content[inner]
-    strangers = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if strangers:
-        raise CheckpointError(f"{path}: {strangers[0]!r} is no tensor; expected a flat dict of weights, as BlinkDL has")
+    unexpected = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: {unexpected[0]!r} is no tensor; expected a flat dict of weights, as BlinkDL has"
+        )
     if any(name.endswith("embeddings.weight") for name in content):
         raise CheckpointError(
             f"{path}: its weights have Hugging Face's names, and it has no configuration; give the Hugging Face folder "
-            "that it lies in"
+            "that contains it"
         )
     return _of_model(content, where=path)
 
 
 def _check_storage(state: State, path: Path) -> None:
-    """Refuse a small file that stands for a large model, and numbers that are no weights.
+    """Refuse a small file that claims a large model, and types that are no weights.
 
     Raises:
         CheckpointError: names the tensor.
@@ -271,7 +274,7 @@ def _check_storage(state: State, path: Path) -> None:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     stored = sum(file.stat().st_size for file in files)
     size = sum(value.numel() * value.element_size() for value in state.values())
-    if size > 2 * stored + _FREE_BYTES:  # embedding and head may share what is stored
+    if size > 2 * stored + _FREE_BYTES:  # embedding and head may share their storage
         raise CheckpointError(
             f"{path}: has {size} bytes of weights in {stored} bytes of files: many of them share one tensor; save the "
             "model again with a tensor for each parameter"
@@ -285,16 +288,16 @@ def _read_torch_file(path: Path) -> Any:
         what = beginning.decode(errors="replace").partition("\n")[0]
         raise ValueError(f"not a torch file: it begins with {what!r}")
     with torch.serialization.safe_globals(SAFE_GLOBALS):
-        # Files of the old, not zipped kind can be read but not mapped.
+        # Files of the legacy format, without zip, can be read but not mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
-    """Run a reader; what it finds wrong with the file becomes an error that names the file."""
+    """Run a reader, and turn its errors into ones that name the file."""
     try:
         return read(path)
     except pickle.UnpicklingError as error:
-        # Of torch's words, which advise to switch the safety off: what the file asked for, or what it is that is wrong.
+        # torch's text advises to disable the protection; only the global or the problem that it names is kept.
         asks_for = re.search(r"(?:it asks for|GLOBAL) ([\w.]+)", str(error))
         if asks_for is None:
             raise _damaged(path, str(error).rpartition("WeightsUnpickler error: ")[2]) from None
@@ -401,8 +404,8 @@ def _check_group_norm(head_size: int, *, where: str) -> None:
 def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write BlinkDL's format, which `rwkv`, RWKV-Runner and his trainers load.
 
-    The file appears whole or not at all. His trainers want `v0`, `v1` and `v2` in layer 0 too; they are written as
-    zeros, since nothing ever reads them.
+    The file appears completely or not at all. His trainers expect `v0`, `v1` and `v2` in layer 0 too; these are never
+    read, and written as zeros.
 
     Raises:
         CheckpointError: a value is not finite in `dtype`.
@@ -415,7 +418,7 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        # A parameter read from a mapped file is a view of the whole: without a copy, its file would be stored with it.
+        # A parameter of a mapped file is a view of the whole file: without a copy, all of it would be stored.
         torch.save({name: value.clone() for name, value in complete.items()}, temporary)
 
 
@@ -427,7 +430,7 @@ def write_huggingface(
     bos_id: int | None = None,
     eos_id: int | None = None,
 ) -> None:
-    """Write a folder that `fla` and `rwkv7_hf` load: config.json and model.safetensors. config.json comes last.
+    """Write a folder that `fla` and `rwkv7_hf` load: model.safetensors, then config.json.
 
     The tokenizer's files are not written: `tokenizer.save(folder)` puts them beside these.
 

@@ -1,4 +1,4 @@
-"""A file of which only parts lie here: what is read is fetched, and what will be read next is fetched ahead."""
+"""A remote file that is fetched in blocks as it is read, with the next block fetched ahead."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 FIRST_BYTES = 1 << 16
-"""What the first request after a jump asks for: the end of a parquet file needs no more."""
+"""Size of the first request after a seek; enough for the end of a parquet file."""
 MOST_BYTES = 1 << 23
-"""What requests grow to while reading goes on; then the next block is on its way while one is read."""
+"""Largest size of a request in sequential reading, with the next block being fetched while one is read."""
 
 
 class RemoteFile(io.RawIOBase):
-    """`size` bytes, of which `fetch(begin, end)` gives those from `begin` to before `end`, in at most two blocks.
+    """`size` bytes, read through `fetch(begin, end)`, which returns the bytes from `begin` to before `end`.
 
-    A request costs tens of milliseconds however little it asks for. So the requests for a file that is read from its
-    beginning to its end double in size, and from the second on are made ahead, by a thread.
+    At most two blocks are kept. Every request costs tens of milliseconds, even a small one. In sequential reading the
+    requests therefore double in size, and from the second one on a thread makes them ahead.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes | bytearray], *, size: int) -> None:
@@ -26,9 +26,9 @@ class RemoteFile(io.RawIOBase):
         self._fetch = fetch
         self._size = size
         self._at = 0
-        self._begin = self._end = 0  # of the block at hand
+        self._begin = self._end = 0  # of the current block
         self._block: bytes | bytearray = b""
-        # Where the next block ends, and what will give it.
+        # The end of the next block, and its future content.
         self._ahead: tuple[int, Future[bytes | bytearray]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="remote-file")
 
@@ -62,14 +62,14 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
     def _turn_to_next_block(self, *, least: int) -> None:
-        goes_on = self._at == self._end and self._end > 0
-        size = min(2 * (self._end - self._begin), MOST_BYTES) if goes_on else FIRST_BYTES
-        if goes_on and self._ahead is not None:
+        is_sequential = self._at == self._end and self._end > 0
+        size = min(2 * (self._end - self._begin), MOST_BYTES) if is_sequential else FIRST_BYTES
+        if is_sequential and self._ahead is not None:
             end, block = self._ahead[0], self._ahead[1].result()
         else:
             end = min(self._at + max(size, least), self._size)
             block = self._fetch(self._at, end)
         self._begin, self._end, self._block, self._ahead = self._at, end, block, None
-        if goes_on and end < self._size:
+        if is_sequential and end < self._size:
             after = min(end + min(2 * (end - self._begin), MOST_BYTES), self._size)
             self._ahead = after, self._pool.submit(self._fetch, end, after)

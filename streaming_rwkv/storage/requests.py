@@ -1,10 +1,9 @@
-"""Requests to an S3 server that end: repeated while what goes wrong may pass, and given up when they stand still.
+"""Requests to an S3 server: repeated after temporary failures, and abandoned when they make no progress.
 
 Refused and broken connections, 429, 500, 503 and garbled answers are followed by another attempt after a growing
-pause. What will not pass (403, a bucket that is not there) is an error at once. An attempt that moves less than
-`STEP_BYTES` in a quarter of `timeout_seconds` is given up, and when `timeout_seconds` have gone by without a success or
-a byte gained, the request has failed. So no server, however slow, holds a program for longer than 1.25
-`timeout_seconds` beyond its last step forward.
+pause. Permanent failures (403, a missing bucket) are errors at once. An attempt that moves less than `STEP_BYTES` in a
+quarter of `timeout_seconds` is abandoned. A request fails after `timeout_seconds` without a success or a byte gained.
+No server, however slow, therefore holds a program for longer than 1.25 `timeout_seconds` after its last progress.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ logger = logging.getLogger(__name__)
 STEP_BYTES = 1 << 17
 _LONGEST_PAUSE_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
-_MISCONFIGURED_SECONDS = 15.0  # for an address that has never answered: most likely a typing error
+_MISCONFIGURED_SECONDS = 15.0  # for an address that has never answered: most likely misspelled
 _CONNECTIONS = 64
 
 T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """A store that cannot be used, or an object that is not what it should be."""
+    """A store that cannot be used, or an object that is damaged or unexpected."""
 
 
 class ObjectMissing(StorageError):
-    """There is no object of that name."""
+    """An object that does not exist."""
 
 
 class UploadMissing(StorageError):
-    """The multipart upload is not there any more: completed, or aborted."""
+    """A multipart upload that no longer exists: it was completed or aborted."""
 
 
 class FaultyAnswer(Exception):
-    """An answer that cannot be right; the next one may be."""
+    """An answer that is wrong; the next attempt may get a right one."""
 
 
 class Moved:
-    """How far an attempt has come, told by the thread that makes it."""
+    """The progress of an attempt, updated by the thread that makes it."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -61,7 +60,7 @@ class Moved:
 
 
 def shown_endpoint(endpoint: str | None) -> str:
-    """An address without the user and password that may be in it."""
+    """Return an address without any user name and password in it."""
     if endpoint is None:
         return "AWS"
     parts = urlsplit(endpoint)
@@ -69,7 +68,7 @@ def shown_endpoint(endpoint: str | None) -> str:
 
 
 class Connection:
-    """boto3's client, made on first use in each process: its sockets must not be shared after a fork."""
+    """A client of boto3, made on first use in each process, since its sockets must not be shared after a fork."""
 
     def __init__(
         self,
@@ -81,8 +80,8 @@ class Connection:
     ) -> None:
         """
         Args:
-            is_unsigned: send no credentials, as to a bucket that anybody may read.
-            requester_pays: tell the server that its owner pays for no request of ours.
+            is_unsigned: send no credentials, for a public bucket.
+            requester_pays: tell the server that the reader pays for the requests.
         """
         self.endpoint = endpoint
         self.timeout_seconds = timeout_seconds
@@ -94,14 +93,14 @@ class Connection:
         self._lock = threading.Lock()
 
     def ask(self, call: Callable[[Any, Moved], T], *, url: str, verb: str, gained: Callable[[], int] = lambda: 0) -> T:
-        """What `call(client, moved)` gives, called until it succeeds.
+        """Call `call(client, moved)` until it succeeds, and return its result.
 
         Args:
-            url, verb: what is done to what, for errors.
-            gained: tells how much of what attempts have got is kept by the next one.
+            url, verb: the object and the action, for errors.
+            gained: returns the number of bytes that the next attempt need not fetch again.
 
         Raises:
-            StorageError: what went wrong, without what may be secret in it, and what to do.
+            StorageError: names the problem and the remedy, and no secret.
         """
         begun = forward = time.monotonic()
         before, fruitless = gained(), 0
@@ -109,7 +108,7 @@ class Connection:
             try:
                 client = self._client_of_this_process()
                 if attempt == 1:
-                    begun = forward = time.monotonic()  # to make the client takes up to seconds on a busy machine
+                    begun = forward = time.monotonic()  # making the client takes seconds on a busy machine
                 result = _watched(functools.partial(call, client), seconds=self.timeout_seconds / 4)
             except _failures() as error:
                 problem = _diagnose(error, answered=self._answered, attempt=attempt)
@@ -153,16 +152,16 @@ class Connection:
         config = Config(
             connect_timeout=min(_CONNECT_SECONDS, self.timeout_seconds / 4),
             read_timeout=self.timeout_seconds / 4,
-            retries={"mode": "standard", "total_max_attempts": 1},  # `ask` repeats, and knows when to stop
+            retries={"mode": "standard", "total_max_attempts": 1},  # `ask` repeats requests
             max_pool_connections=_CONNECTIONS,
             # Checksum trailers, boto3's default since 1.36, damage objects on servers that do not know them.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # Bodies carry a Content-MD5, and that is signed: to hash them once more costs as much as to send them.
+            # Bodies carry a signed Content-MD5: hashing them once more would cost as much as sending them.
             s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
             **({"signature_version": UNSIGNED} if self.is_unsigned else {}),
         )
-        # Servers other than Amazon's take any region, but a signature needs one.
+        # Servers other than Amazon's accept any region, but a signature needs one.
         region = session.region_name or ("us-east-1" if self.endpoint else None)
         client = session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
         if self.requester_pays:
@@ -174,7 +173,7 @@ class Connection:
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # what cannot be pickled is made anew
+        self.__init__(**state)  # type: ignore[misc]  # sockets and locks cannot be pickled
 
 
 def _add_requester_pays(params: dict[str, Any], **_: Any) -> None:
@@ -182,13 +181,13 @@ def _add_requester_pays(params: dict[str, Any], **_: Any) -> None:
 
 
 class _Stalled(Exception):
-    """An attempt that stands still."""
+    """An attempt that makes no progress."""
 
 
 def _watched(call: Callable[[Moved], T], *, seconds: float) -> T:
-    """The result of `call`, in a thread of its own, as long as it moves.
+    """Return the result of `call`, run in its own thread for as long as it makes progress.
 
-    Socket timeouts hold for each read by itself: a server that sends a byte a second defeats them.
+    Socket timeouts apply to each read alone, so a server that sends one byte a second defeats them.
     """
     moved = Moved()
     future: Future[T] = Future()
@@ -196,7 +195,7 @@ def _watched(call: Callable[[Moved], T], *, seconds: float) -> T:
     def run() -> None:
         try:
             future.set_result(call(moved))
-        except BaseException as error:  # noqa: BLE001  # raised again by the one who waits
+        except BaseException as error:  # noqa: BLE001  # raised again below, in the waiting thread
             future.set_exception(error)
 
     threading.Thread(target=run, name="storage", daemon=True).start()
@@ -212,7 +211,7 @@ def _watched(call: Callable[[Moved], T], *, seconds: float) -> T:
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """What an error means, without what may be secret in it."""
+    """The meaning of an error, without any secret in it."""
 
     text: str
     may_pass: bool = False

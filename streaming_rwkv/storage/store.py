@@ -1,14 +1,14 @@
 """Object storage: S3 and what speaks its protocol (AWS, MinIO, Cloudflare R2, SeaweedFS), for preparation and training.
 
-Nothing that goes up or comes down is believed before it was compared:
+Every upload and download is verified:
 
 - Uploads carry a Content-MD5 for each request, so a server refuses a damaged one, and the whole file's sha256 as
   metadata. Afterwards the ETag, which is the MD5 of what arrived, is compared with the file's; where a server's ETag is
   something else (encryption by KMS), the object is read back.
-- Downloads are compared with the sha256, and appear under their name when they are whole.
+- Downloads are compared with the sha256, and get their name when they are complete.
 
-How often a request is repeated and when it is given up is `s3_requests`' matter: an operation fails when
-`timeout_seconds` have gone by without a step forward, and a quarter of that for the attempt that is under way.
+`storage.requests` repeats requests: an operation fails after `timeout_seconds` without progress, plus at most a quarter
+of that for the running attempt.
 
 boto3 comes with the extra `s3` and is imported on first use.
 """
@@ -47,7 +47,7 @@ __all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 1 << 24
-"""Larger files go up in parts of this size; R2 wants all but the last equal, AWS at least 5 MiB and at most 10,000."""
+"""Size of the parts of large files; R2 wants all but the last equal, AWS at least 5 MiB and at most 10,000."""
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 
@@ -56,25 +56,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredObject:
-    """What a store says of an object."""
+    """Size, hashes and time of an object, as the store reports them."""
 
     size: int
-    sha256: str | None  # as its writer noted it; None if that was not this module
+    sha256: str | None  # as noted by its writer; None if that was not this module
     etag: str
     written_ns: int = field(default=0, compare=False)
-    """When, since 1970; in whole seconds."""
+    """Time of the last write since 1970, in whole seconds."""
 
 
 def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
-    """The store at `s3://bucket/prefix`; nothing is asked of the server yet.
+    """Return the store at `s3://bucket/prefix`, without any request to the server.
 
-    The environment decides where that is, as for Streaming and Composer: S3_ENDPOINT_URL (none: AWS), and boto3's
-    chain for the rest: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, profiles, roles. Of the buckets
-    that S3_PUBLIC_BUCKETS names (with commas) no credentials are asked, and those in S3_REQUESTER_PAYS_BUCKETS are told
-    that we pay for the requests.
+    The environment decides on the server, as for Streaming and Composer: S3_ENDPOINT_URL (none: AWS), and boto3's
+    chain for the rest: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, profiles, roles. Buckets named in
+    S3_PUBLIC_BUCKETS (separated by commas) are read without credentials; requests to those in
+    S3_REQUESTER_PAYS_BUCKETS are paid by the reader.
 
     Args:
-        timeout_seconds: see the module's text.
+        timeout_seconds: see the module's docstring.
 
     Raises:
         LocationError: a location that is refused everywhere.
@@ -105,10 +105,10 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
 
 
 def _named_buckets(variable: str) -> set[str]:
-    """The buckets that an environment variable names, also as s3://bucket.
+    """Return the buckets that an environment variable names, also as s3://bucket.
 
     Raises:
-        StorageError: something else among them.
+        StorageError: it names anything else.
     """
     names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
     try:
@@ -124,7 +124,7 @@ def _named_buckets(variable: str) -> set[str]:
 class Store:
     """Objects below a prefix of a bucket; names are relative to it. Safe to share among threads, pickle, and fork.
 
-    Every method raises StorageError, within the time that the module's text states.
+    Every method raises StorageError within the time that the module's docstring states.
     """
 
     bucket: str
@@ -140,11 +140,11 @@ class Store:
         return f"s3://{self.bucket}/{self._key(name)}"
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Name → bytes of all objects whose names begin with `prefix`, sorted."""
+        """Return the size in bytes, by name, of all objects whose names begin with `prefix`, sorted."""
         return {name: size for name, size, _ in sorted(self.walk(prefix))}
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int, int]]:
-        """(name, bytes, when it was written in ns since 1970) of all objects whose names begin with `prefix`."""
+        """Yield (name, bytes, time of writing in ns since 1970) of all objects whose names begin with `prefix`."""
         more: dict[str, str] = {}
         while True:
             page = self._page("list_objects_v2", self._key(prefix), more)
@@ -155,23 +155,23 @@ class Store:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def find(self, name: str) -> StoredObject | None:
-        """What lies there, or None. A bucket that does not exist gives None too; `list` tells the difference."""
+        """Return an object's record, or None where it or its bucket does not exist; `list` tells the difference."""
         try:
             return self._stored(name)
         except ObjectMissing:
             return None
 
     def check_writable(self) -> None:
-        """Find out whether objects may be written here, without one being seen: begin an upload, and abort it."""
+        """Check that objects may be written here: begin an upload and abort it, so that no object becomes visible."""
         name = ".write-check"
         begun = self._ask("write", name, lambda client, _: client.create_multipart_upload(**self._at(name)))
         self._abort(self._key(name), begun["UploadId"])
 
     def put_file(self, path: str | Path, name: str, *, sha256: str) -> bool:
-        """Upload a file and compare what arrived; False if the same content lay there already.
+        """Upload a file and verify it; return False if the store already had the same content.
 
         Args:
-            sha256: the file's, as known from elsewhere: a file that was damaged since is not uploaded.
+            sha256: the file's hash when it was written: a file that was damaged since is not uploaded.
         """
         content = _content_of_file(Path(path))
         if content.sha256 != sha256:
@@ -182,31 +182,31 @@ class Store:
         return self._put(content, name)
 
     def put_bytes(self, content: bytes, name: str) -> bool:
-        """Upload some bytes, likewise."""
+        """Upload bytes and verify them; return False if the store already had them."""
         return self._put(_content(len(content), lambda at, size: content[at : at + size]), name)
 
     def get_bytes(self, name: str, *, most: int, sha256: str | None = None) -> bytes:
-        """The content of an object of at most `most` bytes, compared as `get_file` compares it."""
+        """Return the content of an object of at most `most` bytes, verified as by `get_file`."""
         content = io.BytesIO()
         self._get(name, content, sha256=sha256, most=most)
         return content.getvalue()
 
     def get_file(self, name: str, path: str | Path, *, sha256: str | None = None) -> None:
-        """Download an object to `path`, which is replaced when all is there and has the sha256.
+        """Download an object to `path`, which is replaced once the content is complete and verified.
 
         Args:
-            sha256: the expected one; without it, the one that the object's writer noted, if any.
+            sha256: the expected hash; by default the one noted by the object's writer, if any.
         """
         with atomic_file(Path(path), concurrent=True) as temporary, temporary.open("w+b") as file:
             self._get(name, file, sha256=sha256, most=None)
 
     def open(self, name: str, *, listed: tuple[int, int] | None = None) -> IO[bytes]:
-        """An object as a seekable file, of which only what is read is fetched: see `RemoteFile`.
+        """Open an object as a seekable file that fetches only the parts being read: see `RemoteFile`.
 
-        It stays the object that it is now: when another has taken its place, reading raises StorageError.
+        Reading raises StorageError once another object has replaced it.
 
         Args:
-            listed: its bytes and when it was written, as `walk` gave them; any other object is an error now.
+            listed: bytes and time of writing, as returned by `walk`; any other object is an error.
         """
         found = self._stored(name)
         if listed not in (None, (found.size, found.written_ns)):
@@ -220,16 +220,16 @@ class Store:
         return io.BufferedReader(RemoteFile(fetch, size=found.size))
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error."""
-        # Not DeleteObjects: it needs a checksum that older servers do not know.
+        """Delete objects; missing ones are no error."""
+        # DeleteObjects needs a checksum that older servers do not know.
         with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
             list(pool.map(self._delete, names))
 
     def abort_unfinished(self, prefix: str = "") -> int:
-        """Abort the multipart uploads that killed programs left below `prefix`; returns how many those were.
+        """Abort the multipart uploads that killed programs left below `prefix`; return their number.
 
-        A running program's would be aborted too: for use by the one that writes here. MinIO lists unfinished uploads
-        by the full name of the object only; it clears them itself after a day.
+        Uploads of a running program would be aborted too: only the program that writes here may call this. MinIO lists
+        unfinished uploads by the full name of the object only; it removes them itself after a day.
         """
         return self._abort_unfinished(self._key(prefix))
 
@@ -251,7 +251,7 @@ class Store:
                 return True
             logger.warning("%s: not what was uploaded, on the %s attempt", self.url(name), attempt)
         raise StorageError(
-            f"{self.url(name)}: uploaded twice, and what lies there still differs from what was sent (checksum); the "
+            f"{self.url(name)}: uploaded twice, and the object still differs from what was sent (checksum); the "
             "server or something before it damages or replaces objects"
         )
 
@@ -268,7 +268,7 @@ class Store:
 
     def _put_parts(self, content: _Content, name: str) -> Any:
         key = self._key(name)
-        self._abort_unfinished(key)  # of an earlier run: nobody else writes this object now
+        self._abort_unfinished(key)  # of an earlier run: no other program writes this object now
         begun = self._ask(
             "upload",
             name,
@@ -295,7 +295,7 @@ class Store:
                         **self._at(name), **upload, MultipartUpload=whole
                     ),
                 )
-            except UploadMissing:  # completed already, and the answer was lost
+            except UploadMissing:  # already completed, but the answer was lost
                 return {}
         except BaseException:
             with contextlib.suppress(StorageError):
@@ -368,11 +368,11 @@ class Store:
         end: int | None = None,
         most: int | None = None,
     ) -> StoredObject:
-        """Hand an object's bytes to `write` as they come; after a break, from there on. Returns what it is.
+        """Pass an object's bytes to `write` as they arrive, and resume after an interruption; return its record.
 
         Args:
-            of: the object that is there is this one, or it is an error; needed for a part.
-            begin, end: the part of it to read; by default all.
+            of: the expected object; any other is an error. Required to read a part.
+            begin, end: the part to read; by default all.
         """
         at = begin
 
@@ -390,7 +390,7 @@ class Store:
                 stop = found.size if end is None else end
                 while block := body.read(STEP_BYTES):
                     with moved.lock:
-                        if moved.abandoned:  # the next attempt goes on in its place
+                        if moved.abandoned:  # the next attempt continues in its place
                             raise FaultyAnswer("given up")
                         write(block)
                         at, of = at + len(block), found
@@ -413,7 +413,7 @@ class Store:
         return {"Bucket": self.bucket, "Key": self._key(name)}
 
     def _page(self, operation: str, key_prefix: str, more: dict[str, str]) -> Any:
-        """One answer of those that a listing comes in."""
+        """Return one page of a listing."""
         arguments = {"Bucket": self.bucket, "Prefix": key_prefix, **more}
         return self._ask("list", "", lambda client, _: getattr(client, operation)(**arguments))
 
@@ -423,12 +423,12 @@ class Store:
         return self._connection.ask(call, url=self.url(name).rstrip("/"), verb=verb, gained=gained)
 
 
-# --- content that goes up, and what comes down ---
+# --- uploaded content, and answers ---
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Content:
-    """Something to upload, and its checksums: as a whole, and as the parts that it goes up in."""
+    """Content to upload, with the checksums of the whole and of each part."""
 
     size: int
     sha256: str
@@ -438,7 +438,7 @@ class _Content:
 
     @property
     def etag(self) -> str:
-        """What S3 servers make of it: the MD5, or that of the parts' MD5s and how many those are."""
+        """Return the ETag of S3 servers: the MD5, or the MD5 of the parts' MD5s with the number of parts."""
         if len(self.md5s) == 1:
             return self.md5s[0].hex()
         return f"{hashlib.md5(b''.join(self.md5s), usedforsecurity=False).hexdigest()}-{len(self.md5s)}"
@@ -465,7 +465,7 @@ def _content_of_file(path: Path) -> _Content:
 
 
 class _Counted(io.BytesIO):
-    """A body that is sent block by block: with bytes, one socket timeout would hold for the whole of it."""
+    """A body that is sent in blocks: with plain bytes, one socket timeout would apply to the whole body."""
 
     def __init__(self, content: bytes, moved: Moved) -> None:
         super().__init__(content)
@@ -487,7 +487,7 @@ def _stored(answer: Any) -> StoredObject:
 
 
 def _written_ns(answer: Any) -> int:
-    return int(answer["LastModified"].timestamp()) * 10**9  # listings tell fractions of a second, other answers do not
+    return int(answer["LastModified"].timestamp()) * 10**9  # only listings have fractions of a second
 
 
 def _etag(answer: Any) -> str:

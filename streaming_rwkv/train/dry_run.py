@@ -18,7 +18,8 @@ from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoints.local import check_same_settings, newest_checkpoint, plan_from
+from streaming_rwkv.train.checkpoints.local import newest_checkpoint
+from streaming_rwkv.train.checkpoints.restore import check_same_settings, plan_from
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.datasets import open_training_packs
 from streaming_rwkv.train.prepare import PreparedRun, prepare

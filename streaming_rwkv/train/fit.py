@@ -14,7 +14,8 @@ from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.flops import peak_flops
 from streaming_rwkv.train.callbacks.build import RunCallbacks, build_callbacks
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
-from streaming_rwkv.train.checkpoints.local import Checkpoint, load_checkpoint
+from streaming_rwkv.train.checkpoints.local import load_checkpoint
+from streaming_rwkv.train.checkpoints.record import Checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, sharding
 from streaming_rwkv.train.datasets import RunDatasets, build_datasets

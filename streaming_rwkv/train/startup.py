@@ -29,18 +29,15 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
-from streaming_rwkv.model.completion_mark import check_resumable
-from streaming_rwkv.model.weights import CheckpointError
+from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
-from streaming_rwkv.train.checkpoints.local import (
-    Checkpoint,
-    check_same_run,
-    newest_checkpoint,
-    plan_from,
-)
-from streaming_rwkv.train.checkpoints.uploader import Mirror, check_place, newest_remote, node_checkpoint, restore
+from streaming_rwkv.train.checkpoints.local import newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import Checkpoint, check_resumable
+from streaming_rwkv.train.checkpoints.remote import newest_remote
+from streaming_rwkv.train.checkpoints.restore import check_place, check_same_run, node_checkpoint, plan_from, restore
+from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
 from streaming_rwkv.train.preview import mixture_table

@@ -1,28 +1,26 @@
-"""Training checkpoints: written whole or not at all, chosen by their completion mark, read without running code.
+"""Training checkpoints on disk: written completely or not at all, and read without running code from them.
 
     {save_folder}/checkpoints/step-00000500/          weights and optimizer, sharded (torch.distributed.checkpoint)
-    {save_folder}/checkpoints/step-00000500/complete.json   written last: what the run was, and each file's sha256
+    {save_folder}/checkpoints/step-00000500/complete.json   the completion mark, written last: see `record`
     {save_folder}/checkpoints/.step-00000750.tmp/     an interrupted write; never read, removed by the next write
 
-A folder gets its name by a rename after its mark was written, so there is no moment at which half a checkpoint looks
-whole. A folder with a checkpoint's name that is not whole is damage, and stops the run: starting afresh beside it, or
-from an older one, has to be decided by a person.
+A folder is renamed to its final name after its mark was written, so half a checkpoint never looks complete. A folder
+with a checkpoint's name that is not complete is damaged, and the run resumes from the one before it. If all are
+damaged, the run stops, and a person has to decide.
 
-Only tensors are kept in the sharded files, and everything else in the mark as JSON. The one pickle left, the index of
-the sharded files, goes through an unpickler that knows its few classes (`model.sharded`).
+The sharded files contain only tensors; everything else is JSON in the mark. The one remaining pickle, the index of the
+sharded files, is read by an unpickler that accepts only its few classes (`model.sharded`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.fsdp import FSDPModule
 
-from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.distributed import (
     all_gather_object,
     barrier,
@@ -47,109 +44,65 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
-from streaming_rwkv.model.completion_mark import FORMAT, MARK_NAME, find_file_problem
-from streaming_rwkv.model.completion_mark import parse_mark as parse_mark
-from streaming_rwkv.model.completion_mark import read_mark as read_mark
+from streaming_rwkv.model.marked_files import FORMAT, MARK_NAME, CheckpointError, find_file_problem
 from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
-from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.shards import sha256_of_file
-
-logger = logging.getLogger(__name__)
-
-NAME = re.compile(r"step-(\d{8,})")
+from streaming_rwkv.train.checkpoints.record import Checkpoint, check_step, read_mark, step_name, step_of_name
+from streaming_rwkv.train.checkpoints.selection import newest, prune
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A whole checkpoint and what its mark says."""
+class LocalCheckpoints:
+    """The checkpoints in a folder: a `CheckpointPlace`."""
 
-    path: Path
-    mark: dict[str, Any]
+    remedy = "restore one, or move the folder away to start the run again from its beginning"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
     @property
-    def step(self) -> int:
-        return int(self.mark["step"])
+    def location(self) -> str:
+        return str(self.root)
 
+    def steps(self) -> list[int]:
+        steps = (step_of_name(path.name) for path in self.root.glob("step-*"))
+        return [step for step in steps if step is not None]
 
-def plan_from(plan: Plan, mark: Mapping[str, Any], *, where: str) -> Plan:
-    """The plan from a checkpoint's step on, where batches before it may have had another size.
+    def has_mark(self, step: int) -> bool:
+        return (self.root / step_name(step) / MARK_NAME).is_file()
 
-    Raises:
-        CheckpointError: the run is longer than the plan.
-    """
-    slots = mark.get("slots", mark["step"] * mark["run"]["batch_packs"])  # as it was before batches could change
-    plan = plan.resumed_at(step=mark["step"], slots=slots)
-    if mark["step"] > plan.steps:
-        raise CheckpointError(
-            f"{where}: {mark['step']} steps were taken, and these settings end after {plan.steps}; train on more tokens"
-        )
-    return plan
+    def is_interrupted(self, step: int) -> bool:
+        return False  # an interrupted write has a temporary name
 
+    def find(self, step: int) -> Checkpoint:
+        path = self.root / step_name(step)
+        mark = read_mark(path)
+        check_step(mark, step)
+        problems = (find_file_problem(path / name, record) for name, record in mark["files"].items())
+        if (problem := next((problem for problem in problems if problem is not None), None)) is not None:
+            raise CheckpointError(problem)
+        return Checkpoint(path=path, mark=mark)
 
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
+    def remove(self, step: int) -> None:
+        path = self.root / step_name(step)
+        leaving = temporary_path(path)  # renamed first, so that a kill leaves no checkpoint with files missing
+        path.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `root`, or None where none was ever finished.
-
-    Raises:
-        CheckpointError: there are checkpoints, but the newest of them, or all, are damaged.
-    """
-    found = sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), reverse=True)
-    problems: list[str] = []
-    for path in found:
-        problem = find_problem(path)
-        if problem is None:
-            if problems:
-                logger.warning("going back to %s: %s", path, "; ".join(problems))
-            return Checkpoint(path=path, mark=read_mark(path))
-        problems.append(f"{path.name}: {problem}")
-    if problems:
-        raise CheckpointError(
-            f"{root}: no checkpoint here is whole ({'; '.join(problems)}); restore one, or move the folder away to "
-            "start the run again from its beginning"
-        )
-    return None
+    """Return the newest complete checkpoint in a folder: see `selection.newest`."""
+    return newest(LocalCheckpoints(root))
 
 
 def find_problem(path: Path) -> str | None:
-    """What is missing or of another size than its mark says, or None; contents are compared when they are read."""
+    """Return what is wrong with a checkpoint's mark or the sizes of its files, or None; contents are not read."""
+    step = step_of_name(path.name)
+    assert step is not None, path
     try:
-        mark = read_mark(path)
+        LocalCheckpoints(path.parent).find(step)
     except CheckpointError as error:
         return str(error)
-    problems = (find_file_problem(path / name, record) for name, record in mark["files"].items())
-    return next((problem for problem in problems if problem is not None), None)
-
-
-def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
-    """Refuse to go on with other data, another mixture or batch size than the checkpoint was made with.
-
-    Raises:
-        CheckpointError: names each key that differs, with both values.
-    """
-    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path))
-
-
-def check_same_settings(mark: Mapping[str, Any], run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
-    """Likewise, of a checkpoint's mark alone."""
-    before = mark["run"]
-    differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
-    if differing:
-        lines = [
-            f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
-        ]
-        raise CheckpointError(
-            f"{where}: made by a run with other settings; steps already taken would not be those of this "
-            "run.\n  " + "\n  ".join(lines) + "\nGive the run another `save_folder`, set the value back, or, if the "
-            f"change is meant, say checkpoint.allow_changed=[{','.join(differing)}]"
-        )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    return None
 
 
 def save_checkpoint(
@@ -158,7 +111,7 @@ def save_checkpoint(
     """Write a checkpoint with all ranks together, then keep the `keep` newest on disk (0: all).
 
     Args:
-        mark: what the completion mark shall carry beside the files: JSON values.
+        mark: the fields of the completion mark beside format, step and files, as JSON values.
     """
     final, writing = root / step_name(step), temporary_path(root / step_name(step))
     if is_rank_zero():
@@ -171,7 +124,7 @@ def save_checkpoint(
     writer = FileSystemWriter(writing, sync_files=True)
     with _quiet_torch():
         save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not is_distributed())
-    # Each rank vouches for the files that it wrote, which no other may be able to see.
+    # Each rank hashes the files that it wrote: the others may not be able to see them.
     written = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(writing.iterdir())
@@ -181,24 +134,24 @@ def save_checkpoint(
     content = json.dumps(
         {"format": FORMAT, "step": step, **mark, "files": dict(sorted(files.items()))}, indent=1, ensure_ascii=False
     )
-    content = broadcast_object(content)  # times differ by a little
+    content = broadcast_object(content)  # each rank measures slightly different times
     if is_rank_zero():
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
-    if own_disk:  # asked once: of what another node has just renamed, NFS may still say that it is there
+    if own_disk:  # decided once above: NFS may still show a folder that another node has just renamed
         _complete(writing, final, content.encode(), keep=keep, step=step)
     barrier()
     return final
 
 
 def wrote(name: str) -> bool:
-    """Whether this rank writes the checkpoint file `name`: torch puts the rank into its name; the index is rank 0's."""
+    """Return True if this rank writes the file `name`: torch's names contain the rank, and rank 0 writes the index."""
     number = re.match(r"__(\d+)_", name)
     return int(number[1]) == rank() if number else is_rank_zero()
 
 
 def _make_room(final: Path, writing: Path) -> None:
-    if final.exists():  # damaged, or this step would not be written again
+    if final.exists():  # it is damaged, or this step would not be written again
         final.rename(replaced_path(final))
     for left_over in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(left_over)
@@ -212,28 +165,13 @@ def replaced_path(path: Path) -> Path:
 
 def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: int) -> None:
     install(writing, final, content)
-    prune(final.parent, keep=keep, last_step=step)
+    prune(LocalCheckpoints(final.parent), keep=keep, last_step=step)
 
 
 def install(writing: Path, final: Path, mark: bytes) -> None:
-    """Give the files in `writing`, which are on the disk, their completion mark and their name."""
+    """Complete a checkpoint whose files are on the disk in `writing`: write its mark, and rename it."""
     write_atomically(writing / MARK_NAME, mark)
     rename_durably(writing, final)
-
-
-def prune(root: Path, *, keep: int, last_step: int) -> None:
-    """Remove all but the `keep` newest checkpoints up to `last_step`, whichever start of the run wrote them.
-
-    One of a later step is damaged, or the run would have gone on from it: it must not take the place of a whole one.
-    """
-    if keep <= 0:
-        return
-    found = sorted((int(name[1]), path) for path in root.glob("step-*") if (name := NAME.fullmatch(path.name)))
-    for _, path in [(step, path) for step, path in found if step <= last_step][:-keep]:
-        # Renamed first: killed in between, this must not leave a checkpoint with files missing.
-        leaving = temporary_path(path)
-        path.rename(leaving)
-        shutil.rmtree(leaving)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -255,23 +193,23 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
     try:
         with _quiet_torch():
             load_sharded(state, storage_reader=reader, no_dist=not is_distributed())
-    except CheckpointException as error:  # torch's own, which is no Exception
+    except CheckpointException as error:  # a BaseException of torch
         reason = next(iter(error.failures.values()), (error, None))[0]
         raise CheckpointError(
             f"{checkpoint.path}: damaged ({type(reason).__name__}: {str(reason).partition(chr(10))[0]}); delete it to "
             "resume from the one before"
         ) from None
-    # The weights were filled in place; the moments may be tensors that `_tensors` has just made.
+    # The weights were filled in place, but the moments may be new tensors made by `_tensors`.
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = state["optimizer"][name]
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Weights and AdamW's moments by parameter name; moments are made where the optimizer has not stepped yet."""
+    """Return weights and AdamW's moments by parameter name; the moments are new before the optimizer's first step."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # A forward pass without a backward (an evaluation) leaves the root's parameters gathered; those are other
-            # tensors than the optimizer's, and would be saved without their moments.
+            # A forward pass without a backward (an evaluation) leaves the root's parameters gathered. Those are not the
+            # optimizer's tensors, and would be saved without their moments.
             module.reshard()
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -286,19 +224,19 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
-    """Each rank compares its part of the files, together they compare all; what one finds, all refuse."""
+    """Compare all files with their hashes, each rank a part of them; every rank raises the error that one finds."""
     mine = sorted(checkpoint.mark["files"].items())[rank() :: world_size()]
     changed = (name for name, record in mine if sha256_of_file(checkpoint.path / name) != record["sha256"])
     found = [name for name in all_gather_object(next(changed, None)) if name is not None]
     if found:
         raise CheckpointError(
-            f"{checkpoint.path / found[0]}: its content is not what was written; move {checkpoint.path} away to go on "
-            "from the checkpoint before it"
+            f"{checkpoint.path / found[0]}: its content is not what was written; move {checkpoint.path} away to "
+            "resume from the checkpoint before it"
         )
 
 
 def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Path) -> None:
-    # Each as a tensor: what the index calls anything else, torch would unpickle, and run what is in it.
+    # Every entry must be a tensor: torch would unpickle any other entry, and run code from it.
     moments = {f"{name}.{moment}": x for name, of_one in state["optimizer"].items() for moment, x in of_one.items()}
     wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
     wanted |= {f"optimizer.{name}": tuple(tensor.shape) for name, tensor in moments.items()}
@@ -317,7 +255,7 @@ def _check_shapes(metadata: Metadata, state: dict[str, dict[str, Any]], path: Pa
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Without torch's warnings of what is meant (one process alone) and of its own use of TypedStorage."""
+    """Silence torch's warnings about a single process, which is meant, and about its own use of TypedStorage."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)

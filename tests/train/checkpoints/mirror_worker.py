@@ -27,7 +27,8 @@ from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, load_checkpoint, newest_checkpoint, save_checkpoint
-from streaming_rwkv.train.checkpoints.uploader import Mirror, node_checkpoint, restore
+from streaming_rwkv.train.checkpoints.restore import node_checkpoint, restore
+from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
@@ -61,7 +62,7 @@ def main(rank: int, port: int, folder: Path, remote: str) -> None:
     assert newest_checkpoint(folder / "checkpoints") == checkpoint  # whole on this disk
     if rank == 1:
         shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match=rf"not whole on every node \({socket.gethostname()}: "):
+    with pytest.raises(CheckpointError, match=rf"not complete on every node \({socket.gethostname()}: "):
         restore(None, folder)
     assert restore(store, folder) == (checkpoint, True)  # though rank 0 has it whole
     assert newest_checkpoint(folder / "checkpoints") == checkpoint

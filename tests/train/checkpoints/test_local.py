@@ -23,13 +23,11 @@ from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.weights import CheckpointError, read_state
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.train.checkpoints.local import (
-    Checkpoint,
-    check_same_run,
     load_checkpoint,
     newest_checkpoint,
-    read_mark,
     save_checkpoint,
 )
+from streaming_rwkv.train.checkpoints.record import read_mark
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
@@ -240,34 +238,6 @@ def test_a_damaged_checkpoint_is_written_again(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert checkpoint.step == 2
     assert steps_below(tmp_path) == ["step-00000001", "step-00000002"]
-
-
-def checkpoint_of(run: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark={"step": 5, "run": run})
-
-
-def test_the_same_run_goes_on() -> None:
-    check_same_run(checkpoint_of(RUN), dict(RUN), allow=frozenset())
-
-
-def test_every_setting_that_differs_is_named_with_both_values() -> None:
-    now = {"data": "77aa", "batch_packs": 16, "order": {"seed": 18}, "optimizer": {"lr": 1}}
-    with pytest.raises(CheckpointError) as caught:
-        check_same_run(checkpoint_of(RUN), now, allow=frozenset())
-    assert str(caught.value).splitlines()[1:] == [
-        '  data: the checkpoint has "8d1f", this run "77aa"',
-        '  optimizer: the checkpoint has null, this run {"lr": 1}',
-        '  order: the checkpoint has {"seed": 17}, this run {"seed": 18}',
-        "Give the run another `save_folder`, set the value back, or, if the change is meant, say "
-        "checkpoint.allow_changed=[data,optimizer,order]",
-    ]
-
-
-def test_a_change_that_is_meant_can_be_allowed_by_name() -> None:
-    now = RUN | {"data": "77aa", "batch_packs": 32}
-    check_same_run(checkpoint_of(RUN), now, allow=frozenset({"data", "batch_packs"}))
-    with pytest.raises(CheckpointError, match="batch_packs: the checkpoint has 16, this run 32"):
-        check_same_run(checkpoint_of(RUN), now, allow=frozenset({"data"}))
 
 
 class Payload:

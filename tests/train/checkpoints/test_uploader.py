@@ -21,22 +21,16 @@ from composer.loggers import Logger
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.storage import StorageError, Store, open_store
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
-from streaming_rwkv.train.checkpoints.local import FORMAT, install, newest_checkpoint
-from streaming_rwkv.train.checkpoints.uploader import (
-    Mirror,
-    MirrorError,
-    _run_of,
-    check_place,
-    local_checkpoint,
-    newest_remote,
-    restore,
-)
+from streaming_rwkv.train.checkpoints.local import install, newest_checkpoint
+from streaming_rwkv.train.checkpoints.remote import newest_remote
+from streaming_rwkv.train.checkpoints.restore import _run_of, check_place, local_checkpoint, restore
+from streaming_rwkv.train.checkpoints.uploader import Mirror, MirrorError
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import OptimizerConfig, RunConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -216,7 +210,7 @@ def test_of_two_runs_in_one_place_the_later_goes_on(store: Store, folder: Path, 
     refusal = rf"step-00000006 could not be uploaded: .*writer.json: another run .*\"process\": {os.getpid()}"
     with pytest.raises(MirrorError, match=refusal):
         first.finish()
-    with pytest.raises(MirrorError, match="another run has taken this place over"):
+    with pytest.raises(MirrorError, match="another run has taken over this place"):
         first.send_logs()
     assert steps_in(store) == [5]
     second.begin(save(empty, 7))
@@ -522,15 +516,15 @@ def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: 
 
 
 @pytest.mark.parametrize(
-    ("location", "run", "name"),
+    ("location", "run", "step"),
     [
         ("s3://b/runs/a", "s3://b/runs/a", None),
         ("s3://b/runs/a/", "s3://b/runs/a", None),
-        ("s3://b/runs/a/checkpoints/step-00000010", "s3://b/runs/a", "step-00000010"),
+        ("s3://b/runs/a/checkpoints/step-00000010", "s3://b/runs/a", 10),
         ("s3://b/checkpoints/stage1", "s3://b/checkpoints/stage1", None),
-        ("s3://b/checkpoints/stage1/checkpoints/step-00000010/", "s3://b/checkpoints/stage1", "step-00000010"),
+        ("s3://b/checkpoints/stage1/checkpoints/step-00000010/", "s3://b/checkpoints/stage1", 10),
     ],
 )
-def test_a_run_or_one_of_its_checkpoints_is_meant(location: str, run: str, name: str | None) -> None:
+def test_a_run_or_one_of_its_checkpoints_is_meant(location: str, run: str, step: int | None) -> None:
     with _run_of(location) as (store, found):
-        assert (store.url("x"), found) == (f"{run}/x", name)
+        assert (store.url("x"), found) == (f"{run}/x", step)

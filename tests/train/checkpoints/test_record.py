@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from streaming_rwkv.model.completion_mark import FORMAT, CheckpointError, parse_mark, read_mark
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import parse_mark, read_mark, step_name, step_of_name
 
 RECORD = {"bytes": 1, "sha256": "0" * 64}
 
@@ -69,3 +70,11 @@ def test_the_checkpoint_before_one_with_a_bad_mark_is_used(tmp_path: Path) -> No
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["step-1", "step-00000001.tmp", ".step-00000001.tmp", "step-000000001", "step-１２３４５６７８"]
+)
+def test_only_the_name_of_a_step_is_a_checkpoints_name(name: str) -> None:
+    assert step_of_name(step_name(12)) == 12
+    assert step_of_name(name) is None

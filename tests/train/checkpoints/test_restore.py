@@ -1,0 +1,102 @@
+"""A checkpoint is found in one way by training and by the programs that read weights, and compared with its run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
+from streaming_rwkv.train.checkpoints.record import Checkpoint
+from streaming_rwkv.train.checkpoints.restore import check_same_run, local_checkpoint, node_checkpoint
+
+RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
+
+
+def write(run: Path, step: int, *, marked_step: int | None = None) -> Path:
+    """A complete checkpoint of one file, whose content does not matter here."""
+    folder = run / "checkpoints" / f"step-{step:08}"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(b"index")
+    files = {".metadata": {"bytes": 5, "sha256": hashlib.sha256(b"index").hexdigest()}}
+    mark = {"format": FORMAT, "step": marked_step or step, "run": {}, "files": files}
+    (folder / "complete.json").write_text(json.dumps(mark))
+    return folder
+
+
+def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 10)
+    (write(tmp_path, 300) / ".metadata").write_bytes(b"cut")
+    newest = write(tmp_path, 200)
+    write(tmp_path, 400, marked_step=4)  # copied from another step
+    (tmp_path / "checkpoints" / ".step-00000500.tmp").mkdir()
+    with caplog.at_level(logging.WARNING), local_checkpoint(tmp_path) as path:
+        assert path == newest
+    assert "step-00000400: its mark is that of step 4" in caplog.text
+    assert "step-00000300: .metadata has 3 bytes instead of 5" in caplog.text
+    assert node_checkpoint(str(tmp_path), tmp_path / "unused") == newest
+
+
+def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no finished checkpoint yet"), local_checkpoint(tmp_path):
+        pass
+
+
+def test_a_run_with_nothing_but_damage_is_refused(tmp_path: Path) -> None:
+    (write(tmp_path, 3) / "complete.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint here is whole"), local_checkpoint(tmp_path):
+        pass
+
+
+def test_one_checkpoint_stands_for_itself(tmp_path: Path) -> None:
+    older = write(tmp_path, 10)
+    write(tmp_path, 20)
+    with local_checkpoint(older) as path:
+        assert path == older
+
+
+def checkpoint_of(run: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark={"format": FORMAT, "step": 5, "run": run})
+
+
+def test_the_same_run_goes_on() -> None:
+    check_same_run(checkpoint_of(RUN), dict(RUN), allow=frozenset())
+
+
+def test_every_setting_that_differs_is_named_with_both_values() -> None:
+    now = {"data": "77aa", "batch_packs": 16, "order": {"seed": 18}, "optimizer": {"lr": 1}}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(checkpoint_of(RUN), now, allow=frozenset())
+    assert str(caught.value).splitlines()[1:] == [
+        '  data: the checkpoint has "8d1f", this run "77aa"',
+        '  optimizer: the checkpoint has null, this run {"lr": 1}',
+        '  order: the checkpoint has {"seed": 17}, this run {"seed": 18}',
+        "Give the run another `save_folder`, set the value back, or, if the change is meant, say "
+        "checkpoint.allow_changed=[data,optimizer,order]",
+    ]
+
+
+def test_a_change_that_is_meant_can_be_allowed_by_name() -> None:
+    now = RUN | {"data": "77aa", "batch_packs": 32}
+    check_same_run(checkpoint_of(RUN), now, allow=frozenset({"data", "batch_packs"}))
+    with pytest.raises(CheckpointError, match="batch_packs: the checkpoint has 16, this run 32"):
+        check_same_run(checkpoint_of(RUN), now, allow=frozenset({"data"}))
+
+
+def test_a_checkpoint_of_an_earlier_data_format_is_refused_with_the_remedy() -> None:
+    mark = {"format": "streaming-rwkv-checkpoint/1", "step": 5, "run": RUN}
+    checkpoint = Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark=mark)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(checkpoint, RUN, allow=frozenset())
+    assert str(caught.value) == (
+        "runs/a/checkpoints/step-00000005: made with a data set of the format streaming-rwkv/1, which can no longer be "
+        "read; rebuild it with `python -m prep build RECIPE`, and start a run from these weights in another "
+        "`save_folder` (`model.init_from: runs/a/checkpoints/step-00000005`)"
+    )
