@@ -1,7 +1,7 @@
-"""The main job in one command: real text → tokenizer → shards → a short training run → a sample. `make demo` runs it.
+"""Demo, `make demo`: real text → tokenizer → shards → a short training run → a generated text.
 
-Every step is the command that a user would give, and is shown before it runs. Run again, it goes on where it was
-stopped, or says that it is finished. No network, no GPU, no server.
+Every step is a command that a user would run, and is printed before it runs. When the demo is run again, it resumes
+where it was stopped, or reports that it is finished. It needs no network, GPU or server.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(*command: str) -> None:
 
 
 def collect(corpus: Path) -> None:
-    """The standard library's sources and the language reference, as JSON lines with a `text` each."""
+    """Write the standard library's sources and the language reference as JSON lines with a `text` each."""
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     sources = sorted(p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts))
@@ -56,14 +56,14 @@ def collect(corpus: Path) -> None:
 
 
 def unigram_entropy(shards: Path) -> float:
-    """Nats per token of the best model without context: what the validation tokens' own frequencies give."""
+    """Return the nats per token of the best model without context, from the validation tokens' frequencies."""
     manifest = read_manifest(shards)
     counts = np.zeros(manifest.tokenizer.vocab_size)
     for stream in manifest.select("validation"):
         for pack in itertools.chain.from_iterable(
             read_shard(shards / stream.path / s.basename, s) for s in stream.shards
         ):
-            targets = np.delete(pack["tokens"], piece_bounds(pack["lengths"])[:-1])  # all but each piece's first
+            targets = np.delete(pack["tokens"], piece_bounds(pack["lengths"])[:-1])  # all except each piece's first
             counts += np.bincount(targets, minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

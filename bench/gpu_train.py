@@ -51,7 +51,8 @@ from gpu_wkv7 import (
 )
 from streaming import MDSWriter
 
-from streaming_rwkv.model.config import RWKV7Config, flops_per_token, flops_per_token_6n, parameter_count
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.flops import PEAK_FLOPS, flops_per_token, flops_per_token_6n, parameter_count
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.ops import wkv7
@@ -67,7 +68,6 @@ from streaming_rwkv.shards import (
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.train.fit import PEAK_FLOPS
 
 ROOT = Path(__file__).parents[1]
 EDGES = range(256, LONGEST_PIECE + 1, 256)
@@ -182,7 +182,7 @@ def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: 
         first.wait()
         before = [line for line in metrics_of(save_folder) if line["step"] <= size.checkpoint_steps]
         status = subprocess.call(command, cwd=ROOT, stdout=output, stderr=output)
-    if status or "going on from" not in log.read_text():
+    if status or "resuming from" not in log.read_text():
         sys.exit(f"{size.name}: the second start ended with {status}:\n{log.read_text()[-3000:]}")
     lines = metrics_of(save_folder)
     if lines[: len(before)] != before or [line["step"] for line in lines] != list(range(1, lines[-1]["step"] + 1)):

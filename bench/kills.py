@@ -25,7 +25,7 @@ import torch
 from prep.build import build
 from prep.commands.train_tokenizer import train_tokenizer
 from prep.config import PrepConfig, SourceConfig
-from streaming_rwkv.data.loader import PackDataset, data_spec
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.model.config import RWKV7Config
@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """One start of the loop: from the newest checkpoint, here or in `store`, to the end."""
     torch.set_num_threads(1)
-    shard_set = open_shard_set(data, cache=folder / "cache", splits=("train",), timeout_seconds=30, leader=True)
+    shard_set = open_shard_set(data, cache=folder / "cache", splits=("train",), timeout_seconds=30, fetch=True)
     stages = [
         StageConfig(passes=0.4),
         StageConfig(tokens=30_000, sources={"web": 0.8, "code": 0.2}),
@@ -81,8 +81,8 @@ def train(
     records = shard_set.manifest.select("train")
     plan = make_plan(stages, records, batch_packs=BATCH_PACKS, seed=SEED, block_shards=2)
     dataset = PackDataset(
-        shard_set, records, batches=plan.packs, num_batches=plan.steps, batch_packs=BATCH_PACKS, fetch_ahead=8,
-        cache_limit=cache_limit, download_attempts=2, timeout_seconds=30,
+        shard_set, records, batches=plan.packs, num_batches=plan.steps, batch_packs=BATCH_PACKS,
+        options=LoaderOptions(fetch_ahead=8, cache_limit=cache_limit, download_attempts=2, timeout_seconds=30),
     )  # fmt: skip
     model = RWKV7(RWKV7Config(vocab_size=320, hidden_size=64, num_layers=1))
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3))

@@ -31,7 +31,7 @@ import torch
 from streaming import MDSWriter, Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
-from streaming_rwkv.data.loader import PackDataset, data_spec, training_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.shards import (
@@ -116,7 +116,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
 @contextmanager
 def opened(data: Path, cache: Path, *, batch_packs: int, passes: float, start: int = 0) -> Iterator[PackDataset]:
     """Our data set at step `start`; afterwards its lock and shared memory are given back."""
-    shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, leader=True)
+    shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     plan = make_plan([StageConfig(passes=passes)], records, batch_packs=batch_packs, seed=1, block_shards=4)
     batches, num_batches = training_batches(plan)
@@ -126,10 +126,7 @@ def opened(data: Path, cache: Path, *, batch_packs: int, passes: float, start: i
         batches=batches,
         num_batches=num_batches,
         batch_packs=batch_packs,
-        fetch_ahead=64,
-        cache_limit=None,
-        download_attempts=1,
-        timeout_seconds=60,
+        options=LoaderOptions(fetch_ahead=64, download_attempts=1, timeout_seconds=60),
     )
     dataset.start_at(min(start, num_batches - 1))
     try:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG_COLUMNS = 160
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
 _C1 = {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
@@ -34,3 +40,12 @@ def tolerate_any_encoding() -> None:
 def print_error(error: Exception) -> None:
     """Write an error to standard error, as all front ends do."""
     print(f"error: {shown(str(error), lines=True)}", file=sys.stderr, flush=True)
+
+
+def print_rich(content: Table | str) -> None:
+    """Write a table or a line to standard output."""
+    from rich.console import Console  # only the commands that print tables need it
+
+    # A log file has no width, and rich would assume 80 columns, which cut every name of a wide mixture.
+    width = None if sys.stdout.isatty() else LOG_COLUMNS
+    Console(highlight=False, width=width, soft_wrap=isinstance(content, str)).print(content, markup=False)

@@ -1,7 +1,7 @@
-"""One page that shows a run: `python -m streaming_rwkv.plot RUN [RUN …] [--to FILE.html|.png]`.
+"""Plots of one or more runs on a page: `python -m streaming_rwkv.plot RUN [RUN …] [--to FILE.html|.png]`.
 
-Runs that follow each other, as stage 2 follows stage 1, are drawn one after another over the tokens of all. Everything
-comes from `metrics.jsonl`, so a run can be drawn while it trains, and without its data.
+Consecutive runs, such as stages 1 and 2, are plotted one after another over the tokens of all. Only `metrics.jsonl` is
+read, so a run can be plotted during training and without its data.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ Floats = NDArray[np.float64]
 
 METRICS_NAME = "metrics.jsonl"
 SUFFIXES = (".html", ".png")
-# Paul Tol's "bright" and "muted": told apart with any colour vision, on white.
+# Paul Tol's "bright" and "muted" palettes, distinguishable on white with any colour vision.
 COLORS = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#332288", "#999933", "#882255", "#44AA99"]
-MOST_POINTS = 2000  # of one curve: more than a page has columns for
+MOST_POINTS = 2000  # of one curve: more than a page has pixel columns
 MIXTURE_BINS = 60
 
 
 class PlotError(UserError):
-    """Runs that cannot be drawn, or a file that cannot be written."""
+    """Runs that cannot be plotted, or a file that cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run logged, in the order of its steps."""
+    """Metrics of a run, in the order of its steps."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -57,14 +57,14 @@ class Run:
     known_tokens: Floats
 
     def tokens_after(self, steps: Sequence[float]) -> Floats:
-        """Tokens that the run had trained on after these steps; past the last known one by its latest pace."""
+        """Return the tokens trained on after these steps; after the last known step they are extrapolated."""
         known, tokens = self.known_steps, self.known_tokens
         pace = (tokens[-1] - tokens[-2]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
         beyond = np.maximum(0.0, np.asarray(steps, np.float64) - known[-1])
         return np.interp(steps, known, tokens) + pace * beyond
 
     def series(self, metric: str) -> tuple[Floats, Floats]:
-        """(tokens, values) wherever the metric was logged."""
+        """Return (tokens, values) of the steps at which the metric was logged."""
         found = [(row["step"], row[metric]) for row in self.rows if metric in row]
         steps, values = ([pair[i] for pair in found] for i in (0, 1))
         return self.tokens_after(steps), np.array(values, np.float64)
@@ -79,7 +79,7 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """A run's save folder, or its metrics file.
+    """Read a run from its save folder or its metrics file.
 
     Raises:
         PlotError: no metrics there, or lines that are none.
@@ -96,9 +96,9 @@ def read_run(path: str | Path) -> Run:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # the last may be half written
+            if number < len(lines):  # the last line may be incomplete
                 raise PlotError(f"{file}: line {number} is no line of metrics: {line[:60]!r}") from None
-    # Composer logs the tokens before a step with the step.
+    # Composer logs, with a step, the tokens before it.
     known = {row["step"] - 1: float(row["time/token"]) for row in rows if "time/token" in row}
     if not known:
         raise PlotError(f"{file}: no step was logged yet")
@@ -112,29 +112,29 @@ def read_run(path: str | Path) -> Run:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """Runs one after another: the tokens of each are counted on from the end of the one before."""
+    """Consecutive runs: the tokens of each run continue those of the run before."""
 
     runs: list[Run]
 
     def parts(self) -> Iterator[tuple[float, Run]]:
-        """Each run, and the tokens before it."""
+        """Return each run and the tokens before it."""
         before = 0.0
         for run in self.runs:
             yield before, run
             before += run.total_tokens
 
     def curves(self, metric: str) -> list[tuple[Floats, Floats]]:
-        """(tokens, values) of each run that logged the metric."""
+        """Return (tokens, values) of each run that logged the metric."""
         found = [(before, *run.series(metric)) for before, run in self.parts()]
         return [(before + tokens, values) for before, tokens, values in found if len(values)]
 
     def names(self, prefix: str) -> list[str]:
-        """What comes after `prefix` in the names of metrics, in the order in which they came up."""
+        """Return the rest of the names of metrics after `prefix`, in the order in which they were first logged."""
         every = (name for run in self.runs for row in run.rows for name in row)
         return list(dict.fromkeys(name.removeprefix(prefix) for name in every if name.startswith(prefix)))
 
     def marks(self) -> list[tuple[float, str, bool]]:
-        """Where runs, and stages of a curriculum within a run, begin: tokens, label, whether it is a run."""
+        """Return the beginnings of runs and of their curriculum stages: tokens, label, and True for a run."""
         marks = []
         for before, run in self.parts():
             tokens, stages = run.series("stage")
@@ -155,7 +155,7 @@ def bucket_order(bucket: str) -> int:
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """The mean of each value and its neighbours, half a window to either side as far as there are any.
+    """Return the mean of each value and its neighbours within half a window to either side.
 
     Of those that are finite: a step that was skipped for its gradient may have no loss.
     """
@@ -170,7 +170,7 @@ def smooth(values: Floats, window: int) -> Floats:
 
 
 def thin(tokens: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """At most MOST_POINTS points, each the mean of its neighbours."""
+    """Reduce a curve to at most MOST_POINTS points, each the mean of its neighbours."""
     if len(values) <= MOST_POINTS:
         return tokens, values
     edges = np.linspace(0, len(values), MOST_POINTS + 1).astype(int)[:-1]
@@ -182,9 +182,9 @@ def thin(tokens: Floats, values: Floats) -> tuple[Floats, Floats]:
 
 
 def mixture(run: Run, *, by: int) -> tuple[Floats, dict[str, Floats]]:
-    """What the run was fed: edges (B + 1,) in tokens, and the share (B,) of each source (`by` 0) or bucket (`by` 1).
+    """Return edges (B + 1,) in tokens, and the consumed share (B,) of each source (`by` 0) or bucket (`by` 1).
 
-    The run logs shares of all tokens consumed up to then; what lies between two points is their difference.
+    The run logs shares of all tokens consumed so far; the consumption between two points is their difference.
     """
     names = sorted({name for row in run.rows for name in row if name.startswith("share/")})
     rows = [row for row in run.rows if names and any(name in row for name in names)]
@@ -204,7 +204,7 @@ def colors_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def bucket_colors(buckets: Sequence[str]) -> dict[str, Any]:
-    """Dark to light from short to long: their order is seen, in grey too; yellow, lost on white, is left out."""
+    """Return colours from dark (short) to light (long), ordered in grey too; yellow is left out."""
     from matplotlib import colormaps
 
     return {
@@ -214,11 +214,11 @@ def bucket_colors(buckets: Sequence[str]) -> dict[str, Any]:
 
 
 def learning_panels(history: History) -> dict[str, Panel]:
-    """Title to what draws it: what was learnt, and from what; as far as these runs logged it."""
+    """Return panels of losses and mixtures, by title, for the metrics that these runs logged."""
     sources = history.names("validation/loss/source/")
     buckets = history.names("validation/loss/bucket/")
     trained = [name.rsplit("/", 1) for name in history.names("share/")]
-    # The same colour for a source in every panel, whether it is trained on or only validated.
+    # A source has the same colour in every panel, also if it is only validated.
     source_colors = colors_of(list(dict.fromkeys([*sources, *(source for source, _ in trained)])))
     colors_by_bucket = bucket_colors(list(dict.fromkeys([*buckets, *(bucket for _, bucket in trained)])))
 
@@ -239,7 +239,7 @@ def learning_panels(history: History) -> dict[str, Panel]:
 
 
 def running_panels(history: History) -> dict[str, Panel]:
-    """Title to what draws it: how the run went."""
+    """Return panels of the course of training, by title."""
 
     def single(metric: str, unit: str, scale: str) -> Panel:
         return lambda axes: draw_single(axes, history, metric, unit=unit, scale=scale)
@@ -268,7 +268,7 @@ def draw_training_loss(axes: Axes, history: History) -> None:
 
 
 def draw_lines(axes: Axes, history: History, prefix: str, colors: Mapping[str, Any], unit: str) -> None:
-    """A curve for each name, its last value beside it in the legend."""
+    """Plot a curve for each name, with its last value in the legend."""
     for name, color in colors.items():
         curves = history.curves(prefix + name)
         for i, (tokens, values) in enumerate(curves):
@@ -304,13 +304,13 @@ def draw_mixture(axes: Axes, history: History, colors: Mapping[str, Any], *, by:
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of tokens")
     handles, labels = axes.get_legend_handles_labels()
-    # As they are stacked, from the top.
+    # In the order of the stack, from the top.
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def draw(history: History) -> Figure:
-    """One figure of 1,200 pixels: the training loss across it, below it what was learnt, and how the run went."""
-    # Not pyplot: it would keep the figure, and choose a window system.
+    """Return a figure 1,200 pixels wide: the training loss across it, and below it the other panels."""
+    # Not pyplot, which would keep the figure and choose a window system.
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -352,7 +352,7 @@ def draw(history: History) -> Figure:
 
 
 def summary(history: History) -> list[list[str]]:
-    """A row for each run: how far it came, and its last values."""
+    """Return a row for each run: its progress and its last values."""
     rows = [["run", "steps", "tokens", "training loss", "validation loss", "bits per byte", "tokens / s, median"]]
     for run in history.runs:
         loss = run.series("loss/train/total")[1]
@@ -373,7 +373,7 @@ def summary(history: History) -> list[list[str]]:
 
 
 def last_validation(run: Run) -> list[list[str]]:
-    """Loss, perplexity and bits per byte of each source and bucket at the run's last evaluation."""
+    """Return loss, perplexity and bits per byte of each source and bucket at the run's last evaluation."""
     latest: dict[str, Any] = {}
     for row in run.rows:
         if any(name.startswith("validation/") for name in row):
@@ -382,7 +382,7 @@ def last_validation(run: Run) -> list[list[str]]:
 
 
 def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]]:
-    """A heading, and a row each for all together, every source and every bucket that `metrics` has."""
+    """Return a heading, and one row each for all packs, every source and every bucket in `metrics`."""
     prefix = "validation/loss/"
     groups = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     shown = [name for name in groups if name.startswith(("source/", "bucket/"))]
@@ -400,11 +400,11 @@ def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]
 def _shown(kind: str, value: float) -> str:
     if kind != "perplexity":
         return f"{value:.4f}"
-    return f"{value:#.4g}".rstrip(".") if value < 10_000 else f"{value:.0f}"  # four digits that mean something
+    return f"{value:#.4g}".rstrip(".") if value < 10_000 else f"{value:.0f}"  # four significant digits
 
 
 def page(history: History, figure: Figure) -> str:
-    """One HTML file without references to any other."""
+    """Return one HTML file without references to other files."""
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None})
     svg = drawing.getvalue()
@@ -426,7 +426,7 @@ def _table(rows: list[list[str]]) -> str:
     return f"<table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-# Light whatever the reader's preference: the colours of the curves are chosen for white.
+# Always light, since the colours of the curves are chosen for white.
 _STYLE = """
 body{margin:0;background:#fff;color:#1c2330;font:15px/1.5 system-ui,"Noto Sans","Noto Sans CJK SC",sans-serif}
 main{max-width:1200px;margin:0 auto;padding:24px}h1{font-size:24px;margin:0 0 12px}h2{font-size:17px}
@@ -438,7 +438,7 @@ td:first-child,th:first-child{text-align:left;padding-left:0}
 
 
 _DRAWING: Any = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keeps text as text
     "svg.hashsalt": "streaming-rwkv",  # the same bytes for the same metrics
     "legend.frameon": False,
     "legend.fontsize": 8.5,
@@ -450,7 +450,7 @@ _DRAWING: Any = {
 
 
 def write_plot(runs: Sequence[str | Path], *, to: str | Path) -> None:
-    """Draw the runs, in the order in which they followed each other.
+    """Plot runs in their order.
 
     Args:
         runs: save folders.
@@ -467,7 +467,7 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path) -> None:
     from matplotlib import rc_context
 
     with rc_context(_DRAWING), warnings.catch_warnings():
-        # Names beyond matplotlib's own font are measured badly; a page shows them all the same, as text.
+        # matplotlib measures names outside its font badly; the page shows them as text.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
         figure = draw(history)
         to.parent.mkdir(parents=True, exist_ok=True)

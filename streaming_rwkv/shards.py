@@ -318,7 +318,7 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
-def piece_bounds(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+def piece_bounds(lengths: NDArray[np.uint32] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the (P + 1,) offsets of the pieces within `tokens`."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from streaming_rwkv.config import load_config
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.loader import data_spec
-from streaming_rwkv.model.config import RWKV7Config, parameter_count
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
-from streaming_rwkv.train.fit import prepare
-from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, show, state_bytes
+from streaming_rwkv.train.prepare import prepare
+from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, state_bytes
 
 CONFIG = """
 save_folder: {run}
@@ -90,7 +92,7 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--processes", "3"], "data.batch_packs: 4 packs do not divide among 3 processes"),
-        (["data.path=/nowhere"], "/nowhere/manifest.json: not there"),
+        (["data.path=/nowhere"], "/nowhere/manifest.json: missing"),
         (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),
         (["data.stages.0.sources.code=-1"], "shares must not be negative"),
         (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),
@@ -129,7 +131,7 @@ def test_shards_that_no_stage_draws_from_may_be_elsewhere(config, tmp_path):
 
 def test_a_microbatch_larger_than_a_process_has_packs_is_said_not_to_be_taken(config, capsys, caplog):
     assert main([str(config), "--dry-run", "--processes", "2", "microbatch_packs=3"]) == 0
-    assert "microbatch_packs: found 3, but each of 2 processes has 2 packs of a step; so many are taken" in caplog.text
+    assert "microbatch_packs: found 3, but each of 2 processes has 2 packs of a step; using 2" in caplog.text
     assert "2, each with 2 packs of a step, 2 in a microbatch" in capsys.readouterr().out
 
 
@@ -158,7 +160,7 @@ def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
     }  # fmt: skip
     plan = SimpleNamespace(streams=[SimpleNamespace(source="web", bucket="1-16")])
     tokenizer = SimpleNamespace(bos_id=0, eos_id=0, decode=lambda ids: "" if ids == [0] else f"w{ids[0]}")
-    show(batch_table(batch, plan, tokenizer, step=0))
+    print_rich(batch_table(batch, plan, tokenizer, step=0))
     out = capsys.readouterr().out
     assert "0 ⟨bos⟩ → 5 'w5'" in out
     assert "6 'w6' → 0 ⟨eos⟩" in out
@@ -166,7 +168,7 @@ def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
 
 def test_whatever_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
     run = load_config(RunConfig, str(config), overrides=[])
-    prepared = prepare(run, world_size=1, leader=True)
+    prepared = prepare(run, world_size=1, fetch=True)
     (allowed,) = get_args(CheckpointConfig.model_fields["allow_changed"].annotation)
     assert set(get_args(allowed)) == set(prepared.identity)
     prepared.shard_set.lock.release()

@@ -1,6 +1,6 @@
-"""docs/settings.md: every setting of a run, as the configuration's classes declare it.
+"""docs/settings.md: all settings of a run, as the configuration classes declare them.
 
-python -m tests.test_settings_page        # writes the page anew
+python -m tests.test_settings_page        # regenerates the page
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """\
 # Settings of a run
 
-Every key of a training YAML and of `key=value` on the command line. Made from the classes that declare them by
-`python -m tests.test_settings_page`; a test fails when it is out of date. Those of `prep build` are in
+Every key of a training YAML and of `key=value` on the command line. Generated from the classes that declare them by
+`python -m tests.test_settings_page`; a test fails when the page is out of date. Settings of `prep build` are in
 [`prep/config.py`](../prep/config.py).
 """
 KINDS = {

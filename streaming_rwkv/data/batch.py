@@ -1,4 +1,4 @@
-"""Packs to one row without padding, and back to microbatches between packs.
+"""Batches: packs joined to one row without padding, and cut into microbatches between packs.
 
 Shapes: T inputs in the batch, P pieces, K packs.
 """
@@ -13,24 +13,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100  # a target that is not trained on: torch's own default for cross-entropy
-NO_STREAM = -1  # stream of a blank pack: it fills up a rank's last evaluation batch and counts for nothing
+from streaming_rwkv.ops.layer_reference import IGNORED
+from streaming_rwkv.shards import piece_bounds
+
+NO_STREAM = -1  # stream of a blank pack, which fills up a rank's last evaluation batch and is not counted
 
 
 class Batch(TypedDict):
     """One row of documents; state and token shift restart at every entry of `cu_seqlens`."""
 
     tokens: Tensor  # (1, T) int64, the inputs
-    targets: Tensor  # (1, T) int64, IGNORED where nothing is to be learnt
+    targets: Tensor  # (1, T) int64, IGNORED where there is no loss
     cu_seqlens: Tensor  # (P + 1,) int32, where pieces begin
     pack_starts: Tensor  # (K + 1,) int32, where packs begin within T
     streams: Tensor  # (K,) int64, the stream of each pack
     text_bytes: Tensor  # (K,) int64, UTF-8 bytes of text behind the targets of each pack
-    num_targets: int  # targets that are not IGNORED; a plain number, so that nobody asks the device for it
+    num_targets: int  # targets that are not IGNORED; a plain number, so that it is not read from the device
 
 
 def blank_pack(token: int, dtype: type[np.uint16] | type[np.uint32]) -> dict[str, Any]:
-    """A pack of one input that counts for nothing, for a rank that has run out while others have not."""
+    """Return a pack of one input that is not counted, for a rank that has no packs left when others have."""
     return {
         "tokens": np.full(2, token, dtype),
         "lengths": np.array([2], np.uint32),
@@ -40,10 +42,10 @@ def blank_pack(token: int, dtype: type[np.uint16] | type[np.uint32]) -> dict[str
 
 
 class Joined(NamedTuple):
-    """Packs one after another as they are stored: what a loader's worker hands to the training process.
+    """Packs joined as they are stored, as a loader's worker sends them to the training process.
 
-    A quarter (uint32) or an eighth (uint16) of the finished batch, and it goes through the pipe by value: tensors
-    would each cost a file descriptor and a new mapping of /dev/shm, which took longer than everything else together.
+    They have a quarter (uint32) or an eighth (uint16) of the finished batch's bytes, and are sent through the pipe by
+    value: each tensor would need a file descriptor and a new mapping of /dev/shm, which took longer than all the rest.
     """
 
     tokens: NDArray[np.uint16] | NDArray[np.uint32]  # (S,) stored tokens
@@ -54,7 +56,7 @@ class Joined(NamedTuple):
 
 
 def join(packs: Sequence[dict[str, Any]]) -> Joined:
-    """Packs as PackDataset gives them, in one."""
+    """Join packs of a PackDataset."""
     return Joined(
         tokens=np.concatenate([pack["tokens"] for pack in packs]),
         lengths=np.concatenate([pack["lengths"] for pack in packs]),
@@ -65,14 +67,14 @@ def join(packs: Sequence[dict[str, Any]]) -> Joined:
 
 
 def finish(joined: Joined) -> Batch:
-    """Inputs and targets: each piece of m stored tokens gives m - 1 inputs and the m - 1 tokens that follow them."""
+    """Return inputs and targets: a piece of m stored tokens has m - 1 inputs, and the m - 1 tokens that follow them."""
     lengths = joined.lengths.astype(np.int64)
     inputs = np.ones(len(joined.tokens), bool)
     inputs[np.cumsum(lengths) - 1] = False  # the last stored token of a piece is only a target
     tokens = joined.tokens[inputs].astype(np.int64)
     targets = joined.tokens[1:][inputs[:-1]].astype(np.int64)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths - 1)])
-    pack_starts = cu_seqlens[np.concatenate([[0], np.cumsum(joined.pieces)])]
+    cu_seqlens = piece_bounds(lengths - 1)
+    pack_starts = cu_seqlens[piece_bounds(joined.pieces)]
     ignored = 0
     for pack in np.flatnonzero(joined.streams == NO_STREAM):
         targets[pack_starts[pack] : pack_starts[pack + 1]] = IGNORED
@@ -89,12 +91,12 @@ def finish(joined: Joined) -> Batch:
 
 
 def collate(packs: Sequence[dict[str, Any]]) -> Batch:
-    """Join packs to one row of inputs and targets."""
+    """Join packs into one row of inputs and targets."""
     return finish(join(packs))
 
 
 def split_batch(batch: Batch, microbatch_packs: int | float | str | None) -> list[Batch]:
-    """Cut between packs, `microbatch_packs` to a microbatch; views, no copies."""
+    """Cut a batch into microbatches of `microbatch_packs` packs; views, no copies."""
     packs = len(batch["streams"])
     size = int(microbatch_packs) if isinstance(microbatch_packs, (int, float)) else packs
     if size >= packs:
@@ -121,10 +123,10 @@ def split_batch(batch: Batch, microbatch_packs: int | float | str | None) -> lis
 
 
 def count_packs(batch: Batch) -> int:
-    """Composer's 'samples': MDS samples, so packs; never documents, or a resume would repeat data."""
+    """Return Composer's number of samples, the packs; if documents were counted, a resumed run would repeat data."""
     return len(batch["streams"])
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """Inputs, and the targets that a loss is the mean over; Composer weights microbatches by the latter."""
+    """Return the numbers of inputs and of targets in the loss; Composer weights microbatches by the latter."""
     return {"total": batch["tokens"].numel(), "loss_generating": batch["num_targets"]}

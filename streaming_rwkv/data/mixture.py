@@ -1,12 +1,12 @@
-"""Which packs each step trains on: token shares from the user, pack rates from the manifest, then pure arithmetic.
+"""Mixture and order of packs: token shares from the user, pack rates from the manifest, then pure arithmetic.
 
 A user asks for shares of *tokens*, by source, by bucket, or by stream. Streams differ in tokens per pack, so shares
 of tokens become rates of packs. Stream i with rate q_i has its j-th pack due at time (j + u_i) / q_i with a seeded
 offset u_i; packs are trained on in order of their due times. So at any moment each stream is within a few packs of
-its share, every batch is mixed alike, and which pack fills slot n can be computed for any n without walking there.
+its share, all batches have the same mixture, and the pack of slot n can be computed for any n directly.
 With natural rates (packs of the stream / packs in all) each run through all slots sees each pack exactly once.
 
-A stream's position only ever grows, across passes and stages: nothing is seen twice before all was seen once.
+A stream's position only grows, across passes and stages: every pack of a stream is used once before any repeats.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ ORDER_VERSION = 2  # raised when the same configuration would give another order
 
 
 class MixtureConfig(Config):
-    """Shares of tokens; what is not said stays natural (in proportion to the tokens there are)."""
+    """Shares of tokens; a share that is not given is natural (in proportion to the number of tokens)."""
 
     sources: dict[str, float] | None = None
-    """Token share of each source; every source must be named, 0 leaves one out."""
+    """Token share of each source. Every source must be named; 0 leaves a source out."""
     buckets: dict[str, float] | None = None
-    """Token share of each bucket ('1-256'); every bucket in the window must be named, 0 leaves one out."""
+    """Token share of each bucket ('1-256'). Every bucket within the lengths must be named; 0 leaves a bucket out."""
     streams: dict[str, float] | None = None
-    """Token share of each 'source/bucket'; excludes the other three ways."""
+    """Token share of each 'source/bucket'; not together with `sources`, `buckets` or `temperature`."""
     temperature: float | None = Field(default=None, gt=0)
-    """Shares of sources in proportion to tokens ** (1 / temperature): above 1 lifts the small ones."""
+    """Shares of sources in proportion to tokens ** (1 / temperature): a value above 1 raises small sources."""
     min_length: int | None = None
-    """Only buckets of documents at least so long; a bound that cuts through a bucket is refused."""
+    """Smallest document length, in tokens; must be the lower bound of a bucket."""
     max_length: int | None = None
-    """Only buckets of documents at most so long; likewise."""
+    """Largest document length, in tokens; must be the upper bound of a bucket."""
 
     @model_validator(mode="after")
     def _one_way(self) -> MixtureConfig:
         if self.streams is not None and (self.sources or self.buckets or self.temperature):
-            raise ValueError("`streams` says every share; it cannot be combined with sources, buckets or temperature")
+            raise ValueError("`streams` gives every share; it cannot be combined with sources, buckets or temperature")
         if self.sources is not None and self.temperature is not None:
-            raise ValueError("`sources` and `temperature` both say the shares of sources; keep one")
+            raise ValueError("`sources` and `temperature` both give the shares of sources; keep one")
         for name in ("sources", "buckets", "streams"):
             shares: dict[str, float] | None = getattr(self, name)
             if shares is None:
@@ -63,18 +63,19 @@ class MixtureConfig(Config):
                 raise ValueError(f"`{name}`: found {given}; at least one share must be above 0")
         if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
             raise ValueError(
-                f"`min_length`: found {self.min_length}, above `max_length` {self.max_length}; no document lies between"
+                f"`min_length`: found {self.min_length}, above `max_length` {self.max_length}; no document has "
+                "such a length"
             )
         return self
 
 
 class StageConfig(MixtureConfig):
-    """A stretch of the run with one mixture, so many tokens or so many passes over the data long."""
+    """Stage of a curriculum: a mixture, and a length in tokens or in passes over the data."""
 
     tokens: int | None = Field(default=None, gt=0)
-    """How long it is; either this or `passes`."""
+    """Length of the stage in tokens; give either this or `passes`."""
     passes: float | None = Field(default=None, gt=0)
-    """How often all in its window is seen; shares are then natural."""
+    """Length of the stage in passes over its buckets, with natural shares."""
 
     @model_validator(mode="after")
     def _one_length(self) -> StageConfig:
@@ -92,24 +93,24 @@ class Stage:
 
     first_step: int
     steps: int
-    requested: Floats  # (S,) token shares as asked for, adding up to 1
+    requested: Floats  # (S,) requested token shares, adding up to 1
     rates: Floats  # (S,) packs of the stream in each pack of the mixture, adding up to 1
     offsets: Floats  # (S,) u_i
-    start: Ints  # (S,) packs that each stream gave before this stage
+    start: Ints  # (S,) packs of each stream used before this stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole run: slot n lies n // batch_packs steps after the first stage's first.
+    """Packs of every step of a run: slot n is used n // batch_packs steps after the first stage's first step.
 
-    That is step 0, unless the batch size was changed on the way: see `going_on`.
+    That step is 0, unless the batch size was changed during the run: see `resumed_at`.
     """
 
     streams: list[StreamRecord]
     batch_packs: int
     stages: list[Stage]
     orders: list[StreamOrder] = field(repr=False)
-    end: Ints  # (S,) packs that each stream has given at the end of the run
+    end: Ints  # (S,) packs of each stream used by the end of the run
 
     @property
     def steps(self) -> int:
@@ -117,26 +118,28 @@ class Plan:
 
     @property
     def first_pack(self) -> Ints:
-        """(S,) global id of each stream's first pack: streams lie one after another, as StreamingDataset has them."""
+        """Return the (S,) global ids of the streams' first packs; StreamingDataset numbers all packs consecutively."""
         packs = np.array([stream.packs for stream in self.streams], np.int64)
         return np.cumsum(packs) - packs
 
-    def going_on(self, *, step: int, slots: int) -> Plan:
-        """The same plan for a run that has filled `slots` of it in `step` steps, whatever their batches were.
+    def resumed_at(self, *, step: int, slots: int) -> Plan:
+        """Return this plan for a run that has used `slots` of it in `step` steps, whatever their batch sizes were.
 
-        It goes on with the next whole batch: nothing comes again, and less than a batch is left for the next pass.
+        The run continues with the next whole batch: no pack repeats, and less than a batch is left for the next pass.
         """
         moved = step - -(-slots // self.batch_packs) - self.stages[0].first_step
         return replace(self, stages=[replace(stage, first_step=stage.first_step + moved) for stage in self.stages])
 
     def slots_before(self, step: int) -> int:
+        """Return the number of slots used by the steps before `step`."""
         return (step - self.stages[0].first_step) * self.batch_packs
 
     def stage_of(self, step: int) -> int:
+        """Return the number of the stage that `step` belongs to, counted from 0."""
         return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step or i == 0)
 
     def packs(self, start: int, stop: int) -> Ints:
-        """(stop - start, batch_packs) global ids of the packs of steps start … stop - 1."""
+        """Return the (stop - start, batch_packs) global ids of the packs of steps start … stop - 1."""
         rows = []
         for stage in self.stages:
             low, high = max(start, stage.first_step), min(stop, stage.first_step + stage.steps)
@@ -151,12 +154,12 @@ class Plan:
         for stream in np.unique(slots.stream):
             at = np.flatnonzero(slots.stream == stream)
             position = int(stage.start[stream]) + int(slots.number[at[0]])
-            # A stream's own packs come due one after another, so they are a contiguous part of its walk.
+            # A stream's packs are due in its own order, so they are a contiguous part of that order.
             ids[at] = first_pack[stream] + self.orders[stream].take(position, position + len(at))
         return ids.reshape(-1, self.batch_packs)
 
     def expected_targets(self) -> Floats:
-        """(stages, S) targets that each stage draws from each stream, by the stream's mean."""
+        """Return the (stages, S) targets that each stage takes from each stream, by the stream's mean per pack."""
         per_pack = np.array([stream.targets_per_pack for stream in self.streams])
         starts = [stage.start for stage in self.stages] + [self.end]
         return np.array([(after - before) * per_pack for before, after in itertools.pairwise(starts)])
@@ -164,17 +167,17 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Consecutive slots: which stream fills each, and with its how-manieth pack."""
+    """Stream of each of consecutive slots, and the number of the pack in the stream's order."""
 
     stream: Ints
     number: Ints
 
 
 def due_order(rates: Floats, offsets: Floats, *, start: int, stop: int) -> Slots:
-    """Slots start … stop - 1 of the endless sequence in which pack j of stream i is due at (j + u_i) / q_i."""
+    """Return slots start … stop - 1 of the infinite sequence in which pack j of stream i is due at (j + u_i) / q_i."""
     active = np.flatnonzero(rates > 0)
     q, u = rates[active], offsets[active]
-    # At time t about t packs were due, give or take one for each stream: no search is needed.
+    # At time t, t packs are due, plus or minus one for each stream: no search is needed.
     low = _due_before(max(0.0, float(start - len(active) - 1)), q, u)
     high = _due_before(float(stop + len(active) + 1), q, u)
     stream = np.repeat(np.arange(len(active)), high - low)
@@ -186,7 +189,7 @@ def due_order(rates: Floats, offsets: Floats, *, start: int, stop: int) -> Slots
 
 
 def _due_before(time: float, q: Floats, u: Floats) -> Ints:
-    """How many packs of each stream are due before `time`, by the very floating-point expression that sorts them."""
+    """Count the packs of each stream that are due before `time`, with the floating-point expression that sorts them."""
     count = np.maximum(np.floor(time * q - u).astype(np.int64) - 1, 0)
     while (more := (count + u) / q < time).any():
         count += more
@@ -205,7 +208,7 @@ def make_plan(
     """Resolve the stages against the data.
 
     Raises:
-        ConfigError: a name that is not there or not given, shares that no data can meet, a window without buckets.
+        ConfigError: a name is unknown or missing, the shares cannot be met, or no bucket is within the lengths.
     """
     streams = list(streams)
     if not streams:
@@ -217,7 +220,7 @@ def make_plan(
     targets = np.array([stream.targets for stream in streams], np.float64)
     resolved: list[Stage] = []
     first_step, position = 0, np.zeros(len(streams), np.int64)
-    # Batches that earlier stages in passes left over of their streams, since only whole ones are trained on.
+    # Fractions of a batch left over by earlier stages in passes: only whole batches are trained on.
     carried: dict[bytes, float] = {}
     for i, config in enumerate(stages):
         shares = token_shares(config, streams, where=f"{where}.{i}")
@@ -248,13 +251,13 @@ def make_plan(
 
 
 def _given(rates: Floats, offsets: Floats, slots: int) -> Ints:
-    """How many packs each stream gives to slots 0 … slots - 1."""
+    """Count the packs of each stream in slots 0 … slots - 1."""
     tail = due_order(rates, offsets, start=max(0, slots - 1), stop=slots)
     last_time = (tail.number[-1] + offsets[tail.stream[-1]]) / rates[tail.stream[-1]]
     active = rates > 0
     given = np.zeros(len(rates), np.int64)
     given[active] = _due_before(float(last_time), rates[active], offsets[active])
-    # Packs due at exactly the last time come in the order of their streams; the last slot's own is the last of them.
+    # Packs due at exactly the last time are in the order of their streams; the last slot's pack is the last of them.
     ties = np.flatnonzero(active & (np.arange(len(rates)) <= tail.stream[-1]))
     given[ties] += (given[ties] + offsets[ties]) / rates[ties] == last_time
     assert given.sum() == slots
@@ -262,7 +265,7 @@ def _given(rates: Floats, offsets: Floats, slots: int) -> Ints:
 
 
 def token_shares(config: MixtureConfig, streams: Sequence[StreamRecord], *, where: str) -> Floats:
-    """(S,) requested shares of tokens, adding up to 1; 0 for a stream that is left out.
+    """Return the (S,) requested shares of tokens, adding up to 1; 0 for a stream that is left out.
 
     Raises:
         ConfigError: see `make_plan`.
@@ -291,13 +294,13 @@ def token_shares(config: MixtureConfig, streams: Sequence[StreamRecord], *, wher
 
 
 def _window(config: MixtureConfig, streams: Sequence[StreamRecord], *, where: str) -> NDArray[np.bool_]:
-    """(S,) which streams have a bucket that lies within min_length … max_length."""
+    """Return (S,) True for the streams whose bucket is within min_length … max_length."""
     low, high = config.min_length or 1, config.max_length or max(stream.upper for stream in streams)
     for stream in streams:
         if max(low, stream.lower) <= min(high, stream.upper) and not (low <= stream.lower and stream.upper <= high):
             raise ConfigError(
                 f"{where}: min_length {low}, max_length {high} cut through the bucket {stream.bucket}; "
-                "lengths are selected by whole buckets, so choose bounds of theirs"
+                "lengths are selected by whole buckets, so use their bounds"
             )
     inside = np.array([low <= stream.lower and stream.upper <= high for stream in streams])
     if not inside.any():
@@ -309,7 +312,7 @@ def _window(config: MixtureConfig, streams: Sequence[StreamRecord], *, where: st
 
 
 def _named(weights: dict[str, float], names: list[str], present: NDArray[np.bool_], *, where: str) -> Floats:
-    """Weights in the order of `names`; each that is present must be given, and only those may weigh anything."""
+    """Return weights in the order of `names`; every present name must be given, and only those may be above 0."""
     there = {name for name, is_present in zip(names, present, strict=True) if is_present}
     unknown = [name for name, weight in weights.items() if name not in there and (weight > 0 or name not in names)]
     if unknown:
@@ -318,14 +321,14 @@ def _named(weights: dict[str, float], names: list[str], present: NDArray[np.bool
         )
     missing = sorted(there - set(weights))
     if missing:
-        raise ConfigError(f"{where}: no share for {missing[0]!r}; name every one, 0 leaves it out")
+        raise ConfigError(f"{where}: no share for {missing[0]!r}; name every one; 0 leaves it out")
     return np.array([weights.get(name, 0.0) for name in names])
 
 
 def _fit(table: Floats, rows: Floats | None, columns: Floats | None, *, where: str) -> Floats:
-    """Scale rows and columns of the natural shares until both sums are as asked for (iterative proportional fitting).
+    """Scale rows and columns of the natural shares until both sums are as requested (iterative proportional fitting).
 
-    Within those sums the shares stay as near to natural as they can (in relative entropy).
+    Among all shares with those sums, the result is nearest to the natural ones (in relative entropy).
     """
     rows = None if rows is None else rows / rows.sum()
     columns = None if columns is None else columns / columns.sum()

@@ -1,8 +1,8 @@
-"""One stream's walk: every pack once a pass, shuffled within blocks of shards.
+"""Order of one stream's packs: each pack once per pass, shuffled within blocks of shards.
 
-A permutation of all packs would touch every shard all the time, and a cache of a few shards would download each of
-them thousands of times a pass. So the shards are permuted, cut into blocks, and packs are permuted within a block:
-each shard is needed during one short stretch of the pass and never again before the next.
+A permutation of all packs would use every shard all the time, and a cache of a few shards would download each of
+them thousands of times per pass. So the shards are permuted and cut into blocks, and packs are permuted within a block:
+each shard is needed only in one short part of a pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 
 
 def permutation(size: int, *, key: str) -> Ints:
-    """A permutation of range(size) that depends on `key` alone.
+    """Return a permutation of range(size) that depends only on `key`.
 
     Philox's raw output is a published algorithm; `Generator.permutation` may change between numpy versions, and with
     it the packs that a resumed run would see.
@@ -29,18 +29,18 @@ def permutation(size: int, *, key: str) -> Ints:
 
 
 def fraction(*, key: str) -> float:
-    """A number in [1/16, 15/16) that depends on `key` alone."""
+    """Return a number in [1/16, 15/16) that depends only on `key`."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     return 1 / 16 + 7 / 8 * (seed / 2**64)
 
 
 class StreamOrder:
-    """The packs of one stream in the order in which they are trained on, pass after pass.
+    """Packs of one stream in training order, pass after pass.
 
     Args:
         packs_per_shard: packs in each shard, in the order of the index.
-        key: what the order depends on (seed and the stream's name).
-        block_shards: shards that are mixed with each other.
+        key: determines the order; consists of the seed and the stream's name.
+        block_shards: number of shards whose packs are shuffled together.
     """
 
     def __init__(self, packs_per_shard: list[int], *, key: str, block_shards: int) -> None:
@@ -54,7 +54,7 @@ class StreamOrder:
         self._block = lru_cache(maxsize=2)(self._compute_block)
 
     def _compute_layout(self, pass_number: int) -> tuple[list[Ints], Ints]:
-        """Shards of each block, and where each block begins within the pass."""
+        """Return the shards of each block, and the position at which each block begins in the pass."""
         shards = permutation(len(self.packs_per_shard), key=f"{self.key}/pass {pass_number}/shards")
         blocks = [shards[i : i + self.block_shards] for i in range(0, len(shards), self.block_shards)]
         sizes = [int(self.packs_per_shard[block].sum()) for block in blocks]
@@ -66,7 +66,7 @@ class StreamOrder:
         return packs[permutation(len(packs), key=f"{self.key}/pass {pass_number}/block {block}")]
 
     def take(self, start: int, stop: int) -> Ints:
-        """Packs (indices within the stream) at positions start … stop - 1; positions count on through the passes."""
+        """Return the packs (indices within the stream) at positions start … stop - 1, counted over all passes."""
         parts = list(self._parts(start, stop))
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 

@@ -1,9 +1,9 @@
-"""A data set at its location: manifest, indexes and shards, each checked before it is believed, and their cache.
+"""A data set at its location: manifest, indexes and shards, each verified before use, and their cache.
 
-Whatever lies on a remote, or was left in the cache by an earlier run, is taken as a claim. The manifest is parsed
-strictly; each index must have the hash that the manifest gives, and describe just the shards that it lists; a shard
-must have its hash after the download and again when it is found in the cache, and expands to just the bytes it said.
-What is bad is fetched once more; then the run stops and names it.
+Nothing in object storage or in the cache is trusted. The manifest is parsed strictly. Each index must have the hash
+that the manifest gives, and describe exactly the shards that it lists. A shard must have its hash after the download
+and again when it is found in the cache, and must decompress to exactly its size. A damaged file is fetched once more;
+then the run stops with an error that names it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import zstandard
-from streaming import Stream
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
-from streaming.base.format.base.reader import FileInfo
-from streaming.base.storage.download import CloudDownloader
-
+from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
@@ -36,6 +30,7 @@ from streaming_rwkv.shards import (
     columns,
     parse_manifest,
     sha256_of_file,
+    shard_records,
 )
 from streaming_rwkv.storage import ObjectMissing, StorageError, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
@@ -45,22 +40,21 @@ logger = logging.getLogger(__name__)
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
 LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, or a tokenizer's file
 SHOWN_SHARDS = 3
-VERIFIED = "verified"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """A checked data set, and where its shards are kept on this machine."""
+    """A checked data set, and the folder of its shards on this machine."""
 
     location: str
     store: Store | None  # of a location in object storage
     manifest: Manifest
     cache: Path
-    lock: FolderLock | None  # held by the node's leader
+    lock: FolderLock | None  # held by local rank 0
 
     def streams(
         self, records: Sequence[StreamRecord], *, download_attempts: int, timeout_seconds: float
-    ) -> list[Stream]:
+    ) -> list[VerifiedStream]:
         return [
             VerifiedStream(
                 self.store,
@@ -76,15 +70,17 @@ class ShardSet:
 
 
 def open_shard_set(
-    location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, leader: bool
+    location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, fetch: bool
 ) -> ShardSet:
-    """Fetch and check manifest and indexes of `splits` into `cache`.
+    """Open a data set, with the manifest and the indexes of `splits` in `cache`.
 
-    Only the node's leader writes; others wait for it first and then read what it left.
+    Args:
+        fetch: fetch and check them, and lock the cache; only local rank 0 does. The other ranks call this afterwards,
+            and read its files.
 
     Raises:
-        DataError: no data set there, or one that is not what it says.
-        LocationError: neither a local folder nor s3://bucket/prefix.
+        DataError: there is no data set, or it is damaged.
+        LocationError: the location is neither a local folder nor s3://bucket/prefix.
         UserError: another run is using the cache.
     """
     location = checked_location(location).rstrip("/")
@@ -93,9 +89,9 @@ def open_shard_set(
     store = open_store(location, timeout_seconds=timeout_seconds) if is_remote(location) else None
     cache = Path(cache).resolve()
     lock = None
-    if leader:
+    if fetch:
         lock = lock_folder(cache, what="data cache", remedy="give this run its own `data.cache`")
-        _remove_stale_shared_memory(cache)
+        remove_stale_shared_memory(cache)
         _remove_unfinished_files(cache)
         content = _fetch(location, store, MANIFEST_NAME, to=cache, timeout_seconds=timeout_seconds)
     else:
@@ -104,7 +100,7 @@ def open_shard_set(
     # Each data set has its own folder, since shards of two data sets have the same names. The fingerprint would not do:
     # it is the same for shards that two versions of zstandard have compressed to different bytes.
     folder = cache / hashlib.sha256(content).hexdigest()[:16]
-    if leader:
+    if fetch:
         records = [record for record in manifest.streams if record.split in splits]
 
         def check(record: StreamRecord) -> None:
@@ -123,10 +119,10 @@ def open_shard_set(
 
 
 def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
-    """Compare names and sizes of shards at the location with the manifest's; contents are when they are read.
+    """Compare names and sizes of the stored shards with the manifest; contents are verified when they are read.
 
     Raises:
-        DataError: some are missing or of another size.
+        DataError: shards are missing or have another size.
     """
     found: dict[str, int] = {}
     if shard_set.store is not None:
@@ -161,10 +157,10 @@ def _sizes(location: str, folder: str) -> dict[str, int]:
 
 
 def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
-    """Put the data set's tokenizer beside a run, so that its checkpoints can be tried and exported without the data.
+    """Copy the data set's tokenizer to a run, so that its checkpoints can be used without the data set.
 
     Raises:
-        DataError: what lies there is not the tokenizer that the manifest names.
+        DataError: the stored tokenizer is not the one that the manifest names.
     """
     source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
     for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
@@ -178,7 +174,7 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
 
 
 def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_seconds: float) -> bytes:
-    """The bytes of the file `name` of the data set, freshly; the one below `to` is replaced in one step."""
+    """Fetch the file `name` of the data set, replace the copy in `to` atomically, and return its bytes."""
     local, remote = to / name, f"{location}/{name}"
     local.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(local) as temporary:
@@ -187,13 +183,13 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
                 temporary.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
             elif Path(remote).exists():
                 temporary.unlink(missing_ok=True)  # Streaming would take over what a killed process left
-                CloudDownloader.get(None).download(remote, str(temporary), timeout_seconds)
+                copy_file(remote, temporary, timeout_seconds=timeout_seconds)
             else:
                 raise ObjectMissing(remote)
         except ObjectMissing:
             remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
             raise DataError(
-                f"{remote}: not there, so this is no finished data set; {remedy}, or fix `data.path`"
+                f"{remote}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
             ) from None
         except StorageError as error:
             raise DataError(str(error)) from error
@@ -215,10 +211,10 @@ def _check_index(content: bytes, record: StreamRecord, manifest: Manifest, *, wh
 
 
 def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
-    """Refuse an index that would make StreamingDataset read or write anything but the manifest's shards.
+    """Refuse an index with which StreamingDataset would read or write anything but the manifest's shards.
 
     Raises:
-        DataError: other columns or encodings (pickles above all), other files or sizes, or names outside the folder.
+        DataError: other columns or encodings (such as pickles), other files or sizes, or names outside the folder.
     """
     try:
         entries = json.loads(content)["shards"]
@@ -231,139 +227,17 @@ def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where:
             raw = entry["raw_data"]
             if raw["basename"] != entry["zip_data"]["basename"].removesuffix(".zstd") or "/" in raw["basename"]:
                 raise DataError(f"{where}: raw file name {raw['basename']!r} is not that of its compressed form")
-        found_shards = [
-            (
-                e["zip_data"]["basename"],
-                e["zip_data"]["bytes"],
-                e["zip_data"]["hashes"]["sha256"],
-                e["raw_data"]["bytes"],
-            )
-            for e in entries
-        ]
-        packs = [entry["samples"] for entry in entries]
+        found_shards = shard_records(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not an MDS index of prep's ({type(error).__name__}: {error})") from None
-    expected = [(s.basename, s.bytes, s.sha256, s.raw_bytes) for s in record.shards]
-    if found_shards != expected or packs != [shard.packs for shard in record.shards]:
+    if found_shards != record.shards:
         raise DataError(f"{where}: does not list the manifest's shards; the data set was changed or damaged")
     oversized = [shard.basename for shard in record.shards if shard.raw_bytes >= LARGEST_SHARD_BYTES]
     if oversized:
         raise DataError(f"{where}: {oversized[0]} claims to expand to more than {LARGEST_SHARD_BYTES} bytes")
 
 
-class VerifiedStream(Stream):
-    """A stream whose shards are compared with their hashes, in the download and in the cache.
-
-    Streaming's own check is made once: a bad file stays in the cache, and is used or refused for ever after. Its own
-    S3 client waits for ever for a server that sends a byte a second; `store` does not.
-    """
-
-    def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
-        super().__init__(**options)
-        self.store = store
-        self.folder = folder
-
-    def _prepare_shard_part(
-        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
-    ) -> int:
-        """Make the raw file be there, and right; returns the change in bytes of the cache."""
-        assert zip_info is not None
-        raw = Path(self.local, self.split, raw_info.basename)
-        delta = self.drop_if_bad(raw_info)
-        if raw.exists():
-            return delta
-        data, left_over = self._compressed(zip_info)
-        delta -= left_over
-        # The frame's own claim of its size is not trusted: at most the bytes that the manifest allows are produced.
-        plain = _expand(data, raw_info.bytes)
-        if plain is None:
-            raise DataError(
-                f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
-            )
-        with atomic_file(raw) as temporary:
-            temporary.write_bytes(plain)
-        return delta + raw_info.bytes
-
-    def _compressed(self, info: FileInfo) -> tuple[bytes, int]:
-        """A shard as it lies at the location, with the hash that the index gives; and how many bytes of it the cache
-        has now less than it had."""
-        path = Path(self.local, self.split, info.basename)
-        left_over = path.stat().st_size if path.exists() else 0
-        try:
-            if self.store is None:
-                return self._copied(path, info), left_over
-            name, sha256 = f"{self.folder}/{info.basename}", info.hashes["sha256"]
-            return self.store.get_bytes(name, most=info.bytes, sha256=sha256), left_over
-        except DataError:
-            raise
-        except StorageError as error:
-            raise DataError(str(error)) from error
-        except Exception as error:
-            raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
-        finally:
-            path.unlink(missing_ok=True)
-
-    def _copied(self, path: Path, info: FileInfo) -> bytes:
-        """From a folder, by way of `path` in the cache, where a killed run may have left it."""
-        for attempt in ("first", "second"):
-            if not path.exists():
-                self._download_file(info.basename)
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == info.hashes["sha256"]:
-                return data
-            logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(info), attempt, len(data))
-            path.unlink()
-        raise DataError(
-            f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
-            "rebuild the data set with `python -m prep build`"
-        )
-
-    def drop_if_bad(self, raw_info: FileInfo) -> int:
-        """Remove the cached raw file if it is not what the index says; returns the change in bytes of the cache."""
-        raw = Path(self.local, self.split, raw_info.basename)
-        try:
-            size = raw.stat().st_size
-            if size == raw_info.bytes and sha256_of_file(raw) == raw_info.hashes["sha256"]:
-                return 0
-            raw.unlink()
-        except FileNotFoundError:
-            return 0
-        logger.warning("%s: damaged in the cache; fetching it again", raw)
-        return -size
-
-    def _url(self, info: FileInfo) -> str:
-        return f"{self.remote}/{info.basename}"
-
-
-def _expand(data: bytes, size: int) -> bytes | None:
-    """`data` decompressed if that gives just `size` bytes; never more than one byte beyond is produced."""
-    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-        try:
-            plain = reader.read(size)
-            return plain if len(plain) == size and not reader.read(1) else None
-        except zstandard.ZstdError:
-            return None
-
-
-def _remove_stale_shared_memory(cache: Path) -> None:
-    """Remove Streaming's shared memory that names our cache.
-
-    A run that was killed leaves it behind, and Streaming then refuses the folder ('Reused local directory'). We hold
-    the cache's lock, so whoever made it is gone. Shared memory of other caches is left alone.
-    """
-    for path in Path("/dev/shm").glob(f"*_{LOCALS}"):
-        try:
-            names = path.read_bytes().split(b"\0")
-        except (FileNotFoundError, PermissionError):
-            continue
-        if not any(os.fsencode(cache) + b"/" in name for name in names):
-            continue
-        prefix = path.name.removesuffix(LOCALS)
-        for name in [*SHM_TO_CLEAN, VERIFIED]:
-            (path.parent / f"{prefix}{name}").unlink(missing_ok=True)
-
-
 def _remove_unfinished_files(cache: Path) -> None:
-    """Remove what a run that was killed was about to write; the cache's limit does not count it."""
+    """Remove unfinished files of a killed run, which the cache's limit does not count."""
     for path in cache.rglob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

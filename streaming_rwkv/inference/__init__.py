@@ -1,1 +1,1 @@
-"""Using trained weights: generate text, evaluate on a data set, export to other formats."""
+"""Inference with trained weights: text generation, evaluation on a data set, export to other formats."""

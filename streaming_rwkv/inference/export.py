@@ -1,7 +1,7 @@
-"""Weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
+"""Export of weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
 
-OUT with the ending .pth is BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a Hugging Face
-folder with its tokenizer (`fla`, `rwkv7_hf`).
+An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a
+Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
-from streaming_rwkv.inference.generate import find_tokenizer
+from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -26,10 +26,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
-    """Write the weights of any checkpoint that `read_state` reads; the tokenizer's files go into a folder only.
+    """Write the weights of any checkpoint that `read_state` reads, and into a folder also the tokenizer.
 
     Raises:
-        CheckpointError: unreadable, or a head size that the Hugging Face implementations do not have.
+        CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
     """
     state = read_state(checkpoint)
     if out.suffix == ".pth":
@@ -45,9 +45,9 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
 
 
 def _write_world_for_transformers(folder: Path) -> None:
-    """The code by which `AutoTokenizer` reads RWKV World's vocabulary; a tokenizer.json cannot give its ids exactly."""
+    """Write the code with which `AutoTokenizer` reads RWKV World's vocabulary; tokenizer.json cannot hold it."""
     name = "tokenization_rwkv_world"
-    shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
     end = "<|endoftext|>"
     config = {
         "tokenizer_class": "RWKVWorldTokenizer",
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
     parser.add_argument("out", help="NAME.pth, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokenizer", help="for a folder; default: the one that lies with the checkpoint, if any")
+    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
     options = parser.parse_args(arguments)
     tolerate_any_encoding()
     try:
@@ -79,17 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print_error(error)
         return 1
-    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none lies with it"
+    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}{without}")
     return 0
 
 
 def _local_out(name: str) -> Path:
-    out = Path(checked_local(name, remedy="exports are written to a disk: give a local path, and copy from there"))
+    out = Path(checked_local(name, remedy="give a local path, and copy the export from there"))
     if out.suffix == ".pth" and out.is_dir():
-        raise UserError(f"{out}: is a folder; a .pth is one file, give another name")
+        raise UserError(f"{out}: is a folder, but a .pth is one file; use another name")
     if out.suffix != ".pth" and out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give NAME.pth, or a folder")
+        raise UserError(f"{out}: is a file; name NAME.pth, or a folder")
     return out
 
 

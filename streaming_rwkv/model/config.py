@@ -1,4 +1,4 @@
-"""The shape of an RWKV-7 model, what it costs, and the sizes that BlinkDL released."""
+"""Shape of an RWKV-7 model, and the sizes that BlinkDL released."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from streaming_rwkv.config import Config
 
 Preset = Literal["0.1B", "0.4B", "1.5B", "2.9B"]
 
-# BlinkDL's World models. Their LoRA ranks are of older formulas than the one below (the 0.4B model's of none), so they
-# are written out; the parameter counts of the RWKV-7 paper confirm them.
+# BlinkDL's World models. Their LoRA ranks follow older formulas than the one below (the 0.4B model's follow none), so
+# they are listed; the parameter counts in the RWKV-7 paper confirm them.
 _PRESET_FIELDS = ("num_layers", "hidden_size", "decay_rank", "a_rank", "v_rank", "gate_rank", "head_size", "ffn_size")
 PRESETS: dict[Preset, dict[str, int]] = {
     "0.1B": dict(zip(_PRESET_FIELDS, (12, 768, 64, 64, 32, 128, 64, 3072), strict=True)),
@@ -22,10 +22,10 @@ PRESETS: dict[Preset, dict[str, int]] = {
 
 
 def _rank(factor: float) -> Any:
-    """A LoRA rank as the reference trainer chooses it: factor · √C, rounded to 32."""
+    """Return a field for a LoRA rank, by default the reference trainer's: factor · √C, rounded to 32."""
 
     def from_hidden_size(fields: dict[str, Any]) -> int:
-        # Absent where the hidden size itself was refused: that error is the one to show.
+        # Missing if the hidden size itself is invalid: then that error is reported.
         return max(32, round(factor * fields.get("hidden_size", 0) ** 0.5 / 32) * 32)
 
     return Field(default_factory=from_hidden_size)
@@ -35,15 +35,15 @@ class RWKV7Config(Config):
     """Shape and memory options of a model; give `preset`, or `hidden_size` and `num_layers`.
 
     Fields:
-        preset: a released size; it decides everything of the shape but the vocabulary.
+        preset: a released size; it determines the whole shape except the vocabulary.
         vocab_size: rows of embedding and head, V.
         hidden_size: C, a multiple of the head size.
         num_layers: L.
-        head_size: N; the released models, and the fused kernels, have 64.
+        head_size: N; 64 in the released models and the fused kernels.
         ffn_size: width of the channel mixing, 4·C in every released model.
         decay_rank, a_rank, v_rank, gate_rank: LoRA ranks; by default the reference trainer's formula.
-        activation_checkpointing: keep the input of each block alone and compute the rest again in the backward pass.
-        loss_chunk_tokens: how many tokens' logits exist at once when the loss is computed.
+        activation_checkpointing: keep only the input of each block, and recompute the rest in the backward pass.
+        loss_chunk_tokens: chunk size, in tokens, of the cross-entropy; bounds the memory of the logits.
     """
 
     preset: Preset | None = None
@@ -85,37 +85,3 @@ class RWKV7Config(Config):
     @property
     def num_heads(self) -> int:
         return self.hidden_size // self.head_size
-
-
-def parameter_count(config: RWKV7Config) -> int:
-    """Trained parameters, embedding and head included.
-
-    BlinkDL's files also store `att.v0`, `v1` and `v2` of layer 0, which no token ever meets: C·(2·v_rank + 1) more.
-    """
-    width, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
-    norms_and_mixes = 6 + 1 + 4 + 2 + 3 + 2  # x_*, ffn.x_k; ln1, ln2; ln_x; k_k, k_a, r_k; w0, a0
-    matrices = 4 * width * width + 2 * width * ffn
-    ranks = config.decay_rank + config.a_rank + config.gate_rank
-    per_layer = matrices + width * (norms_and_mixes + 2 * ranks)
-    value_residual = width * (2 * config.v_rank + 1)
-    return (
-        2 * config.vocab_size * width + 4 * width + layers * per_layer + (layers - 1) * value_residual
-    )  # ln0 and ln_out: 4·C
-
-
-def flops_per_token(config: RWKV7Config) -> int:
-    """Floating-point operations of one trained token, forward and backward, a multiply-add counting as two.
-
-    6 per weight of every matrix that a token is multiplied by, and 27·N·C per layer for the recurrence. The
-    embedding is a look-up and costs nothing; recomputation (activation checkpointing) is not useful work either.
-    """
-    width, layers = config.hidden_size, config.num_layers
-    matrices = layers * (4 * width * width + 2 * width * config.ffn_size)
-    loras = 2 * width * (layers * (config.decay_rank + config.a_rank + config.gate_rank) + (layers - 1) * config.v_rank)
-    head = width * config.vocab_size
-    return 6 * (matrices + loras + head) + 27 * config.head_size * width * layers
-
-
-def flops_per_token_6n(config: RWKV7Config) -> int:
-    """6 · (parameters), the convention of BlinkDL's README: it counts the embedding and leaves out the recurrence."""
-    return 6 * parameter_count(config)

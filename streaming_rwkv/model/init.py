@@ -1,6 +1,6 @@
-"""The reference trainer's initialisation, parameter by parameter.
+"""Initialization of the weights, as in the reference trainer.
 
-Each parameter draws from a generator of its own, seeded by the run's seed and the parameter's name: its values depend
+Each parameter has its own random generator, seeded by the run's seed and the parameter's name, so its values depend
 neither on the other parameters nor on the number of processes.
 
 Source: RWKV-LM/RWKV-v7/train_temp, `RWKV_Tmix_x070.__init__` and `generate_init_weight`.
@@ -25,7 +25,7 @@ _MIX_EXPONENTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x
 
 
 def initialize(model: RWKV7, *, seed: int) -> None:
-    """Fill every parameter, in place. The model lies on the CPU, before it is sharded.
+    """Initialize every parameter in place. The model must be on the CPU and not sharded yet.
 
     The same seed gives the same bits for any number of processes and threads.
     """
@@ -33,10 +33,10 @@ def initialize(model: RWKV7, *, seed: int) -> None:
     @torch.no_grad()
     def fill(named_parameter: tuple[str, nn.Parameter]) -> None:
         name, parameter = named_parameter
-        # In float32 whatever the model's type: a float64 model starts where its float32 twin does.
+        # In float32 for any dtype of the model, so that a float64 model has the same initial values.
         parameter.copy_(initial_value(name, parameter.shape, config=model.config, seed=seed))
 
-    # The head takes longest, so it comes first.
+    # Largest first: the head takes longest.
     largest_first = sorted(model.named_parameters(), key=lambda named: -named[1].numel())
     with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
         list(pool.map(fill, largest_first))
@@ -44,7 +44,7 @@ def initialize(model: RWKV7, *, seed: int) -> None:
 
 @contextmanager
 def _one_thread_each() -> Iterator[int]:
-    """The number of threads there are; meanwhile, every operation has one.
+    """Limit every operation to one thread until the block ends; yield the number of threads before.
 
     LAPACK's QR rounds differently for different thread counts, which differ between one and several processes.
     """
@@ -57,7 +57,7 @@ def _one_thread_each() -> Iterator[int]:
 
 
 def initial_value(name: str, shape: torch.Size, *, config: RWKV7Config, seed: int) -> Tensor:
-    """The float32 value at the start of training of the parameter `name`, e.g. "blocks.3.att.w0"."""
+    """Return the initial float32 value of the parameter `name`, e.g. "blocks.3.att.w0"."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     width, head_size, layers = config.hidden_size, config.head_size, config.num_layers

@@ -1,4 +1,4 @@
-"""RWKV-7 as Composer trains and evaluates it: one loss, summed by stream on the way.
+"""RWKV-7 as a Composer model, with its loss summed by stream.
 
 Shapes: T targets in a microbatch, K packs, S streams.
 """
@@ -11,23 +11,25 @@ import torch
 from composer.models import ComposerModel
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import Metric
 
 from streaming_rwkv.data.batch import NO_STREAM, Batch
+from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.rwkv7 import RWKV7
 
 
 def sharding() -> FSDP2Config:
-    """Of parameters, in their own type; only autocast decides what is computed in which.
+    """Return the FSDP2 config: shard parameters in their own dtype, and leave mixed precision to autocast.
 
-    Composer's default would hand every block its weights and all of its arguments in bfloat16: the residual stream and
-    the carried states too, so that several processes would train otherwise than one.
+    Composer's default casts the weights and all arguments of every block to bfloat16, the residual stream and the
+    carried states included, so that several processes would train differently from one.
     """
     return FSDP2Config(mixed_precision="FULL")
 
 
 class RWKV7ForTraining(ComposerModel):
-    """The network as the only child, so that FSDP2 wraps it as a whole and each of its blocks."""
+    """Composer model whose only child is the network, so that FSDP2 wraps the network and each of its blocks."""
 
     def __init__(self, network: RWKV7, *, num_streams: int, flops_per_token: int) -> None:
         super().__init__()
@@ -36,14 +38,14 @@ class RWKV7ForTraining(ComposerModel):
         self.flops_per_token = flops_per_token
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """nll: (1, T) negative log-likelihood of each target, 0 where there is none; pack_nll: (K,) its sums."""
+        """Return nll, the (1, T) negative log-likelihood of each target (0 if ignored), and pack_nll, its (K,) sums."""
         nll = self.network(batch["tokens"], cu_seqlens=batch["cu_seqlens"], targets=batch["targets"])
         running = torch.nn.functional.pad(nll.detach()[0].double().cumsum(0), (1, 0))
         starts = batch["pack_starts"].long()
         return {"nll": nll, "pack_nll": running[starts[1:]] - running[starts[:-1]]}
 
     def loss(self, outputs: dict[str, Tensor], batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """The mean over the microbatch's targets; Composer weights microbatches and ranks by their targets."""
+        """Return the mean over the microbatch's targets; Composer weights microbatches and ranks by their targets."""
         return outputs["nll"].sum() / max(1, batch["num_targets"])
 
     def eval_forward(self, batch: Batch, outputs: Any = None) -> dict[str, Tensor]:
@@ -60,14 +62,14 @@ class RWKV7ForTraining(ComposerModel):
 
 
 def add_by_stream(sums: Tensor, values: Tensor, streams: Tensor) -> None:
-    """Add (K,) `values` of packs to (S,) `sums` of their streams; blank packs to none."""
+    """Add the (K,) `values` of packs to the (S,) `sums` of their streams; blank packs are not counted."""
     counted = streams != NO_STREAM
-    # Blank packs are added as zeros to stream 0: selecting them away would ask the device for their number.
+    # Blank packs are added as zeros to stream 0: removing them would need their number from the device.
     sums.index_add_(0, streams.clamp(min=0), torch.where(counted, values.to(sums.dtype), 0))
 
 
 class LossByStream(Metric):
-    """Sums of loss, targets and text bytes for each stream, over all ranks; the value is the loss of all together."""
+    """Sums of loss, targets and text bytes of each stream over all ranks; the value is the loss of all streams."""
 
     full_state_update = False
 
@@ -83,6 +85,29 @@ class LossByStream(Metric):
         add_by_stream(self.text_bytes, batch["text_bytes"], batch["streams"])
 
     def compute(self) -> Tensor:
-        # Called with the sums of all ranks in place; they are kept for the report by stream.
+        # Called when the states hold the sums of all ranks; ValidationReport reads them.
         self.totals = {name: getattr(self, name).tolist() for name in ("nll", "targets", "text_bytes")}
         return self.nll.sum() / self.targets.sum().clamp(min=1)
+
+
+def average_gradients(network: RWKV7) -> None:
+    """Divide gradients by the number of ranks where the backend returns their sum for a mean (gloo on torch 2.7).
+
+    AdamW is nearly invariant to a common factor, but gradient norms and clipping are not. The backend's result is
+    checked, not its version.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return
+    ones = torch.ones(ranks, device=next(network.parameters()).device)
+    mean = torch.empty(1, device=ones.device)
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    if mean.item() == 1:
+        return
+
+    def divide(gradient: Tensor) -> None:
+        gradient.div_(ranks)
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(divide)

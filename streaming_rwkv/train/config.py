@@ -1,6 +1,6 @@
-"""One YAML for a run: data and mixture, model, optimizer, evaluation, checkpoints, logs.
+"""Settings of a run, one YAML: data and mixture, model, optimizer, evaluation, checkpoints, logs.
 
-Importing this imports no torch, streaming or composer: a misspelt key is told in a second, not in twenty.
+This module imports no torch, streaming or composer, so a misspelt key is reported within a second.
 """
 
 from __future__ import annotations
@@ -25,69 +25,71 @@ from streaming_rwkv.model.config import Preset
 
 
 class OptimizerConfig(Config):
-    """AdamW, gradient clipping and the learning rate's course."""
+    """AdamW, gradient clipping and the learning-rate schedule."""
 
     lr: PositiveFloat = 6e-4
-    """After warm-up."""
+    """Learning rate after the warm-up."""
     lr_final: NonNegativeFloat = 6e-5
-    """At the end."""
+    """Learning rate at the end of training."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-18
+    """AdamW's term that prevents division by zero."""
     weight_decay: NonNegativeFloat = 0.001
-    """AdamW's, as `betas` and `eps`. The reference has 0.001 (MiniPile) to 0.1 (Pile)."""
+    """AdamW's decoupled weight decay. The reference trainer uses 0.001 (MiniPile) to 0.1 (Pile)."""
     gradient_clip: PositiveFloat = 1.0
-    """Largest norm of all gradients together."""
+    """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it."""
     warmup_tokens: NonNegativeInt = 0
-    """Tokens over which the rate rises from 1 % to `lr`, in a straight line."""
+    """Tokens over which the rate rises linearly from 1 % of `lr` to `lr`."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """`cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay) stays at `lr`
-    and falls in a straight line over the last `decay_tokens`."""
+    and falls linearly over the last `decay_tokens`."""
     decay_tokens: PositiveInt | None = Field(default=None)
-    """For `wsd` alone."""
+    """Length of the decay; only for `wsd`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerConfig:
         if self.lr_final > self.lr:
-            raise ValueError(f"lr_final: found {self.lr_final}, above lr {self.lr}; the rate falls, it does not rise")
+            raise ValueError(f"lr_final: found {self.lr_final}, above lr {self.lr}; the rate must not rise")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: found {list(self.betas)}, expected two numbers from 0 to below 1")
         if self.schedule == "wsd" and self.decay_tokens is None:
-            raise ValueError("decay_tokens: schedule wsd needs it; a tenth to a fifth of all tokens is usual")
+            raise ValueError("decay_tokens: schedule wsd needs it; use a tenth to a fifth of all tokens")
         if self.schedule != "wsd" and self.decay_tokens is not None:
             raise ValueError(f"decay_tokens: schedule {self.schedule} does not use it; leave it out, or choose wsd")
         return self
 
 
 class DataConfig(Config):
-    """Where the packs come from, and which of them a step sees."""
+    """Data set, mixture and batch size, and how shards are fetched."""
 
     path: str
     """Data set that `prep` built: a folder, or s3://bucket/prefix."""
     cache: str | None = None
-    """Folder for downloaded and expanded shards; by default below the save folder."""
+    """Folder for downloaded and decompressed shards; by default in the save folder."""
     cache_limit: int | None = None
-    """At most so much of this data set on disk ('200gb', in powers of 1024), compressed and expanded; at least four of
-    the largest shards of training and of validation. By default everything is kept."""
+    """Largest size of the cached shards, compressed and decompressed ('200gb', in powers of 1024); at least four of the
+    largest shards of training and of validation. By default all shards are kept."""
     stages: list[StageConfig] = Field(min_length=1)
-    """Stretches of the run, one after another, each with one mixture: see docs/mixtures.md."""
+    """Stages of the curriculum, one after another, each with its own mixture; see docs/mixtures.md."""
     cycles: PositiveInt = 1
-    """Go through all stages so many times, each time with its share of their tokens."""
+    """Number of times that the stages are repeated, each time with an equal part of their tokens or passes."""
     max_repeats: PositiveFloat = 4.0
-    """Warn where a stream is seen more often than this."""
+    """Number of passes over a stream above which a warning is shown."""
     batch_tokens: PositiveInt | None = None
-    """Tokens of a step, rounded to whole packs for every process."""
+    """Tokens per step, rounded to whole packs on every process. Give either this or `batch_packs`."""
     batch_packs: PositiveInt | None = None
-    """Packs of a step, over all processes."""
+    """Packs per step, over all processes."""
     shuffle_block_shards: PositiveInt = 4
-    """Packs of a stream mix within so many shards."""
+    """Number of shards in a shuffle block: packs of a stream are shuffled within a block."""
     workers: int = Field(default=2, ge=0)
-    """Loader processes for each rank; 0 loads in the training process."""
+    """Loader processes per rank; 0 loads in the training process."""
     fetch_ahead: PositiveInt = 64
-    """Packs that each worker looks ahead for shards to download."""
+    """Packs that each worker looks ahead to fetch their shards."""
     download_attempts: PositiveInt = 3
-    """For a data set in a folder; for s3:// attempts are counted by time alone."""
+    """Attempts to copy a shard of a local data set; downloads from s3:// are limited by `timeout_seconds` alone."""
     timeout_seconds: PositiveFloat = 120.0
-    """Stop the run when a download got nowhere for so long."""
+    """Time without progress of a download after which the run stops."""
 
     _location = field_validator("path")(checked_location)
 
@@ -119,27 +121,31 @@ class ModelConfig(Config):
     """Shape of the network; give `preset`, or `hidden_size` and `num_layers`. See `model.config.RWKV7Config`."""
 
     preset: Preset | None = None
-    """A released size; it decides everything of the shape but the vocabulary."""
+    """A released size; it determines the whole shape except the vocabulary."""
     hidden_size: PositiveInt | None = None
-    """A multiple of the head size."""
+    """Width of the residual stream, a multiple of the head size."""
     num_layers: PositiveInt | None = None
+    """Number of blocks."""
     head_size: PositiveInt | None = None
-    """64 if not given, as the released models and the fused kernels have it."""
+    """By default 64, the size of the released models and of the fused kernels."""
     ffn_size: PositiveInt | None = None
-    """Width of the channel mixing; 4 times the hidden size if not given."""
+    """Width of the channel mixing; by default 4 times the hidden size."""
     decay_rank: PositiveInt | None = None
-    """Of the LoRAs, as the next three; by the reference trainer's formula if not given."""
+    """Rank of the LoRA of the decay; by default from the reference trainer's formula."""
     a_rank: PositiveInt | None = None
+    """Rank of the LoRA of the in-context learning rate; default as above."""
     v_rank: PositiveInt | None = None
+    """Rank of the LoRA of the value residual; default as above."""
     gate_rank: PositiveInt | None = None
+    """Rank of the LoRA of the output gate; default as above."""
     vocab_size: PositiveInt | None = None
-    """Rows of embedding and head; by default the tokenizer's."""
+    """Rows of the embedding and the head; by default the tokenizer's vocabulary size."""
     activation_checkpointing: bool = False
-    """Keep the input of each block alone, and compute the rest again in the backward pass."""
+    """Keep only the input of each block, and recompute the rest in the backward pass."""
     loss_chunk_tokens: PositiveInt = 2048
-    """So many tokens' logits exist at once when the loss is computed."""
+    """Chunk size, in tokens, of the cross-entropy; bounds the memory of the logits."""
     init_from: str | None = None
-    """Weights to start from: a BlinkDL .pth, a Hugging Face folder, or a training run or checkpoint, also on s3://."""
+    """Weights to start from: a BlinkDL .pth, a Hugging Face folder, a training run or a checkpoint; local or on s3://."""
 
     @field_validator("init_from")
     @classmethod
@@ -148,54 +154,67 @@ class ModelConfig(Config):
 
 
 class EvaluationConfig(Config):
+    """Validation loss, and texts sampled from the model."""
+
     interval_steps: PositiveInt = 500
-    """Every so many steps, and at the end."""
+    """Steps between evaluations; the last step is always evaluated."""
     packs_per_stream: PositiveInt | None = None
-    """Only the first so many packs of each validation stream; by default all."""
+    """Number of packs of each validation stream to evaluate, from its beginning; by default all."""
     microbatch_packs: PositiveInt | None = None
-    """Packs of one pass on each process; by default as in training where that is given, else 1."""
+    """Packs of one forward pass on each process; by default as in training if that is configured, otherwise 1."""
     prompts: list[str] = Field(default=[])
-    """Texts to go on with at each evaluation, into samples.jsonl, TensorBoard and the console."""
+    """Prompts to complete at each evaluation; completions go to samples.jsonl, TensorBoard and the console."""
     sample_tokens: PositiveInt = 64
+    """Number of tokens to generate for each prompt."""
     sample_temperature: NonNegativeFloat = 1.0
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     sample_top_p: float = Field(default=0.9, gt=0, le=1)
+    """Sample from the fewest tokens whose probabilities add up to at least this share."""
 
 
 class CheckpointConfig(Config):
+    """When checkpoints are written, and how many are kept."""
+
     interval_steps: PositiveInt = 500
-    """Every so many steps, and at the end."""
+    """Steps between checkpoints; the last step always has one."""
     keep: int = Field(default=3, ge=0)
-    """So many on disk, the newest; 0 keeps all."""
+    """Number of most recent checkpoints to keep; 0 keeps all."""
     allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
         default=[]
     )
-    """Settings that may differ from the checkpoint's, by the names that a refusal gives."""
+    """Settings that may differ from those of the checkpoint, by the names in the error that refuses it."""
     upload_timeout_seconds: PositiveFloat = 300.0
-    """Stop the run when an upload to `save_remote` got nowhere for so long."""
+    """Time without progress of an upload to `save_remote` after which the run stops."""
 
 
 class WandbConfig(Config):
-    """Weights & Biases; `entity` and whatever else is not given are those of the environment or the login."""
+    """Weights & Biases; settings that are not given are taken from the environment or the login."""
 
     project: str | None = None
+    """Project of the run."""
     entity: str | None = None
+    """User or team that owns the project."""
     group: str | None = None
+    """Group that the run is shown in."""
     name: str | None = None
-    """By default the save folder's."""
+    """Name of the run; by default the save folder's name."""
     tags: list[str] = Field(default=[])
+    """Tags of the run."""
 
 
 class MlflowConfig(Config):
-    """MLflow; what is not given is as its environment variables say."""
+    """MLflow; settings that are not given are taken from its environment variables."""
 
     experiment_name: str | None = None
+    """Experiment of the run."""
     run_name: str | None = None
-    """By default the save folder's."""
+    """Name of the run; by default the save folder's name."""
     tracking_uri: str | None = None
-    """A server, or a folder's file store; by default MLFLOW_TRACKING_URI."""
+    """URL of a server, or a folder for MLflow's file store; by default MLFLOW_TRACKING_URI."""
     tags: dict[str, str] = Field(default={})
+    """Tags of the run."""
     log_system_metrics: bool = False
+    """Log the use of CPU, GPU and memory."""
 
     @field_validator("tracking_uri")
     @classmethod
@@ -209,33 +228,39 @@ class MlflowConfig(Config):
 
 
 class LogConfig(Config):
+    """Metrics on the console, in TensorBoard and in trackers; metrics.jsonl is always written."""
+
     interval_steps: PositiveInt = 10
-    """Lines on the console, throughput and shares consumed come every so many steps."""
+    """Steps between lines on the console, and between measurements of throughput and consumed shares."""
     tensorboard: bool = True
+    """Write TensorBoard's event files into the save folder."""
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
     progress_bar: bool = False
+    """Show Composer's progress bar instead of lines on the console."""
 
 
 class RunConfig(LoadedConfig):
+    """All settings of a run."""
+
     save_folder: str
-    """Folder for checkpoints, metrics and logs; a run that is started again with it goes on."""
+    """Folder for checkpoints, metrics and logs; a run that is started again with the same folder resumes."""
     save_remote: str | None = None
-    """s3://bucket/prefix: checkpoints and logs go there too, and an empty machine goes on from there."""
+    """s3://bucket/prefix to which checkpoints and logs are also uploaded; an empty machine resumes from there."""
     seed: int = Field(default=17, ge=0)
-    """Of the weights and of the order of packs."""
+    """Random seed for weight initialization and data order."""
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["fp32", "amp_bf16"] | None = None
-    """By default bf16 with fp32 master weights on a GPU, fp32 on the CPU."""
+    """Precision of matrix products; by default bf16 with fp32 master weights on a GPU, fp32 on the CPU."""
     microbatch_packs: PositiveInt | Literal["auto"] | None = None
-    """Packs of one forward and backward pass on each process; by default all of the process's. With `auto` on a GPU as
-    many as fit, found by trial before the first step; on the CPU all."""
+    """Packs of one forward and backward pass on each process; by default all packs of the process's share of a step.
+    `auto` takes as many as fit on the GPU, found by trial before the first step; on the CPU it takes all."""
     device: Literal["cpu", "gpu"] | None = None
-    """By default a GPU where there is one."""
+    """By default a GPU if there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose gradient is not finite."""
+    """Whether to stop the run at a step whose gradient is not finite, or to skip the step."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -244,7 +269,7 @@ class RunConfig(LoadedConfig):
     @classmethod
     def _local(cls, folder: str) -> str:
         return checked_local(
-            folder, remedy="name the run's place in object storage with `save_remote`, beside a local `save_folder`"
+            folder, remedy="set `save_remote` to the object storage, and `save_folder` to a local folder"
         )
 
     @field_validator("save_remote")

@@ -1,7 +1,7 @@
-"""`train.py CONFIG --dry-run`: everything that a run does before its first step, shown; then it stops.
+"""Dry run, `train.py CONFIG --dry-run`: show everything that a run does before its first step, and exit.
 
-It validates the configuration, opens and checks the data, works out the plan and reads one batch through the real
-loader. Nothing is left behind but the save folder and the cache of shards, which the run will use.
+A dry run validates the configuration, opens and checks the data, plans the run and reads one batch through the real
+loader. It leaves only the save folder and the cache of shards, which the run will use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
-from streaming_rwkv.data.loader import data_spec, training_batches
+from streaming_rwkv.data.loader import data_spec
 from streaming_rwkv.data.shard_set import copy_tokenizer
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
@@ -20,50 +21,51 @@ from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.restore import check_same_settings, plan_from
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.fit import Prepared, newest_mark, open_packs, prepare
-from streaming_rwkv.train.optimizer import lr_multiplier
-from streaming_rwkv.train.preview import batch_table, mixture_table, show, summary_table
+from streaming_rwkv.train.datasets import open_training_packs
+from streaming_rwkv.train.prepare import PreparedRun, prepare
+from streaming_rwkv.train.preview import batch_table, mixture_table, summary_table
+from streaming_rwkv.train.startup import newest_mark
+from streaming_rwkv.train.trackers import check_trackers
 
 
 def dry_run(config: RunConfig, *, processes: int) -> int:
-    """Show what `train` would do on so many processes; returns the exit status.
+    """Show what training on `processes` processes would do; return the exit status.
 
     Raises:
-        UserError: whatever would stop the run before its first step.
+        UserError: an error would stop the run before its first step.
     """
+    check_trackers(config.log)
     make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
     root = Path(config.save_folder) / "checkpoints"
     store = open_store(config.save_remote) if config.save_remote is not None else None
     with contextlib.closing(store) if store else contextlib.nullcontext():
         mark = newest_mark(root, store)
     if mark is None:
-        newest_checkpoint(root)  # of damage, it says what to do
-    prepared = prepare(config, world_size=processes, leader=True, shape=mark["run"]["model"] if mark else None)
-    lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=prepared.total_tokens)  # refuses what does not fit
+        newest_checkpoint(root)  # raises if checkpoints are damaged
+    prepared = prepare(config, world_size=processes, fetch=True, shape=mark["run"]["model"] if mark else None)
     step = 0
     if mark is not None:
         step, where = int(mark["step"]), config.save_folder
         check_same_settings(mark, prepared.identity, allow=frozenset(config.checkpoint.allow_changed), where=where)
         prepared = replace(prepared, plan=plan_from(prepared.plan, mark, where=where))
     plan = prepared.plan
-    show(mixture_table(plan, max_repeats=config.data.max_repeats))
-    show(summary_table(prepared, processes=processes, first_step=step))
+    print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))
+    print_rich(summary_table(prepared, processes=processes, first_step=step))
     if step == plan.steps:
-        show(f"{config.save_folder}: this run is finished ({step} steps); nothing to do")
+        print_rich(f"{config.save_folder}: this run is finished ({step} steps); nothing to do")
         return 0
     batch, tokenizer = _read(prepared, step)
-    show(batch_table(batch, plan, tokenizer, step=step))
+    print_rich(batch_table(batch, plan, tokenizer, step=step))
     return 0
 
 
-def _read(prepared: Prepared, step: int) -> tuple[Batch, Tokenizer]:
-    """The whole global batch of `step`, whatever the number of processes, and what its tokens mean."""
+def _read(prepared: PreparedRun, step: int) -> tuple[Batch, Tokenizer]:
+    """Return the global batch of `step`, for any number of processes, and the data set's tokenizer."""
     folder = prepared.shard_set.cache / TOKENIZER_FOLDER
     copy_tokenizer(prepared.shard_set, folder)
-    plan, timeout = prepared.plan, prepared.config.data.timeout_seconds
-    dataset = open_packs(prepared, plan.streams, *training_batches(plan), plan.batch_packs)
+    dataset = open_training_packs(prepared)
     dataset.start_at(step)
-    spec = data_spec(dataset, workers=0, timeout_seconds=timeout)
+    spec = data_spec(dataset, workers=0, timeout_seconds=prepared.config.data.timeout_seconds)
     batch = next(iter(spec.dataloader))
     dataset.close()
     return batch, load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Faults of the machine during a run: a full disk, a folder that is gone, a limit, a loader process that was killed."""
+"""Errors of the machine during a run: a full disk, a missing folder, a system limit, a killed loader process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.data.loader import explain_dead_worker, explain_resource
+from streaming_rwkv.data.workers import explain_dead_worker, explain_resource
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
@@ -24,10 +24,10 @@ class MachineFault(UserError):
 
 @contextmanager
 def explained_faults(save_folder: Path) -> Iterator[None]:
-    """Raise a fault of the machine as one line with its remedy; let any other error pass.
+    """Replace an error of the machine by one line with its remedy; other errors pass.
 
     Raises:
-        UserError: the disk is full, the save folder is gone or cannot be written, a limit of the system is reached, or
+        UserError: the disk is full, the save folder is missing or cannot be written, a system limit is reached, or
             a loader process was killed.
     """
     try:
@@ -42,7 +42,7 @@ def explained_faults(save_folder: Path) -> Iterator[None]:
 
 
 def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
-    """The fault of the machine behind an error, or None where there is no such fault."""
+    """Return the error of the machine that caused `error`, or None if there is none."""
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, UserError):
@@ -51,7 +51,7 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
             return explained
         if isinstance(link, RuntimeError) and (dead := explain_dead_worker(link)):
             return dead
-    if any("unexpected pos" in str(link) for link in chain):  # torch's words for a write that was cut short
+    if any("unexpected pos" in str(link) for link in chain):  # torch's message for a write that was cut short
         return MachineFault(f"{save_folder}: a checkpoint was not written whole; make space on its disk; {_RESUME}")
     return None
 
@@ -76,7 +76,7 @@ def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what each rank reported in it, and what led to each."""
+    """Yield the error, the errors that ranks reported in it, and the causes of each."""
     seen: set[int] = set()
     waiting: list[BaseException] = [error]
     while waiting:

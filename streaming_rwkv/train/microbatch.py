@@ -1,13 +1,13 @@
-"""How many packs a microbatch may have: tried out before training, on a model of the same shape that is thrown away.
+"""Number of packs in a microbatch, found by trial before training on a model of the same shape.
 
-Composer's own `auto` does not work with FSDP2. Here each trial builds the network anew with zeros for weights, sharded
-as it will be trained, takes the room of its optimizer, and runs forward and backward over packs that are full. What
-does not fit leaves nothing behind: no half-gathered weights, no gradients, no random number drawn.
+Composer's own `auto` does not work with FSDP2. Here each trial builds a new network with zero weights, sharded as in
+training, allocates the optimizer's memory, and runs forward and backward over full packs. A trial that does not fit
+leaves nothing behind: no gathered weights, no gradients, no change of the random numbers.
 
 Ranks must agree, and must fail together: one that runs out of memory alone would leave the others waiting in a
-collective. So all are held to the same number of bytes, the least that any of them has, and do the same allocations
-under it. Should they still part at the very edge, the collectives' timeout ends the run; a number in the
-configuration avoids the trial.
+collective. So all ranks are limited to the same number of bytes, the least that any of them has free, and do the same
+allocations. Should their results still differ, the collectives' timeout ends the run; a number in the configuration
+avoids the trial.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 
 import torch
 from composer.core import Precision, get_precision_context
+from composer.devices import Device
 from composer.distributed.prepare_distributed import parallelize_composer_model
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
 from streaming_rwkv.filesystem import write_atomically
@@ -32,16 +34,52 @@ from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
+from streaming_rwkv.train.prepare import PreparedRun
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free: the rest is for fragments, NCCL's buffers and evaluation's sums.
+# Share of the free memory; the rest is for fragmentation, NCCL's buffers and the sums of evaluations.
 USABLE = 0.92
 RECORD_NAME = "microbatch.json"
 
 
 class MicrobatchError(UserError):
-    """Not even the smallest microbatch fits."""
+    """The smallest microbatch does not fit into memory."""
+
+
+def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device) -> int:
+    """Return the packs of one pass on each process: as configured, all of a step, or on a GPU as many as fit."""
+    config, manifest = prepared.config, prepared.shard_set.manifest
+    per_process = prepared.plan.batch_packs // world_size()
+    if isinstance(config.microbatch_packs, int):
+        return config.microbatch_packs
+    if config.microbatch_packs is None or device.name != "gpu":
+        return per_process
+    pieces_per_pack = densest_pack(prepared.plan.streams, pack_tokens=manifest.pack_tokens)
+    conditions = {
+        "packs": per_process,
+        "pack_tokens": manifest.pack_tokens,
+        "pieces_per_pack": pieces_per_pack,
+        "precision": precision,
+        "model": prepared.model.model_dump(mode="json"),
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name(),
+    }
+    found = remembered_microbatch(
+        Path(config.save_folder),
+        conditions,
+        lambda: probe_microbatch(
+            prepared.model,
+            packs=per_process,
+            pack_tokens=manifest.pack_tokens,
+            pieces_per_pack=pieces_per_pack,
+            precision=Precision(precision),
+            device=torch.device("cuda", torch.cuda.current_device()),
+        ),
+    )
+    if is_rank_zero():
+        print_rich(f"microbatches of {found} packs, of {per_process} on each process (microbatch_packs: auto)")
+    return found
 
 
 def probe_microbatch(
@@ -53,33 +91,33 @@ def probe_microbatch(
     precision: Precision,
     device: torch.device,
 ) -> int:
-    """The most packs, halving from `packs`, of which forward and backward fit on every rank; called by all together.
+    """Return the most packs, halving from `packs`, whose forward and backward passes fit on every rank. Collective.
 
     Args:
-        packs: each rank's of a step.
-        pieces_per_pack: documents in a pack; each needs a state of its own in the kernel.
+        packs: of a step, on each rank.
+        pieces_per_pack: documents in a pack; each has its own state in the kernel.
     Raises:
         MicrobatchError: one pack does not fit.
     """
 
     def trial(microbatch: int) -> None:
         batch = full_batch(packs=microbatch, pack_tokens=pack_tokens, pieces_per_pack=pieces_per_pack, device=device)
-        # A second pass has the gradients of the first beside it.
+        # During a second pass the gradients of the first are in memory too.
         run_trial(config, batch, passes=min(2, math.ceil(packs / microbatch)), precision=precision, device=device)
 
-    # Building a network draws random numbers, whatever becomes of them.
+    # Building a network uses random numbers.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), same_budget(device):
         found = largest_that_fits(packs, trial=trial, device=device)
     if found is None:
         raise MicrobatchError(
             f"microbatch_packs: not even one pack of {pack_tokens:,} tokens fits into this device's memory; set "
-            "model.activation_checkpointing=true, take more processes or a smaller model, or build with smaller packs"
+            "model.activation_checkpointing=true, use more processes or a smaller model, or build with smaller packs"
         )
     return found
 
 
 def largest_that_fits(packs: int, *, trial: Callable[[int], None], device: torch.device) -> int | None:
-    """Halve until `trial` runs on all ranks without running out of memory; None where even 1 does not."""
+    """Halve `packs` until `trial` fits into memory on all ranks; return None if 1 does not fit."""
     while packs >= 1:
         fits = torch.tensor(float(_fits(trial, packs)), device=device)
         release(device)
@@ -96,14 +134,14 @@ def _fits(trial: Callable[[int], None], packs: int) -> bool:
     except torch.OutOfMemoryError:
         return False
     except RuntimeError as error:
-        if "ALLOC_FAILED" in str(error):  # cuBLAS's own
+        if "ALLOC_FAILED" in str(error):  # cuBLAS's message
             return False
         raise
     return True
 
 
 def release(device: torch.device) -> None:
-    """Give back what a trial, or its traceback, held."""
+    """Free the memory that a trial, or its traceback, held."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -111,7 +149,7 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def same_budget(device: torch.device) -> Iterator[None]:
-    """Hold this rank's allocator to the least that any rank has free; the CPU knows no such bound."""
+    """Limit this rank's allocator to the least that any rank has free; no effect on the CPU."""
     if device.type != "cuda":
         yield
         return
@@ -127,7 +165,7 @@ def same_budget(device: torch.device) -> Iterator[None]:
 
 
 def full_batch(*, packs: int, pack_tokens: int, pieces_per_pack: int, device: torch.device) -> Batch:
-    """Packs filled to the last token, of pieces as long as each other: no batch of the run is larger."""
+    """Return packs that are completely full, of pieces of equal length: no batch of the run is larger."""
     tokens = packs * pack_tokens
     pieces = [round(piece * pack_tokens / pieces_per_pack) for piece in range(pieces_per_pack)]
     starts = [pack * pack_tokens + piece for pack in range(packs) for piece in pieces]
@@ -143,7 +181,7 @@ def full_batch(*, packs: int, pack_tokens: int, pieces_per_pack: int, device: to
 
 
 def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Precision, device: torch.device) -> None:
-    """Forward and backward on a network of zeros, beside the room that AdamW's moments take."""
+    """Run forward and backward on a network of zeros, with the memory of AdamW's moments allocated."""
     model = RWKV7ForTraining(RWKV7(config), num_streams=1, flops_per_token=1)
     if world_size() > 1:
         parallelize_composer_model(model, None, sharding(), precision=precision)
@@ -154,20 +192,20 @@ def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Prec
         with get_precision_context(precision):
             loss = model.loss(model(batch), batch)
         loss.backward()
-    del moments  # held until here
+    del moments  # keeps them in memory until here
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # what fails later on the device fails here
+        torch.cuda.synchronize(device)  # raises errors of the device here
 
 
 def densest_pack(records: Sequence[StreamRecord], *, pack_tokens: int) -> int:
-    """Documents to allow for in a pack: twice the mean of the stream with the shortest ones."""
+    """Return the documents to allow for in a pack: twice the mean of the stream with the shortest documents."""
     return min(pack_tokens, max(math.ceil(2 * record.pieces / record.packs) for record in records))
 
 
 def remembered_microbatch(save_folder: Path, conditions: dict[str, object], probe: Callable[[], int]) -> int:
-    """What an earlier start of this run found under the same conditions, else what `probe` finds; all ranks together.
+    """Return the result of an earlier start under the same conditions, otherwise that of `probe`. Collective.
 
-    A resumed run then rounds as the unbroken one would, and does not spend the time again.
+    A resumed run then rounds like an uninterrupted one, and does not repeat the trials.
     """
     path = save_folder / RECORD_NAME
     known = 0

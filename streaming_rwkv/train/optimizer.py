@@ -1,4 +1,4 @@
-"""AdamW as the reference trainer groups and schedules it; the schedule is a pure function of tokens seen.
+"""AdamW with the reference trainer's parameter groups and learning-rate schedule.
 
 Source: RWKV-LM/RWKV-v7/train_temp, `configure_optimizers` and `train_callback`.
 """
@@ -16,10 +16,10 @@ from streaming_rwkv.train.config import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The reference's three groups, in the order of `named_parameters`, with a `name` each.
+    """Return the reference trainer's three parameter groups, in the order of `named_parameters`, each with a `name`.
 
-    `att.w0`, the decay's offset, learns at twice the rate. Weight decay is for two-dimensional `.weight`s: projections,
-    embedding, head. LoRAs, norms, and all vectors have none. Every parameter is in exactly one group.
+    `att.w0`, the decay's offset, has twice the rate. Weight decay applies to two-dimensional `.weight`s: projections,
+    embedding, head. LoRAs, norms and all vectors have none. Every parameter is in exactly one group.
     """
     groups: dict[str, dict[str, Any]] = {
         "no decay": {"params": [], "lr": lr, "weight_decay": 0.0},
@@ -38,16 +38,16 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; multiply each group's rate by `lr_multiplier` at every step."""
+    """Return AdamW over `parameter_groups`; multiply each group's rate by `lr_multiplier` at every step."""
     groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def lr_multiplier(config: OptimizerConfig, *, tokens_seen: int, total_tokens: int) -> float:
-    """The learning rate of the step that follows `tokens_seen` tokens, as a share of `config.lr`.
+    """Return the learning rate of the step after `tokens_seen` tokens, as a share of `config.lr`.
 
-    Tokens are targets, or anything else that grows in proportion, as long as both arguments and the configuration
-    count the same. Past `total_tokens` the rate stays at its end.
+    Both arguments and the configuration must count the same tokens. Beyond `total_tokens` the rate stays at its final
+    value.
 
     Raises:
         ConfigError: warm-up and decay do not fit into `total_tokens`.
@@ -72,5 +72,5 @@ def lr_multiplier(config: OptimizerConfig, *, tokens_seen: int, total_tokens: in
 
 
 def _progress(now: int, start: int, stop: int) -> float:
-    """How far `now` is on the way from `start` to `stop`, 0 … 1."""
+    """Return the position of `now` between `start` and `stop`, from 0 to 1."""
     return min(1.0, max(0.0, (now - start) / max(1, stop - start)))

@@ -1,45 +1,35 @@
-"""What a run will do, before it does it: the mixture, what it costs, and one batch as the model will see it."""
+"""Preview of a run: its mixture, its costs, and one batch as the model will see it."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from streaming_rwkv.data.batch import IGNORED, Batch
+from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.mixture import Plan
-from streaming_rwkv.model.config import RWKV7Config, flops_per_token, parameter_count
+from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.flops import flops_per_token, parameter_count
 from streaming_rwkv.ops import cpp, cuda, cuda_chunked
+from streaming_rwkv.ops.layer_reference import IGNORED
 from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # the run shows the mixture table as well
-    from streaming_rwkv.train.fit import Prepared
+from streaming_rwkv.train.prepare import PreparedRun
 
 GB, MB = 1e9, 1e6
-# What autograd keeps of a layer for each token and channel, in bytes, counted by its hooks (tests/test_preview.py);
-# the kernel's saved states come on top.
+# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/test_preview.py),
+# without the states that the kernel saves.
 SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
-INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # of which only the block's inputs are kept with activation checkpointing
+INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activation checkpointing keeps
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
-LOG_COLUMNS = 160
-
-
-def show(what: Table | str) -> None:
-    # A log file has no width: 80 columns, which rich would take it for, cut every name of a wide mixture.
-    width = None if sys.stdout.isatty() else LOG_COLUMNS
-    Console(highlight=False, width=width, soft_wrap=isinstance(what, str)).print(what, markup=False)
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
-    """Each stream's share of the tokens in each stage, asked for and effective, and how often its packs are seen."""
-    drawn = plan.expected_targets()
+    """Return a table of each stream's requested and effective token shares by stage, and its number of passes."""
+    targets = plan.expected_targets()
     packs = np.array([stream.packs for stream in plan.streams])
     repeats = plan.end / packs
     table = Table(title="Mixture: shares of tokens, requested → effective", title_justify="left")
@@ -52,7 +42,7 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     table.add_column("seen", justify="right")
     for s, stream in enumerate(plan.streams):
         shares = [
-            f"{stage.requested[s]:.2%} → {drawn[i, s] / drawn[i].sum():.2%}" if stage.requested[s] else "–"
+            f"{stage.requested[s]:.2%} → {targets[i, s] / targets[i].sum():.2%}" if stage.requested[s] else "–"
             for i, stage in enumerate(plan.stages)
         ]
         seen = f"{repeats[s]:.2f}×" + (" !" if repeats[s] > max_repeats else "")
@@ -69,12 +59,12 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
 
 
 def state_bytes(config: RWKV7Config, *, processes: int) -> int:
-    """Weights, gradients and AdamW's two moments, all float32, sharded over the processes."""
+    """Return the bytes of weights, gradients and AdamW's two moments, float32, sharded over the processes."""
     return 16 * parameter_count(config) // processes
 
 
 def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
-    """An estimate for one microbatch of `tokens`, at the end of its forward pass.
+    """Estimate the bytes of activations of a microbatch of `tokens` at the end of its forward pass.
 
         layers   T·C·79 B in float32, 47 B with bf16 autocast, and the kernel's states, 4 B on the CPU, on a GPU 16 B in
                  float32; in bf16 they take the place of 4 B among the 47; with autocast their weights in bf16; with
@@ -82,7 +72,7 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
         head     a buffer of chunk·V in the products' type, its weight's gradient of V·C, and 8 B·T·C round it
         gathered with FSDP, embedding, head and one layer whole, float32
 
-    The allocator's slack, communication buffers and the CUDA context come on top.
+    Fragmentation, communication buffers and the CUDA context are not included.
     """
     row = tokens * config.hidden_size
     match device, precision:
@@ -107,19 +97,19 @@ def shown_bytes(count: float) -> str:
 
 
 def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
-    """After which steps a checkpoint is written: every `interval`, and at the end."""
+    """Return the steps after which a checkpoint is written: every `interval` steps, and the last."""
     return sorted(
         {*range(interval * (first // interval + 1), steps + 1, interval), *({steps} if first < steps else ())}
     )
 
 
-def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Table:
-    """Steps, tokens, parameters, FLOPs, memory of a process, and the checkpoints to come."""
+def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> Table:
+    """Return a table of steps, tokens, parameters, FLOPs, memory per process, and remaining checkpoints."""
     config, plan, model = prepared.config, prepared.plan, prepared.model
     per_process = plan.batch_packs // processes
     given = config.microbatch_packs
-    microbatch = min(given, per_process) if isinstance(given, int) else per_process  # `auto`: no more than that
-    device = config.device or "gpu"  # most often planned for where none is at hand
+    microbatch = min(given, per_process) if isinstance(given, int) else per_process  # for `auto` an upper bound
+    device = config.device or "gpu"  # a run is often planned on a machine without a GPU
     precision = config.precision or ("fp32" if device == "cpu" else "amp_bf16")
     micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens
     state = state_bytes(model, processes=processes)
@@ -156,7 +146,7 @@ def summary_table(prepared: Prepared, *, processes: int, first_step: int) -> Tab
 
 
 def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) -> Table:
-    """The first documents of a batch: where they begin and end, their first and last inputs, each with its target."""
+    """Return a table of the first documents of a batch: their positions, and their first and last input → target."""
     tokens, targets = batch["tokens"][0].tolist(), batch["targets"][0].tolist()
     bounds, packs = batch["cu_seqlens"].tolist(), batch["pack_starts"].tolist()
     pieces = len(bounds) - 1
@@ -175,7 +165,7 @@ def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) ->
     def word(token: int, marks: dict[int, str]) -> str:
         return "ignored" if token == IGNORED else f"{token} {marks.get(token) or repr(tokenizer.decode([token]))}"
 
-    # The two may have one id; but a document's begin is never a target, nor its end an input.
+    # Both may have the same id, but a document's begin is never a target, nor its end an input.
     begin, end = {tokenizer.bos_id: "⟨bos⟩"}, {tokenizer.eos_id: "⟨eos⟩"}
 
     def pairs(low: int, high: int) -> str:

@@ -1,8 +1,8 @@
-"""Trackers that a YAML asks for: W&B and MLflow, by Composer's loggers, with what a resume needs.
+"""Trackers of a run: Weights & Biases and MLflow, through Composer's loggers.
 
-A save folder has one tracked run, however often it is started: its name is drawn at the first start and kept in
-`{save_folder}/tracking-id`. Credentials are the trackers' own business (`wandb login`, WANDB_API_KEY,
-MLFLOW_TRACKING_USERNAME, …): the configuration, which is saved beside the checkpoints, has no place for them.
+A save folder has one tracked run, however often it is started: its name is generated at the first start and kept in
+`{save_folder}/tracking-id`. Credentials are given to the trackers themselves (`wandb login`, WANDB_API_KEY,
+MLFLOW_TRACKING_USERNAME, …); the configuration is saved beside the checkpoints and has no setting for them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_trackers(log: LogConfig) -> None:
     """Refuse, before anything is loaded, a tracker whose package is not installed.
 
     Raises:
-        ConfigError: names the extra that brings it.
+        ConfigError: its text names the extra that installs the package.
     """
     for package, config in (("wandb", log.wandb), ("mlflow", log.mlflow)):
         if config is not None and importlib.util.find_spec(package) is None:
@@ -40,7 +40,7 @@ def check_trackers(log: LogConfig) -> None:
 
 
 def tracking_id(save_folder: Path) -> str:
-    """The name of the tracked run that this save folder has, drawn at its first start."""
+    """Return the name of this save folder's tracked run; it is generated at the first start."""
     path = save_folder / TRACKING_ID_NAME
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex[:16].encode())
@@ -48,50 +48,40 @@ def tracking_id(save_folder: Path) -> str:
 
 
 def wandb_arguments(config: WandbConfig, *, tracking_id: str) -> dict[str, Any]:
-    """Arguments of Composer's WandBLogger."""
+    """Return the arguments of Composer's WandBLogger."""
     given = config.model_dump(exclude_none=True, exclude={"tags"})
     tags = {"tags": config.tags} if config.tags else {}
     return {**given, **tags, "init_kwargs": {"id": tracking_id, "resume": "allow"}}
 
 
 def mlflow_arguments(config: MlflowConfig) -> dict[str, Any]:
-    """Arguments of Composer's MLFlowLogger."""
+    """Return the arguments of Composer's MLFlowLogger."""
     return {**config.model_dump(exclude_none=True), "tags": dict(config.tags), "resume": True}
 
 
 class ResumedMLFlowLogger(MLFlowLogger):
-    """Composer goes on with the newest run of the same name, which another save folder's may be; this, with ours."""
+    """MLFlowLogger that resumes the save folder's own run; Composer's resumes the newest run of the same name."""
 
     def __init__(self, *, tracking_id: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.tracking_id = tracking_id
 
     def _start_mlflow_run(self, state: State) -> None:
-        self.tags["run_name"] = self.tracking_id  # what it looks for
+        self.tags["run_name"] = self.tracking_id  # the tag by which Composer finds the run
         super()._start_mlflow_run(state)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Those that the run does not have yet: MLflow refuses another value, and all that waits to be sent with it."""
+        """Log the parameters that the run does not have yet.
+
+        MLflow refuses a changed value, and the whole batch with it.
+        """
         if self._enabled:
             known = self._mlflow_client.get_run(self._run_id).data.params
             super().log_hyperparameters({name: value for name, value in hyperparameters.items() if name not in known})
 
 
-def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
-    """Composer's loggers for what is configured; they write on the first rank alone."""
-    if log.wandb is None and log.mlflow is None:
-        return []
-    ours = tracking_id(save_folder) if is_rank_zero() else ""
-    trackers: list[LoggerDestination] = []
-    if log.wandb is not None:
-        trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))
-    if log.mlflow is not None:
-        trackers.append(ResumedMLFlowLogger(tracking_id=ours, **mlflow_arguments(log.mlflow)))
-    return trackers
-
-
 def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted keys, as overrides name them; lists of settings by their index."""
+    """Return nested settings by dotted keys, as on the command line; lists of settings by index."""
 
     def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         nested = isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
@@ -103,3 +93,16 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             yield from walk(entry, f"{key}.{name}" if key else str(name))
 
     return dict(walk(dict(values), ""))
+
+
+def build_trackers(log: LogConfig, *, save_folder: Path) -> list[LoggerDestination]:
+    """Return Composer's loggers for the configured trackers; they write only on rank 0."""
+    if log.wandb is None and log.mlflow is None:
+        return []
+    ours = tracking_id(save_folder) if is_rank_zero() else ""
+    trackers: list[LoggerDestination] = []
+    if log.wandb is not None:
+        trackers.append(WandBLogger(**wandb_arguments(log.wandb, tracking_id=ours)))
+    if log.mlflow is not None:
+        trackers.append(ResumedMLFlowLogger(tracking_id=ours, **mlflow_arguments(log.mlflow)))
+    return trackers

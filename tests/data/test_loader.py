@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches, share_of_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import check_index, open_shard_set
 from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
@@ -53,7 +53,7 @@ OPENED: list[PackDataset] = []
 
 
 def open_dataset(data, cache, *, stages=({"passes": 2},), batch_packs=4, split="train", **options):
-    shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=20, leader=True)
+    shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=20, fetch=True)
     records = shard_set.manifest.select(split)
     configs = [StageConfig(**stage) for stage in stages]
     plan = make_plan(configs, records, batch_packs=batch_packs, seed=3, block_shards=2)
@@ -67,10 +67,9 @@ def open_dataset(data, cache, *, stages=({"passes": 2},), batch_packs=4, split="
         batches=batches,
         num_batches=num_batches,
         batch_packs=batch_packs,
-        fetch_ahead=8,
-        cache_limit=options.get("cache_limit"),
-        download_attempts=2,
-        timeout_seconds=20,
+        options=LoaderOptions(
+            fetch_ahead=8, cache_limit=options.get("cache_limit"), download_attempts=2, timeout_seconds=20
+        ),
     )
     OPENED.append(dataset)
     return dataset, plan, shard_set
@@ -136,7 +135,7 @@ def test_signals_while_workers_start_stop_none_of_them_and_reach_the_one_that_st
     taken, original = Counter(), BaseProcess.start
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     monkeypatch.setattr(BaseProcess, "start", start)
-    monkeypatch.setattr("streaming_rwkv.data.loader.die_with_parent", signalled)  # the first that a worker calls
+    monkeypatch.setattr("streaming_rwkv.data.workers.die_with_parent", signalled)  # the first that a worker calls
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: taken.update([number])) for number in numbers]
     try:
@@ -185,7 +184,7 @@ def test_evaluation_can_take_the_first_packs_of_each_stream():
 
 def test_each_shard_is_fetched_once_a_pass_with_a_small_cache(data, tmp_path, monkeypatch):
     fetched = []
-    from streaming_rwkv.data.shard_set import VerifiedStream
+    from streaming_rwkv.data.streaming_compat import VerifiedStream
 
     download = VerifiedStream._download_file
 
@@ -392,7 +391,7 @@ def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, 
 def test_a_bomb_expands_no_further_than_the_index_says():
     import zstandard
 
-    from streaming_rwkv.data.shard_set import _expand
+    from streaming_rwkv.data.streaming_compat import _expand
 
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     assert len(bomb) < 1 << 15

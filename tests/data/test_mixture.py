@@ -53,17 +53,17 @@ def test_with_another_batch_size_the_run_goes_on_where_it_was(first, then):
     stages = [{"tokens": 30_000, "max_length": 256}, {"passes": 1}]
     before, whole = plan_of(stages, batch_packs=first), plan_of(stages, batch_packs=then)
     step = 7
-    after = whole.going_on(step=step, slots=before.slots_before(step))
+    after = whole.resumed_at(step=step, slots=before.slots_before(step))
     skipped = -(step * first) % then  # less than a batch, lest a pack come twice
     slots = np.concatenate([before.packs(0, step).ravel(), after.packs(step, after.steps).ravel()])
     expected = whole.packs(0, whole.steps).ravel()
     assert slots[: step * first].tolist() == expected[: step * first].tolist()
     assert slots[step * first :].tolist() == expected[step * first + skipped :].tolist()
     # Started again with the same size, and changed once more.
-    again = whole.going_on(step=step + 2, slots=after.slots_before(step + 2))
+    again = whole.resumed_at(step=step + 2, slots=after.slots_before(step + 2))
     assert again.packs(step + 2, again.steps).tolist() == after.packs(step + 2, after.steps).tolist()
     assert again.stage_of(step) == after.stage_of(step)
-    back = before.going_on(step=step + 2, slots=after.slots_before(step + 2))
+    back = before.resumed_at(step=step + 2, slots=after.slots_before(step + 2))
     assert back.slots_before(step + 2) - after.slots_before(step + 2) in range(first)
 
 
@@ -154,7 +154,7 @@ def test_any_part_of_the_run_can_be_worked_out_alone(streams, shares, batch_pack
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"tokens": 1, "sources": {"web": 1}}, "0.sources: no share for 'code'; name every one, 0 leaves it out"),
+        ({"tokens": 1, "sources": {"web": 1}}, "0.sources: no share for 'code'; name every one; 0 leaves it out"),
         ({"tokens": 1, "sources": {"wbe": 1, "web": 1, "code": 1}}, "stages.0.sources.wbe: not in this selection"),
         ({"tokens": 1, "buckets": {"1-256": 1}}, "stages.0.buckets: no share for '257-512'"),
         (

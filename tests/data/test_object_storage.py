@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from streaming_rwkv.data.loader import PackDataset, data_spec, training_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.shards import DataError, read_manifest, sha256_of_file
@@ -92,13 +92,15 @@ class opened:
     """The data set at a location, with nothing left open afterwards."""
 
     def __init__(self, location: str | Path, cache: Path, *, timeout: float = PATIENT, **options: Any) -> None:
-        self.shard_set = open_shard_set(location, cache=cache, splits=("train",), timeout_seconds=timeout, leader=True)
+        self.shard_set = open_shard_set(location, cache=cache, splits=("train",), timeout_seconds=timeout, fetch=True)
         records = self.shard_set.manifest.select("train")
         plan = make_plan([StageConfig(passes=2)], records, batch_packs=4, seed=3, block_shards=2)
         batches, num_batches = training_batches(plan)
         self.dataset = PackDataset(
-            self.shard_set, records, batches=batches, num_batches=num_batches, batch_packs=4, fetch_ahead=8,
-            cache_limit=options.get("cache_limit"), download_attempts=2, timeout_seconds=timeout,
+            self.shard_set, records, batches=batches, num_batches=num_batches, batch_packs=4,
+            options=LoaderOptions(
+                fetch_ahead=8, cache_limit=options.get("cache_limit"), download_attempts=2, timeout_seconds=timeout,
+            ),
         )  # fmt: skip
 
     def __enter__(self) -> PackDataset:
@@ -227,21 +229,21 @@ def test_a_data_set_that_cannot_be_read_is_refused_before_the_first_step(
     place.proxy.add(fault)
     began = time.monotonic()
     with pytest.raises(DataError, match=text):
-        open_shard_set(place.location, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, leader=True)
+        open_shard_set(place.location, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, fetch=True)
     assert time.monotonic() - began < 1.25 * TIMEOUT + BUSY
 
 
 def test_where_no_data_set_lies_is_said_so(place: Place, s3_place: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=rf"{s3_place}/manifest.json: not there, so this is no finished data set; build"
+        DataError, match=rf"{s3_place}/manifest.json: missing, so this is not a finished data set; build"
     ):
-        open_shard_set(s3_place, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, leader=True)
+        open_shard_set(s3_place, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, fetch=True)
 
 
 def test_wrong_keys_are_named(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-wrong-one")
     with pytest.raises(DataError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        open_shard_set(place.location, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, leader=True)
+        open_shard_set(place.location, cache=tmp_path, splits=("train",), timeout_seconds=TIMEOUT, fetch=True)
     assert "the-wrong-one" not in str(caught.value)
 
 

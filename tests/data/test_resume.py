@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from streaming_rwkv.data.loader import PackDataset, data_spec, share_of_batches, training_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, share_of_batches, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from tests.data.streams import stream
@@ -130,7 +130,7 @@ def test_what_is_consumed_is_what_was_asked_for(plan):
 
 def open_run(data, cache, *, rank=0, ranks=1):
     """As a run of `ranks` processes opens the data, and what to close it by."""
-    shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, leader=True)
+    shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     stages = [
         StageConfig(tokens=2500, sources={"web": 0.6, "code": 0.4}),
@@ -144,10 +144,7 @@ def open_run(data, cache, *, rank=0, ranks=1):
         batches=plan.packs,
         num_batches=plan.steps,
         batch_packs=4,
-        fetch_ahead=8,
-        cache_limit=None,
-        download_attempts=1,
-        timeout_seconds=60,
+        options=LoaderOptions(fetch_ahead=8, download_attempts=1, timeout_seconds=60),
     )
     dataset.rank, dataset.num_ranks = rank, ranks
 
@@ -189,13 +186,13 @@ WITH_FEW_FILES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 import itertools, os
-from streaming_rwkv.data.loader import PackDataset, data_spec, evaluation_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 
 data, cache = sys.argv[1:]
-shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=60, leader=True)
-common = dict(batch_packs=8, fetch_ahead=64, cache_limit=None, download_attempts=1, timeout_seconds=60)
+shard_set = open_shard_set(data, cache=cache, splits=("train", "validation"), timeout_seconds=60, fetch=True)
+common = dict(batch_packs=8, options=LoaderOptions(download_attempts=1, timeout_seconds=60))
 train, validation = (shard_set.manifest.select(split) for split in ("train", "validation"))
 assert len(train) == len(validation) == 48
 plan = make_plan([StageConfig(passes=2)], train, batch_packs=8, seed=1, block_shards=4)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from streaming_rwkv.data.loader import PackDataset, share_of_batches
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.shards import (
@@ -119,7 +119,7 @@ def plan_of(records):
 @pytest.mark.parametrize("start", [0, 15_000], ids=["start", "resume"])
 def test_ten_million_packs_are_opened_in_seconds(large, tmp_path, start):
     began = time.process_time()
-    shard_set = open_shard_set(large, cache=tmp_path / "cache", splits=("train",), timeout_seconds=60, leader=True)
+    shard_set = open_shard_set(large, cache=tmp_path / "cache", splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     plan = plan_of(records)
     dataset = PackDataset(
@@ -128,10 +128,7 @@ def test_ten_million_packs_are_opened_in_seconds(large, tmp_path, start):
         batches=plan.packs,
         num_batches=plan.steps,
         batch_packs=BATCH_PACKS,
-        fetch_ahead=512,
-        cache_limit="100gb",
-        download_attempts=1,
-        timeout_seconds=60,
+        options=LoaderOptions(fetch_ahead=512, cache_limit="100gb", download_attempts=1, timeout_seconds=60),
     )
     dataset.start_at(start)
     first = next(dataset._ids())

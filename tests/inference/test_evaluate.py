@@ -105,7 +105,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     small = write_model(tmp_path / "small.pth", vocab_size=50)
     assert main([str(small), str(data)]) == 1
-    assert "its tokenizer has 97 ids, the model knows 50" in capsys.readouterr().err
+    assert "its tokenizer has 97 ids, the model has 50" in capsys.readouterr().err
 
     (tmp_path / "run").mkdir()
     write_model(tmp_path / "run" / "model.pth", vocab_size=65536)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import export, generate
-from streaming_rwkv.inference.generate import GenerationError, choose, find_tokenizer, stream_text
+from streaming_rwkv.inference import export, generate, sampling
+from streaming_rwkv.inference.generate import stream_text
+from streaming_rwkv.inference.loading import find_tokenizer
+from streaming_rwkv.inference.sampling import GenerationError, choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import model_state, write_huggingface, write_pth
+from streaming_rwkv.model.weights import load_model, model_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -97,7 +99,7 @@ def test_ids_that_the_tokenizer_has_not_are_not_drawn() -> None:
         model.head.weight[50:] *= 10
     for temperature in (0.0, 1.0):
         highest = [
-            max(generate.generate(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
+            max(sampling.generate(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
             for vocab_size in (None, 50)
         ]
         assert highest[1] < 50 <= highest[0]
@@ -106,7 +108,7 @@ def test_ids_that_the_tokenizer_has_not_are_not_drawn() -> None:
 def test_the_same_seed_draws_the_same_text() -> None:
     model = model_of(50)
     texts = [
-        list(generate.generate(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
+        list(sampling.generate(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -114,12 +116,12 @@ def test_the_same_seed_draws_the_same_text() -> None:
 
 def test_a_stop_token_ends_the_text_and_is_not_given(memorized: RWKV7, world: Tokenizer) -> None:
     prompt = [world.bos_id, *world.encode("The quick").tolist()]
-    ids = list(generate.generate(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
+    ids = list(sampling.generate(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
     assert world.decode(ids) == TEXT.removeprefix("The quick")
 
 
 def test_generating_leaves_gradients_on_for_the_caller() -> None:
-    iterator = generate.generate(model_of(50), [1], max_tokens=3)
+    iterator = sampling.generate(model_of(50), [1], max_tokens=3)
     next(iterator)
     assert torch.is_grad_enabled()
 
@@ -135,7 +137,7 @@ def test_generating_leaves_gradients_on_for_the_caller() -> None:
 )
 def test_impossible_settings_are_refused(arguments: dict[str, object], error: str) -> None:
     with pytest.raises(GenerationError, match=error):
-        next(generate.generate(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
+        next(sampling.generate(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
 
 
 def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:
@@ -155,9 +157,9 @@ def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: To
     subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, timeout=120)
     their_ids, their_text = json.loads((tmp_path / "out.json").read_text())
 
-    model = generate.load_model(tmp_path / "model.pth")
+    model = load_model(tmp_path / "model.pth")
     tokens = [0, *world.encode(prompt).tolist()]
-    ids = list(generate.generate(model, tokens, max_tokens=100, temperature=0, stop={0}))
+    ids = list(sampling.generate(model, tokens, max_tokens=100, temperature=0, stop={0}))
     assert ids == their_ids
     assert "".join(stream_text(world, ids)) == their_text == TEXT.removeprefix(prompt)
 
@@ -212,7 +214,7 @@ def test_without_a_tokenizer_the_command_says_how_to_give_one(
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     code, out, err = run(tmp_path / "model.pth", capsys=capsys)
     assert (code, out) == (1, "")
-    assert "no tokenizer lies with it; give one with --tokenizer" in err
+    assert "no tokenizer is stored with it; name one with --tokenizer" in err
 
 
 def test_a_run_that_is_not_there_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,12 +227,12 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: 
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     code, _, err = run(tmp_path / "model.pth", "--tokenizer", "rwkv-world", capsys=capsys)
     assert code == 1
-    assert "the model knows 50 tokens, the tokenizer 'rwkv-world' has 65536" in err
+    assert "the model has 50 tokens, the tokenizer 'rwkv-world' has 65536" in err
 
 
 @pytest.mark.parametrize(
     ("out", "error"),
-    [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; give NAME.pth"), ("d.pth", "is a folder")],
+    [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; name NAME.pth"), ("d.pth", "is a folder")],
 )
 def test_an_export_to_an_impossible_place(
     out: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -254,7 +256,7 @@ def test_a_device_that_is_not_here(device: str, tmp_path: Path, capsys: pytest.C
 def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
     assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
-    assert "without a tokenizer: none lies with it" in capsys.readouterr().out
+    assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
     assert export.main([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 
@@ -282,4 +284,4 @@ def test_an_impossible_argument_is_one_line(
 
 def test_fewer_than_no_tokens_are_refused() -> None:
     with pytest.raises(GenerationError, match="max_tokens -3: expected a whole number, at least 0"):
-        next(generate.generate(model_of(50), [1], max_tokens=-3))
+        next(sampling.generate(model_of(50), [1], max_tokens=-3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.model.config import flops_per_token, flops_per_token_6n, parameter_count
+from streaming_rwkv.model.flops import flops_per_token, flops_per_token_6n, parameter_count
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 
 

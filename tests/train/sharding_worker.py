@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from streaming_rwkv.data.batch import Batch
-from streaming_rwkv.inference.generate import generate
+from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding

@@ -11,8 +11,8 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.data import loader
-from streaming_rwkv.train.callbacks.callbacks import JSONLines, forget_lines_after
+from streaming_rwkv.data import streaming_compat
+from streaming_rwkv.train.callbacks.json_lines import JSONLines, forget_lines_after
 from streaming_rwkv.train.faults import explained_faults
 
 
@@ -46,8 +46,11 @@ def test_another_error_passes() -> None:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
 def test_shared_memory_that_does_not_fit_is_refused_before_it_is_used() -> None:
-    with pytest.raises(UserError, match=r"^/dev/shm: no room for the shared memory"), loader._recorded_shared_memory():
-        loader.prefix.SharedMemory(name=f"streaming-rwkv-test-{os.getpid()}", create=True, size=1 << 50)
+    with (
+        pytest.raises(UserError, match=r"^/dev/shm: no room for the shared memory"),
+        streaming_compat._recorded_shared_memory(),
+    ):
+        streaming_compat.prefix.SharedMemory(name=f"streaming-rwkv-test-{os.getpid()}", create=True, size=1 << 50)
     assert not Path(f"/dev/shm/streaming-rwkv-test-{os.getpid()}").exists()
 
 

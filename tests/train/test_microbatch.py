@@ -19,9 +19,9 @@ from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.head import Head
 from streaming_rwkv.model.rwkv7 import Block
 from streaming_rwkv.shards import ShardRecord, StreamRecord
-from streaming_rwkv.train.fit import _microbatch_packs
 from streaming_rwkv.train.microbatch import (
     MicrobatchError,
+    choose_microbatch,
     densest_pack,
     full_batch,
     largest_that_fits,
@@ -157,7 +157,7 @@ def test_on_the_cpu_auto_is_the_default(given: object, found: int) -> None:
         plan=SimpleNamespace(batch_packs=8),
         shard_set=SimpleNamespace(manifest=None),
     )
-    assert _microbatch_packs(prepared, precision="fp32", device=DeviceCPU()) == found  # type: ignore[arg-type]
+    assert choose_microbatch(prepared, precision="fp32", device=DeviceCPU()) == found  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from composer.core import Event, Timestamp
 
 from streaming_rwkv.config import load_config
 from streaming_rwkv.train.__main__ import main
-from streaming_rwkv.train.callbacks import callbacks as cb
+from streaming_rwkv.train.callbacks.validation import evaluation_interval
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.fit import Prepared, prepare
 from streaming_rwkv.train.optimizer import lr_multiplier
+from streaming_rwkv.train.prepare import PreparedRun, prepare
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -55,10 +55,10 @@ def here(data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(here: list[str]) -> Prepared:
+def prepared(here: list[str]) -> PreparedRun:
     launcher, processes, program, yaml, *overrides = documented_command()[0], *documented_command()[2:]
     assert (launcher, documented_command()[1], processes, program) == ("composer", "-n", "6", "train.py")
-    return prepare(load_config(RunConfig, ROOT / yaml, overrides=[*overrides, *here]), world_size=6, leader=True)
+    return prepare(load_config(RunConfig, ROOT / yaml, overrides=[*overrides, *here]), world_size=6, fetch=True)
 
 
 def test_the_documented_command_shows_the_run(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_the_documented_command_shows_the_run(here: list[str], capsys: pytest.Ca
     assert "6, each with 3 packs of a step, 3 in a microbatch" in shown
 
 
-def test_m_and_M_choose_the_bucket(prepared: Prepared) -> None:
+def test_m_and_M_choose_the_bucket(prepared: PreparedRun) -> None:
     (stage,) = prepared.plan.stages
     trained = {s.bucket for s, rate in zip(prepared.plan.streams, stage.rates, strict=True) if rate > 0}
     assert trained == {"1-256"}
@@ -79,13 +79,13 @@ def test_m_and_M_choose_the_bucket(prepared: Prepared) -> None:
     assert packs <= set(range(first, first + stream.packs))
 
 
-def test_b_and_n_are_the_tokens_of_a_step(prepared: Prepared) -> None:
+def test_b_and_n_are_the_tokens_of_a_step(prepared: PreparedRun) -> None:
     pack_tokens = prepared.shard_set.manifest.pack_tokens
     assert prepared.plan.batch_packs * pack_tokens == 48 * 256 * 6 == 73_728
     assert prepared.plan.batch_packs // 6 * pack_tokens == 48 * 256
 
 
-def test_w_is_the_warm_up(prepared: Prepared) -> None:
+def test_w_is_the_warm_up(prepared: PreparedRun) -> None:
     """In steps of whole packs; from then on the cosine, which has hardly begun to fall."""
 
     def rate(steps: int) -> float:
@@ -100,9 +100,9 @@ def test_w_is_the_warm_up(prepared: Prepared) -> None:
     assert rate(101) == pytest.approx(1, abs=1e-5)
 
 
-def test_v_is_the_interval_of_validations(prepared: Prepared) -> None:
+def test_v_is_the_interval_of_validations(prepared: PreparedRun) -> None:
     assert prepared.plan.steps > 13_000
-    due = cb.evaluation_interval(prepared.config.evaluation.interval_steps, last_step=prepared.plan.steps)
+    due = evaluation_interval(prepared.config.evaluation.interval_steps, last_step=prepared.plan.steps)
 
     def at(step: int) -> Any:
         return SimpleNamespace(timestamp=Timestamp(batch=step))
@@ -126,10 +126,10 @@ def test_every_setting_that_the_page_names_exists() -> None:
 def test_a_rate_that_rises_is_refused_as_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     rising = ["optimizer.lr=1e-4", "optimizer.lr_final=5e-4"]
     assert main([str(ROOT / "yamls" / "tiny_cpu.yaml"), *rising, "--dry-run"]) == 1
-    assert "the rate falls, it does not rise" in capsys.readouterr().err
+    assert "the rate must not rise" in capsys.readouterr().err
 
 
-def test_the_table_of_the_README_says_the_same(prepared: Prepared) -> None:
+def test_the_table_of_the_README_says_the_same(prepared: PreparedRun) -> None:
     section = README.partition("## Coming from RWKVinLLAMA")[2].partition("\n## ")[0]
     by_flag = {row[0]: SETTING.findall(row[1]) for row in table_rows(section) if len(row) > 1}
     settings = [

@@ -95,8 +95,8 @@ def test_the_schedule_depends_on_tokens_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "error"),
     [
-        ({"lr": 1e-4, "lr_final": 5e-4}, "lr_final: found 0.0005, above lr 0.0001; the rate falls, it does not rise"),
-        ({"schedule": "wsd"}, "decay_tokens: schedule wsd needs it; a tenth to a fifth of all tokens is usual"),
+        ({"lr": 1e-4, "lr_final": 5e-4}, "lr_final: found 0.0005, above lr 0.0001; the rate must not rise"),
+        ({"schedule": "wsd"}, "decay_tokens: schedule wsd needs it; use a tenth to a fifth of all tokens"),
         ({"decay_tokens": 9}, "decay_tokens: schedule cosine does not use it; leave it out, or choose wsd"),
         ({"betas": [0.9, 1.0]}, "betas: found [0.9, 1.0], expected two numbers from 0 to below 1"),
         ({"schedule": "linear"}, "schedule: found 'linear'"),

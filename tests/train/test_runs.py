@@ -267,7 +267,7 @@ def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace
 
     with place.run(folder, freeze_at=".step-00000012.tmp/.complete.json.tmp:1") as run:
         run.wait_until_frozen()
-        assert "going on from" in run.log.read_text()
+        assert "resuming from" in run.log.read_text()
         assert "step-00000006" in run.log.read_text()
         assert checkpoints(folder) == [".step-00000012.tmp", "step-00000006"]
         run.kill_all()
@@ -366,7 +366,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Wo
             os.kill(frozen.pid, signal.SIGCONT)
             status, output = run.finish()
         assert status == 143, output
-        assert f"stopped at step {step} of 30 as asked; the same command goes on from there" in output
+        assert f"stopped at step {step} of 30 on request; rerun the same command to resume" in output
         assert newest_step(folder) == step
     status, output = place.train(folder)
     assert status == 0, output
@@ -411,7 +411,7 @@ def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
 
     status, output = place.train(folder, "data.batch_packs=3", "checkpoint.allow_changed=[batch_packs]")
     assert status == 0, output
-    assert "going on from" in output
+    assert "resuming from" in output
     assert newest_step(folder) == 24 + (30 - 24) * 4 // 3  # the packs that were left, three to a step
 
 

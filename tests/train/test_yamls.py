@@ -15,12 +15,12 @@ import torch
 from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
 from streaming_rwkv.inference import export
-from streaming_rwkv.inference.generate import generate
+from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import load_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
-from streaming_rwkv.train.fit import prepare
+from streaming_rwkv.train.prepare import prepare
 from tests.fork_server import ForkServer
 from tests.ports import free_ports
 
@@ -80,7 +80,7 @@ def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[
     """Whatever the sources have in their buckets, as far as they have something in each."""
     settings = [*overrides_of("stage2", data["stage2"], tmp_path), "model.init_from=null", "model.preset=0.1B"]
     config = load_config(RunConfig, ROOT / "yamls" / "stage2.yaml", overrides=settings)
-    prepared = prepare(config, world_size=1, leader=True)
+    prepared = prepare(config, world_size=1, fetch=True)
     drawn = prepared.plan.expected_targets()
     for part, tokens, targets in zip(config.data.stages, (4e9, 12e9, 4e9), drawn, strict=True):
         assert targets.sum() == pytest.approx(tokens, rel=1e-4)

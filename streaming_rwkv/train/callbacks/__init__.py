@@ -1,1 +1,1 @@
-"""Composer callbacks of a training run."""
+"""Composer callbacks of a training run, one per file; `build.py` assembles them."""

@@ -1,8 +1,8 @@
-"""Text at each evaluation, from fixed prompts: what the numbers do not show.
+"""Completions of fixed prompts at each evaluation.
 
 The recurrent form is used, so a token costs the same however long the text is. Each prompt has its own random numbers,
-the same at every evaluation: what changes from one to the next is the model. Nothing of the training's randomness is
-touched.
+the same at every evaluation, so that only the model changes between evaluations. The random numbers of training are
+not used.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from composer.loggers import Logger, TensorboardLogger
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
-from streaming_rwkv.inference.generate import generate
+from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.callbacks.callbacks import forget_lines_after
+from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 
 
 class Samples(Callback):
-    """Goes on with each of the prompts, and writes a line for each: {"step", "prompt", "text"}."""
+    """Complete each prompt, and write one line per prompt: {"step", "prompt", "text"}."""
 
     def __init__(self, path: Path, config: EvaluationConfig, *, tokenizer_folder: Path, seed: int) -> None:
-        """`tokenizer_folder` is needed on the first rank alone, and only where there are prompts."""
+        """
+        Args:
+            tokenizer_folder: read on rank 0, and only if there are prompts.
+        """
         self.path = path
         self.config = config
         self.tokenizer_folder = tokenizer_folder
@@ -40,7 +43,7 @@ class Samples(Callback):
         self.writes = is_rank_zero()
 
     def rewind(self, step: int) -> None:
-        """Forget the samples after `step`: a resumed run draws them again."""
+        """Remove the samples after `step`, which a resumed run writes again."""
         if self.writes:
             forget_lines_after(self.path, step)
 
@@ -48,7 +51,7 @@ class Samples(Callback):
         if not self.config.prompts:
             return
         assert isinstance(state.model, RWKV7ForTraining)
-        register_fsdp_forward_method(state.model.network, "step")  # nothing, where the network is not sharded
+        register_fsdp_forward_method(state.model.network, "step")  # no effect if the network is not sharded
         encoded: list[Any] = [[], None]
         if self.writes:
             tokenizer = self.tokenizer = load_tokenizer(self.tokenizer_folder)
@@ -61,16 +64,16 @@ class Samples(Callback):
             return
         assert isinstance(state.model, RWKV7ForTraining)
         with get_precision_context(state.precision, state.precision_config):
-            drawn = [self._draw(state.model, number) for number in range(len(self.prompts))]
+            samples = [self._sample(state.model, number) for number in range(len(self.prompts))]
         for module in state.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass without a backward leaves the root's weights gathered
+                module.reshard()  # a forward pass without a backward pass leaves the root's weights gathered
         if self.writes:
-            self._write(drawn, int(state.timestamp.batch), logger)
+            self._write(samples, int(state.timestamp.batch), logger)
 
-    def _draw(self, model: RWKV7ForTraining, number: int) -> list[int]:
-        # No token stops it: ranks that do not agree to the last bit on what is likeliest must still take as many
-        # steps as each other, or they would wait for ever.
+    def _sample(self, model: RWKV7ForTraining, number: int) -> list[int]:
+        # No stop token: ranks whose logits differ in the last bit must still take the same number of steps, or they
+        # would wait for each other indefinitely.
         tokens = generate(
             model.network,
             self.prompts[number],
@@ -82,9 +85,9 @@ class Samples(Callback):
         )
         return list(tokens)
 
-    def _write(self, drawn: Sequence[list[int]], step: int, logger: Logger) -> None:
+    def _write(self, samples: Sequence[list[int]], step: int, logger: Logger) -> None:
         assert self.tokenizer is not None
-        texts = [text_until_end(tokens, end=self.tokenizer.eos_id, decode=self.tokenizer.decode) for tokens in drawn]
+        texts = [text_until_end(tokens, end=self.tokenizer.eos_id, decode=self.tokenizer.decode) for tokens in samples]
         rows = list(zip(self.config.prompts, texts, strict=True))
         with open(self.path, "a", encoding="utf-8") as file:
             for prompt, text in rows:
@@ -100,6 +103,6 @@ class Samples(Callback):
 
 
 def text_until_end(tokens: Sequence[int], *, end: int, decode: Callable[[Sequence[int]], str]) -> str:
-    """The text of the tokens before the first `end`."""
+    """Return the text of the tokens before the first `end`."""
     tokens = list(tokens)
     return decode(tokens[: tokens.index(end)] if end in tokens else tokens)

@@ -56,7 +56,7 @@ def plan_from(plan: Plan, mark: Mapping[str, Any], *, where: str) -> Plan:
         CheckpointError: the run has taken more steps than the plan has.
     """
     slots = mark.get("slots", mark["step"] * mark["run"]["batch_packs"])  # as it was before batches could change
-    plan = plan.going_on(step=mark["step"], slots=slots)
+    plan = plan.resumed_at(step=mark["step"], slots=slots)
     if mark["step"] > plan.steps:
         raise CheckpointError(
             f"{where}: {mark['step']} steps were taken, and these settings end after {plan.steps}; train on more tokens"

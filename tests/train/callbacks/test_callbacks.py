@@ -19,18 +19,14 @@ from composer.loggers import Logger, LoggerDestination
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.shards import ShardRecord, StreamRecord
-from streaming_rwkv.train.callbacks.callbacks import (
-    Checkpointer,
-    ClipGradient,
-    Consumption,
-    JSONLines,
-    LearningRate,
-    StageNumber,
-    StepSeed,
-    TrainingStopped,
-    ValidationReport,
-    evaluation_interval,
-)
+from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
+from streaming_rwkv.train.callbacks.clipping import ClipGradient, TrainingStopped
+from streaming_rwkv.train.callbacks.consumption import Consumption
+from streaming_rwkv.train.callbacks.json_lines import JSONLines
+from streaming_rwkv.train.callbacks.learning_rate import LearningRate
+from streaming_rwkv.train.callbacks.stage_number import StageNumber
+from streaming_rwkv.train.callbacks.step_seed import StepSeed
+from streaming_rwkv.train.callbacks.validation import ValidationReport, evaluation_interval
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.inference.generate import generate
+from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.weights import load_model, read_state

@@ -24,7 +24,9 @@ from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.storage import StorageError, Store, open_store
-from streaming_rwkv.train.callbacks.callbacks import Checkpointer, ClipGradient, Consumption
+from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
+from streaming_rwkv.train.callbacks.clipping import ClipGradient
+from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import install, newest_checkpoint
 from streaming_rwkv.train.checkpoints.remote import newest_remote
 from streaming_rwkv.train.checkpoints.restore import _run_of, check_place, local_checkpoint, restore

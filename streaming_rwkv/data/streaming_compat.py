@@ -1,0 +1,375 @@
+"""Overrides of mosaicml-streaming 0.13.0, and every private name of it that this package uses.
+
+    override                              reason
+    Stream._prepare_shard_part            shards are compared with their hashes in the cache too; Streaming would keep
+                                          and use a file that was damaged there. Its S3 client has no deadline.
+    StreamingDataset.prepare_shard        a shard that failed becomes 'remote' again; Streaming leaves it 'preparing',
+                                          and other workers wait for it indefinitely.
+    StreamingDataset.get_item             a shard that was in the cache before this run is verified first.
+    StreamingDataset.{state_dict,load_state_dict}
+                                          the order is a function of the step: there is nothing to save.
+    the cache's lock file                 in the cache; Streaming's is in the folder for temporary files, where each
+                                          run would leave one.
+    SharedMemory                          its pages are allocated when it is made: where /dev/shm is full, Streaming's
+                                          first write is SIGBUS. It is closed with the dataset: Streaming keeps it, and
+                                          that of other datasets which it met, until the process ends.
+    get_shm_prefix                        runs that start at the same time on one machine wait for each other; with
+                                          Streaming's, all but one of them fail.
+
+tests/data/test_streaming_compat.py has a test for each.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import streaming
+import zstandard
+from filelock import FileLock
+from streaming import Stream, StreamingDataset
+from streaming.base import dataset as streaming_dataset
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.dataset import _ShardState
+from streaming.base.format.base.reader import FileInfo
+from streaming.base.shared import SharedArray, SharedMemory, array, prefix
+from streaming.base.storage.download import CloudDownloader
+from streaming.base.world import World
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.distributed import barrier
+from streaming_rwkv.filesystem import atomic_file, has_flock, wait_for_lock
+from streaming_rwkv.shards import DataError, sha256_of_file
+from streaming_rwkv.storage import StorageError, Store
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_VERSION = "0.13.0"
+VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes
+START_SECONDS = 30
+
+
+def check_version(found: str) -> None:
+    """Refuse a version of Streaming whose internals these overrides were not written for.
+
+    Raises:
+        UserError: it is not the supported version.
+    """
+    if found != SUPPORTED_VERSION:
+        raise UserError(
+            f"mosaicml-streaming: found version {found}, but streaming_rwkv overrides internals of "
+            f"{SUPPORTED_VERSION}; pip install mosaicml-streaming=={SUPPORTED_VERSION}"
+        )
+
+
+check_version(streaming.__version__)
+
+
+class VerifiedStream(Stream):
+    """A stream whose shards are compared with their hashes, in the download and in the cache."""
+
+    def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
+        """
+        Args:
+            store: of a data set in object storage; its requests have deadlines.
+            folder: the stream's folder below the data set.
+            options: of Streaming's `Stream`.
+        """
+        super().__init__(**options)
+        self.store = store
+        self.folder = folder
+
+    def _prepare_shard_part(
+        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
+    ) -> int:
+        """Put the verified raw file into the cache; return the change in bytes of the cache."""
+        assert zip_info is not None
+        raw = Path(self.local, self.split, raw_info.basename)
+        delta = self.drop_if_bad(raw_info)
+        if raw.exists():
+            return delta
+        data, left_over = self._fetch_compressed(zip_info)
+        delta -= left_over
+        # The size that the frame claims is not trusted: at most the bytes that the manifest allows are produced.
+        plain = _expand(data, raw_info.bytes)
+        if plain is None:
+            raise DataError(
+                f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
+            )
+        with atomic_file(raw) as temporary:
+            temporary.write_bytes(plain)
+        return delta + raw_info.bytes
+
+    def _fetch_compressed(self, info: FileInfo) -> tuple[bytes, int]:
+        """Return a shard as it is stored, verified, and the bytes that were removed from the cache for it."""
+        path = Path(self.local, self.split, info.basename)
+        left_over = path.stat().st_size if path.exists() else 0
+        try:
+            if self.store is None:
+                return self._copy_from_folder(path, info), left_over
+            name, sha256 = f"{self.folder}/{info.basename}", info.hashes["sha256"]
+            return self.store.get_bytes(name, most=info.bytes, sha256=sha256), left_over
+        except DataError:
+            raise
+        except StorageError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:
+            raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _copy_from_folder(self, path: Path, info: FileInfo) -> bytes:
+        """Read a shard through `path` in the cache, where a killed run may have left a copy of it."""
+        for attempt in ("first", "second"):
+            if not path.exists():
+                self._download_file(info.basename)
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() == info.hashes["sha256"]:
+                return data
+            logger.warning("%s: damaged on the %s attempt (%d bytes)", self._url(info), attempt, len(data))
+            path.unlink()
+        raise DataError(
+            f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
+            "rebuild the data set with `python -m prep build`"
+        )
+
+    def drop_if_bad(self, raw_info: FileInfo) -> int:
+        """Remove the cached raw file unless it has its size and hash; return the change in bytes of the cache."""
+        raw = Path(self.local, self.split, raw_info.basename)
+        try:
+            size = raw.stat().st_size
+            if size == raw_info.bytes and sha256_of_file(raw) == raw_info.hashes["sha256"]:
+                return 0
+            raw.unlink()
+        except FileNotFoundError:
+            return 0
+        logger.warning("%s: damaged in the cache; fetching it again", raw)
+        return -size
+
+    def _url(self, info: FileInfo) -> str:
+        return f"{self.remote}/{info.basename}"
+
+
+def _expand(data: bytes, size: int) -> bytes | None:
+    """Decompress `data`; return None unless it expands to exactly `size` bytes. At most one more byte is produced."""
+    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+        try:
+            plain = reader.read(size)
+            return plain if len(plain) == size and not reader.read(1) else None
+        except zstandard.ZstdError:
+            return None
+
+
+class VerifiedDataset(StreamingDataset):
+    """Samples by their number in all streams, from shards that are verified, with shared memory that can be closed."""
+
+    def __init__(
+        self, streams: list[VerifiedStream], *, lock: Path, cache_limit: str | int | None, fetch_ahead: int, batch: int
+    ) -> None:
+        """
+        Args:
+            lock: file by which processes take turns at the cache; elsewhere if its file system has no `flock`.
+        """
+        with _recorded_shared_memory() as opened, _replaced(streaming_dataset, "get_shm_prefix", _take_prefix):
+            super().__init__(
+                streams=streams,
+                cache_limit=cache_limit,
+                predownload=fetch_ahead,
+                # Not used by our iteration, but set, so that no default of Streaming's can decide anything.
+                batch_size=batch,
+                num_canonical_nodes=1,
+                shuffle=False,
+                batching_method="random",
+            )
+            name = prefix._get_path(self._shm_prefix_int, VERIFIED)
+            self._verified = SharedArray(self.num_shards, np.uint8, name)
+        ours = prefix._get_path(self._shm_prefix_int, "")
+        self._shared_memory = [memory for memory in opened if memory.shm.name.startswith(ours)]
+        _close_shared_memory([memory for memory in opened if memory not in self._shared_memory])
+        self.rank, self.num_ranks = self._unique_rank_world.rank, self._unique_rank_world.num_ranks
+        self._cache_filelock_path = str(_lock_path(lock))
+        if self._unique_rank_world.is_local_leader:
+            self._verified[:] = 0
+
+    def close(self) -> None:
+        """Close the shared memory; nothing can be read afterwards. The cache's lock is the shard set's."""
+        self.__del__()
+        _close_shared_memory(self._shared_memory)
+        self._shared_memory = []
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        raise NotImplementedError("the order is a function of the step; a run resumes by starting at a step")
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        raise NotImplementedError("the order is a function of the step; a run resumes by starting at a step")
+
+    def worker(self) -> tuple[int, int]:
+        """Return this process's number among the rank's loader workers, and how many there are."""
+        world = self._unique_rank_world.detect_workers()
+        return world.worker_of_rank, world.workers_per_rank
+
+    def shard_of(self, sample_id: int) -> int:
+        """Return the shard that holds a sample."""
+        return int(self.spanner[sample_id][0])
+
+    def is_local(self, shard: int) -> bool:
+        """Return True for a shard that is in the cache."""
+        return bool(self._shard_states[shard] == _ShardState.LOCAL)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch and verify a shard; after a failure its state is 'remote', so that no process waits for it."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+        if self._shard_states[shard_id] == _ShardState.LOCAL and not self._verified[shard_id]:
+            self._verify(shard_id)
+
+    def _verify(self, shard: int) -> None:
+        """Compare a shard that was in the cache before this run with its hash, once on this node."""
+        with FileLock(self._cache_filelock_path):
+            if self._verified[shard]:
+                return
+            stream = self.streams[self.stream_per_shard[shard]]
+            assert isinstance(stream, VerifiedStream)
+            change = stream.drop_if_bad(self.shards[shard].raw_data)
+            if change:
+                self.cache_usage += change
+                self._shard_states[shard] = _ShardState.REMOTE
+            else:
+                self._verified[shard] = 1
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """Return a sample from a verified shard."""
+        shard = self.shard_of(sample_id)
+        if not self._verified[shard]:
+            self.prepare_shard(shard)
+        return super().get_item(sample_id, retry)
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module another attribute until the block ends."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _lock_path(path: Path) -> Path:
+    """Return `path`, or a file outside the cache if the cache's file system has no `flock`, which Streaming needs.
+
+    Raises:
+        UserError: neither the cache nor the folder for temporary files has `flock`.
+    """
+    if has_flock(path.parent):
+        return path
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if folder.is_dir() and os.access(folder, os.W_OK) and has_flock(folder):
+            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+            return folder / f"streaming-rwkv-{os.geteuid()}-{name}.lock"
+    raise UserError(
+        f"{path.parent}: loader processes share this data cache, but its file system has no locks (flock), and neither "
+        f"has that of {tempfile.gettempdir()}; set `data.cache` or TMPDIR to a folder on a local disk"
+    )
+
+
+@contextmanager
+def _recorded_shared_memory() -> Iterator[list[SharedMemory]]:
+    """Yield the list of all shared memory that Streaming opens in the block; Streaming itself exposes only part of it.
+
+    Raises:
+        UserError: /dev/shm has no room for it.
+    """
+    opened: list[SharedMemory] = []
+
+    class Recorded(SharedMemory):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().__init__(*args, **kwargs)
+                opened.append(self)
+                if self.created_shms:
+                    _reserve(self)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                    raise
+                _close_shared_memory(opened)
+                raise _no_shared_memory(error) from None
+
+    with _replaced(prefix, "SharedMemory", Recorded), _replaced(array, "SharedMemory", Recorded):
+        yield opened
+
+
+def _reserve(memory: SharedMemory) -> None:
+    """Allocate the pages of new shared memory before anything is written to them.
+
+    It is made as a file with a hole. Where /dev/shm is full, the first write into the hole is SIGBUS.
+    """
+    descriptor = memory.shm._fd  # the standard library gives no other way to it
+    if hasattr(os, "posix_fallocate") and descriptor >= 0:
+        os.posix_fallocate(descriptor, 0, memory.shm.size)
+
+
+def _no_shared_memory(error: OSError) -> UserError:
+    free = ""
+    with suppress(OSError):
+        status = os.statvfs("/dev/shm")
+        free = f", {status.f_bavail * status.f_frsize:,} of {status.f_blocks * status.f_frsize:,} bytes are free"
+    return UserError(
+        f"/dev/shm: no room for the shared memory of the data loader ({error.strerror}{free}); remove what other "
+        "programs left there, or make it larger (docker run --shm-size=1g; mount -o remount,size=1g /dev/shm)"
+    )
+
+
+def _take_prefix(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
+    """Call Streaming's `get_shm_prefix` while no other run may.
+
+    Every rank looks for a free name, then local rank 0 takes it.
+    """
+    world: World = arguments[2]
+    shared_memory = Path("/dev/shm")
+    names = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())  # the folder that holds them
+    with wait_for_lock(names, timeout_seconds=START_SECONDS) if world.is_local_leader else nullcontext():
+        barrier()
+        return prefix.get_shm_prefix(*arguments, **options)
+
+
+def _close_shared_memory(opened: list[SharedMemory]) -> None:
+    for memory in opened:
+        atexit.unregister(memory.cleanup)
+        memory.cleanup()
+
+
+def remove_stale_shared_memory(cache: Path) -> None:
+    """Remove Streaming's shared memory that names `cache`, whose lock this process holds.
+
+    A killed run leaves it behind, and Streaming then refuses the folder ('Reused local directory'). The run that made
+    it has ended, since the lock is ours. Shared memory of other caches is left alone.
+    """
+    for path in Path("/dev/shm").glob(f"*_{LOCALS}"):
+        try:
+            names = path.read_bytes().split(b"\0")
+        except (FileNotFoundError, PermissionError):
+            continue
+        if not any(os.fsencode(cache) + b"/" in name for name in names):
+            continue
+        start = path.name.removesuffix(LOCALS)
+        for name in [*SHM_TO_CLEAN, VERIFIED]:
+            (path.parent / f"{start}{name}").unlink(missing_ok=True)
+
+
+def copy_file(source: str, target: Path, *, timeout_seconds: float) -> None:
+    """Copy a file of a local data set with Streaming's downloader, as its streams do."""
+    CloudDownloader.get(None).download(source, str(target), timeout_seconds)

@@ -1,0 +1,117 @@
+"""Loader processes: how they start and end, and the errors of those that could not start or were killed."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from streaming_rwkv.processes import die_with_parent
+from streaming_rwkv.shards import DataError
+
+_WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def remember_workers(workers: Iterable[BaseProcess]) -> None:
+    """Have these processes killed when this one ends."""
+    _WORKERS.update(workers)
+
+
+def kill_workers(workers: Iterable[BaseProcess]) -> None:
+    """Kill the workers that did not end when they were told to: they ignore SIGTERM, and hold no state."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+@atexit.register  # after multiprocessing did, so this comes before its own: that one sends SIGTERM, and waits
+def _kill_remembered() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error in the middle of this
+    kill_workers(_WORKERS)
+
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Hold back stop signals until the block ends; processes forked in the block hold them back until they unblock."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def init_worker(worker: int) -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    die_with_parent(rank.pid)
+    # Launchers and terminals signal a rank's whole process group, systemd and schedulers all processes of a job. The
+    # rank then finishes its step and writes a checkpoint, for which it needs its workers; they end with it.
+    os.setpgid(0, 0)
+    for number in _STOP_SIGNALS:  # blocked since the fork: a signal that has arrived is dropped
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+def explain_resource(error: OSError | RuntimeError) -> str | None:
+    """Describe the resource that a new process or thread lacked, its limit and the remedy; None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        number = errno.EAGAIN  # Python's RuntimeError has no number
+    fewer = "set `data.workers` lower"
+    match number:
+        case errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return f"this process has reached its limit of {limit} open files (ulimit -n); raise that limit, or {fewer}"
+        case errno.ENFILE:
+            return f"the machine's limit of open files is reached (sysctl fs.file-max); raise that limit, or {fewer}"
+        case errno.EAGAIN:
+            limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+            user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
+            return (
+                f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}); raise "
+                f"that limit, or {fewer}"
+            )
+        case errno.ENOMEM:
+            return f"no memory is left for another process; give the job more memory, or {fewer}"
+        case errno.ENOSPC:
+            return f"/dev/shm has no room for the semaphores of its queues; make it larger, or {fewer}"
+    return None
+
+
+def _read_pids_max() -> str:
+    """Return the container's limit of processes, if its control group shows one."""
+    for file in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
+        with suppress(OSError):
+            return f"pids.max is {Path(file).read_text().strip()}"
+    return "pids.max is unknown"
+
+
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\.|exited)")
+
+
+def explain_dead_worker(error: RuntimeError) -> DataError | None:
+    """Return the error for a loader process that was killed from outside, by torch's message; None for another error.
+
+    torch raises it wherever the training process is at that moment, not only in the loader.
+    """
+    found = _DEAD_WORKER.search(str(error))
+    if found is None:
+        return None
+    how = f"by signal {found[2]}" if found[2] else "from outside"
+    return DataError(
+        f"data.workers: loader process {found[1]} was ended {how}; most often the machine or the container ran out of "
+        "memory (see dmesg): give the job more, or set `data.workers` or `data.fetch_ahead` lower; the same command "
+        "resumes from the newest checkpoint"
+    )

@@ -1,0 +1,43 @@
+"""Loggers of a run: metrics.jsonl, console, TensorBoard and trackers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.loggers import LoggerDestination, TensorboardLogger
+
+from streaming_rwkv.train.callbacks.console import Console
+from streaming_rwkv.train.callbacks.json_lines import JSONLines
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.trackers import build_trackers, flat_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLoggers:
+    """Composer's loggers of a run, and the settings that are sent to its trackers."""
+
+    all: list[LoggerDestination]
+    lines: JSONLines
+    trackers: list[LoggerDestination]
+    settings: dict[str, Any]  # with interpolations in place of values from the environment
+
+    def log_settings(self) -> None:
+        """Send the run's settings to the trackers, once the trainer has started them."""
+        for tracker in self.trackers:
+            tracker.log_hyperparameters(self.settings)
+
+
+def build_loggers(config: RunConfig, *, last_step: int) -> RunLoggers:
+    """Return the loggers that a run's configuration asks for."""
+    log, save_folder = config.log, Path(config.save_folder)
+    settings = flat_settings(config.with_interpolations(config.model_dump(mode="json", exclude_none=True)))
+    lines = JSONLines(save_folder / "metrics.jsonl")
+    loggers: list[LoggerDestination] = [lines]
+    if not log.progress_bar:
+        loggers.append(Console(interval_steps=log.interval_steps, last_step=last_step))
+    if log.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
+    trackers = build_trackers(log, save_folder=save_folder)
+    return RunLoggers(all=[*loggers, *trackers], lines=lines, trackers=trackers, settings=settings)

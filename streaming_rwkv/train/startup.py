@@ -1,0 +1,206 @@
+"""Start of a run: everything that comes before the network is built, on all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from composer.devices import Device
+from composer.utils import dist, get_device
+
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.console import print_rich
+from streaming_rwkv.data.shard_set import copy_tokenizer
+from streaming_rwkv.distributed import (
+    is_local_rank_zero,
+    is_rank_zero,
+    local_world_size,
+    result_of_rank_zero,
+    run_on_all,
+    run_on_local_rank_zero,
+    run_on_rank_zero,
+    world_size,
+)
+from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
+from streaming_rwkv.model.marked_files import CheckpointError
+from streaming_rwkv.processes import usable_cores
+from streaming_rwkv.shards import TOKENIZER_FOLDER
+from streaming_rwkv.storage import Store, open_store
+from streaming_rwkv.train.checkpoints.local import newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import Checkpoint, check_resumable
+from streaming_rwkv.train.checkpoints.remote import newest_remote
+from streaming_rwkv.train.checkpoints.restore import check_place, check_same_run, node_checkpoint, plan_from, restore
+from streaming_rwkv.train.checkpoints.uploader import Mirror
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
+from streaming_rwkv.train.preview import mixture_table
+from streaming_rwkv.train.trackers import check_trackers
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """Resolved `model.init_from`: the network's shape, and weights unless the run resumes from its own checkpoint."""
+
+    shape: dict[str, Any]
+    path: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that passed all start-up checks on every rank."""
+
+    prepared: PreparedRun
+    initial: InitialWeights | None
+    checkpoint: Checkpoint | None
+    mirror: Mirror | None
+    device: Device
+    timeout_seconds: float  # of a collective
+    lock: FolderLock | None  # of the save folder, held by rank 0
+
+
+def start_up(config: RunConfig) -> CheckedRun | None:
+    """Check everything that can stop the run before the network is built; return None if the run is finished already.
+
+    All ranks call it together. The save folder is locked, the data set opened and planned, the newest checkpoint
+    found and compared with the configuration.
+
+    Raises:
+        UserError: on all ranks, whichever of them met it, so that none waits for the others.
+    """
+    check_trackers(config.log)
+    # Longer than a rank may wait for its data.
+    timeout_seconds = max(300.0, 4 * config.data.timeout_seconds)
+    device = join_ranks(config.device, timeout_seconds=timeout_seconds)
+    save_folder = Path(config.save_folder)
+    lock = run_on_rank_zero(
+        lambda: lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
+    )
+    store = None
+    if config.save_remote is not None:
+        store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
+    initial = find_initial_weights(config.model.init_from, save_folder, store)
+    fetch, ranks, shape = is_local_rank_zero(), world_size(), initial.shape if initial else None
+    prepared = run_on_local_rank_zero_first(lambda: prepare(config, world_size=ranks, fetch=fetch, shape=shape))
+    mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
+    prepared, checkpoint = find_resume_point(prepared, store, mirror)
+    if checkpoint is not None and checkpoint.step == prepared.plan.steps:
+        if mirror:
+            mirror.finish()
+        print_rich(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
+        return None
+    record_start(prepared, checkpoint)
+    if mirror:
+        mirror.send_logs()
+    return CheckedRun(
+        prepared=prepared,
+        initial=initial,
+        checkpoint=checkpoint,
+        mirror=mirror,
+        device=device,
+        timeout_seconds=timeout_seconds,
+        lock=lock,
+    )
+
+
+def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
+    """Choose this rank's device, and connect the ranks of the run with each other."""
+    # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
+    warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
+    if device_name == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: found gpu, but torch sees no CUDA device; leave it out to train on the CPU, or fix the driver, "
+            "or install a torch that is built for it"
+        )
+    device = get_device(device_name)
+    if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Otherwise each process would use all cores, and they would mostly wait for each other's threads.
+        torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+    dist.initialize_dist(device, timeout=timeout_seconds)
+    return device
+
+
+def find_initial_weights(location: str | None, save_folder: Path, store: Store | None) -> InitialWeights | None:
+    """Resolve `model.init_from`, on all ranks together; rank 0 reads the shape for all of them.
+
+    A run that resumes from its own checkpoint no longer needs the weights that it started from.
+    """
+    if location is None:
+        return None
+    root, copy = save_folder / "checkpoints", save_folder / "init_from"
+    mark = result_of_rank_zero(lambda: newest_mark(root, store))
+    if mark is not None:
+        remove_initial_weights(save_folder)
+        return InitialWeights(shape=mark["run"].get("model", {}), path=None)
+    path = node_checkpoint(location, copy)
+    return InitialWeights(shape=result_of_rank_zero(lambda: read_shape(path, where=location)), path=path)
+
+
+def remove_initial_weights(save_folder: Path) -> None:
+    """Remove this node's copy of the weights that `model.init_from` names."""
+    if is_local_rank_zero():
+        shutil.rmtree(save_folder / "init_from", ignore_errors=True)
+
+
+def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
+    """Return the completion mark of the checkpoint that the run will resume from, on disk or in object storage.
+
+    Damaged checkpoints are left out here; `restore` reports them.
+    """
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(CheckpointError):
+        if (here := newest_checkpoint(root)) is not None:
+            found.append(here.mark)
+    with contextlib.suppress(CheckpointError):
+        if store is not None and (there := newest_remote(store)) is not None:
+            found.append(there.mark)
+    return max(found, key=lambda mark: int(mark["step"]), default=None)
+
+
+def run_on_local_rank_zero_first(work: Callable[[], Value]) -> Value:
+    """Run `work` on local rank 0 of each node, then on the other ranks, and return each rank's result."""
+    first = run_on_local_rank_zero(work)
+    second = run_on_all(None if is_local_rank_zero() else work)
+    result = first if is_local_rank_zero() else second
+    assert result is not None
+    return result
+
+
+def find_resume_point(
+    prepared: PreparedRun, store: Store | None, mirror: Mirror | None
+) -> tuple[PreparedRun, Checkpoint | None]:
+    """Return the newest checkpoint, after a check that this run made it, and the plan as it continues from there."""
+    config = prepared.config
+    allow = frozenset(config.checkpoint.allow_changed)
+    if store and mirror:
+        check_place(store, prepared.identity, allow=allow)
+        mirror.take_over()  # before the newest checkpoint is looked for: from here on no other run adds one
+    checkpoint, in_store = restore(store, Path(config.save_folder))
+    if checkpoint is None:
+        return prepared, None
+    check_resumable(checkpoint.mark, where=str(checkpoint.path))
+    check_same_run(checkpoint, prepared.identity, allow=allow)
+    if mirror and not in_store:
+        mirror.begin(checkpoint.path, all_on_rank_zero=True)
+    return replace(prepared, plan=plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))), checkpoint
+
+
+def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
+    """Write the tokenizer and the configuration into the save folder, and print the mixture and the number of steps."""
+    config, plan = prepared.config, prepared.plan
+    save_folder = Path(config.save_folder)
+    run_on_rank_zero(lambda: copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER))
+    if not is_rank_zero():
+        return
+    write_atomically(save_folder / "config.yaml", config.to_yaml().encode())
+    print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))
+    where = f"resuming from {checkpoint.path}" if checkpoint else "starting at step 0"
+    print_rich(f"{plan.steps} steps of {plan.batch_packs} packs, {prepared.total_tokens:,} tokens; {where}")
