@@ -76,7 +76,7 @@ SIZES = {"0.1B": 2, "0.4B": 1}  # packs of a microbatch: about 24 and 36 GB, as 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is trained, and how much of it."""
+    """The model that is trained, and the number of tokens."""
 
     name: str
     model: RWKV7Config

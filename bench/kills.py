@@ -155,7 +155,7 @@ def log_of(folder: Path) -> Path:
 
 
 def steps_of(log: Path) -> dict[int, set[str]]:
-    """What each step saw, in every start that reached it."""
+    """Return the data that each step saw, in every start that reached it."""
     steps: dict[int, set[str]] = {}
     for line in log.read_text().splitlines():
         number, _, seen = line.partition(" ")

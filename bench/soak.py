@@ -172,7 +172,7 @@ def assert_same_weights(folder: Path, quiet: Path, *, step: int) -> None:
 
 
 def litter(root: Path) -> list[str]:
-    """What the clients left in their temporary folder, and shared memory that names a place of theirs."""
+    """List files that clients left in their temporary folder, and shared memory that names one of their folders."""
     shared = [path for path in Path("/dev/shm").glob("*_locals") if os.access(path, os.R_OK)]
     ours = [path for path in shared if str(root).encode() in path.read_bytes()]
     names = [path.name for path in [*(root / "temporary").iterdir(), *ours]]

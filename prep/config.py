@@ -85,7 +85,7 @@ class PrepConfig(LoadedConfig):
     seed: int = Field(default=17, ge=0, lt=1 << 64)
     """Random seed of the order in which packs are written."""
     long_documents: Literal["split", "truncate", "drop"] = "split"
-    """How to treat documents longer than the largest edge: cut into pieces, keep the first piece, or reject."""
+    """Treatment of documents longer than the largest edge: cut into pieces, keep the first piece, or reject."""
     deduplicate: Literal["exact", "none"] = "exact"
     """`exact` keeps the first of all documents with equal text, across sources (sources by name, files by path)."""
     on_error: Literal["skip", "stop"] = "skip"

@@ -57,7 +57,7 @@ def checked_location(location: str | Path) -> str:
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether `location` is in object storage and not a local path.
+    """Return True if `location` is in object storage, False if it is a local path.
 
     Raises:
         LocationError: it is neither.

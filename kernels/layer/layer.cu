@@ -1,7 +1,7 @@
 // The element-wise parts of an RWKV-7 layer on the GPU, forward and backward, and the loss of a chunk of logits.
 // ../../streaming_rwkv/ops/layer_reference.py defines what each computes, layer.cpp does the same on the CPU.
 //
-// A block takes a tile of consecutive tokens, a thread every so many groups of four channels; nothing but sums over a
+// A block takes a tile of consecutive tokens, a thread groups of four channels at a fixed stride; nothing but sums over a
 // token's channels passes between threads. Sums over tokens (gradients of parameters) stay in registers until the tile
 // ends and are written per tile; sum_blocks adds the tiles. No atomics, one order: bitwise the same in every run.
 //

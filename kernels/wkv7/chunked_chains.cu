@@ -5,7 +5,7 @@
 // Three shapes of a launch, for many chains and for few. They give the same bits.
 //
 //     wide      2 warps of 32 value rows, groups of 2 chunks. Each warp prepares a chunk, then takes its rows through both.
-//     narrow    4 warps of 16 value rows, groups of 4 chunks, likewise.
+//     narrow    4 warps of 16 value rows, groups of 4 chunks, in the same way.
 //     split     2 or 4 blocks share a chain's value rows. Warps of 16 rows go through one group of 3 chunks, while 3
 //               others prepare the next.
 

@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
                  const float* initial_state,  // (documents, heads, N, N) [value, key], or null for zeros
                  Element* y, float* final_state,
                  float* removed,  // (tokens, heads, N), or null: there will be no backward pass
-                 float* states) {  // (tokens / CHUNK + documents, heads, N, N), or null likewise
+                 float* states) {  // (tokens / CHUNK + documents, heads, N, N), or null: no backward pass
     __shared__ float rows_r[CHUNK][N], rows_decay[CHUNK][N], rows_k[CHUNK][N], rows_v[CHUNK][N], rows_a[CHUNK][N],
         rows_b[CHUNK][N];
     const Span span = span_of_block(tokens, heads, documents, cu_seqlens, order);

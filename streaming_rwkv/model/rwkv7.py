@@ -38,7 +38,7 @@ GROUP_NORM_EPS = 64e-5
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers of the tokens so far."""
+    """State of a layer after the tokens so far."""
 
     att_shift: Tensor  # (B, C) float32, the last token's input of the time mixing
     wkv: Tensor  # (B, H, N, N) float32, [value, key]

@@ -47,7 +47,7 @@ def kernel_source(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: streaming-rwkv/kernels below XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder of compiled kernels: streaming-rwkv/kernels below XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "streaming-rwkv" / "kernels"
 

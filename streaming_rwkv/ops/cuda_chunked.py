@@ -27,7 +27,7 @@ GRADIENTS = Kernel(
 
 
 class Shape(NamedTuple):
-    """How the passes that follow a document are launched; `Shape` of kernels/wkv7/chunked_chains.cu, in short.
+    """Launch shape of the passes that follow a document; a summary of `Shape` in kernels/wkv7/chunked_chains.cu.
 
     A block has 64 / blocks_per_chain value rows of one head of one document.
     """

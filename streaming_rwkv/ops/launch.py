@@ -35,7 +35,7 @@ Launch = Callable[[Kernel, int, Sequence[Argument]], None]
 
 
 def launcher(device: torch.device) -> Launch:
-    """What runs kernels on this device."""
+    """Return the function that launches kernels on this device."""
     return launch_cpp if device.type == "cpu" else launch_cuda
 
 
@@ -94,7 +94,7 @@ def launch_cuda(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> N
 
 
 def macros(kernel: Kernel) -> nvrtc.Macros:
-    """What layer.cu is compiled with for this kernel."""
+    """Return the macros that layer.cu is compiled with for this kernel."""
     found = [(kernel.name.removesuffix("_forward").removesuffix("_backward").upper(), "1")]
     if kernel.width:
         found.append(("WIDTH", str(kernel.width)))

@@ -104,7 +104,7 @@ def run(op: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Tenso
 
 
 def run_reference(case: Case, *, segment: int = 256) -> dict[str, Tensor]:
-    """The definition, in float64; by segments of so many tokens, lest autograd keep every state of a long document."""
+    """Compute the definition in float64, `segment` tokens at a time, so that few states are kept."""
     case = in_dtype(case, torch.float64)
     y = torch.zeros_like(case.dy)
     gradients = [torch.zeros_like(x) for x in case.inputs]

@@ -76,7 +76,7 @@ def wkv7(
 
 
 def _check(inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """What shapes and dtypes alone can tell; no value is read, so nothing waits for a device."""
+    """Check shapes and dtypes; no value is read, so nothing waits for a device."""
     r = inputs[0]
     if r.ndim != 4:
         raise ValueError(f"wkv7: r has shape {tuple(r.shape)}, expected (B, T, H, N)")

@@ -173,7 +173,7 @@ class EvaluationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written, and how many are kept."""
+    """Interval of checkpoints, and the number that is kept."""
 
     interval_steps: PositiveInt = 500
     """Steps between checkpoints; the last step always has one."""
@@ -260,7 +260,7 @@ class RunConfig(LoadedConfig):
     device: Literal["cpu", "gpu"] | None = None
     """By default a GPU if there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """Whether to stop the run at a step whose gradient is not finite, or to skip the step."""
+    """Reaction to a step whose gradient is not finite: stop the run, or skip the step."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -120,7 +120,7 @@ def read(dataset: PackDataset, workers: int, *, timeout: float = PATIENT) -> Tok
     ]
 
 
-# A body that breaks off again and again comes whole in the end: each attempt goes on where the last one stopped.
+# A body that breaks off again and again comes whole in the end: each attempt resumes where the last one stopped.
 PASSING: list[Fault] = [
     *(Fault(kind="status", status=status, path=SHARD, times=3) for status in (429, 500, 503)),
     *(Fault(kind=kind, path=SHARD, times=2) for kind in ("reset", "truncate", "lose answer")),

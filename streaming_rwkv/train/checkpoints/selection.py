@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest, and which ones are removed: the same for a disk and for object storage."""
+"""Selection of the newest checkpoint and of those to remove, the same on a disk and in object storage."""
 
 from __future__ import annotations
 
