@@ -148,7 +148,7 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def _read_value(text: str, types: Sequence[Any]) -> Any:
-    """The value of an override for a field of these types: the text as it is for a string, otherwise YAML."""
+    """Read an override for a field of these types: the text as it is for a string, otherwise YAML."""
     if type(None) in types and text in _NULLS:
         return None
     containers = [kind for kind in types if kind not in (str, type(None))]

@@ -151,13 +151,14 @@ Panel = Callable[["Axes"], None]
 
 
 def bucket_order(bucket: str) -> int:
+    """Return the sort key of a bucket such as `1-256`: its shortest length."""
     return int(bucket.partition("-")[0])
 
 
 def smooth(values: Floats, window: int) -> Floats:
     """Return the mean of each value and its neighbours within half a window to either side.
 
-    Of those that are finite: a step that was skipped for its gradient may have no loss.
+    Values that are not finite are left out: a step that was skipped for its gradient may have no loss.
     """
     index = np.arange(len(values))
     low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
@@ -200,6 +201,7 @@ def mixture(run: Run, *, by: int) -> tuple[Floats, dict[str, Floats]]:
 
 
 def colors_of(names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each name, in the order of COLORS."""
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
 
@@ -255,6 +257,7 @@ def running_panels(history: History) -> dict[str, Panel]:
 
 
 def draw_training_loss(axes: Axes, history: History) -> None:
+    """Plot the training loss of each step, its running mean, and the validation loss."""
     label: str | None = "each step"
     for tokens, values in history.curves("loss/train/total"):
         axes.plot(*thin(tokens, values), color=COLORS[0], alpha=0.3, linewidth=0.8, label=label)
@@ -279,6 +282,7 @@ def draw_lines(axes: Axes, history: History, prefix: str, colors: Mapping[str, A
 
 
 def draw_single(axes: Axes, history: History, metric: str, *, unit: str, scale: str) -> None:
+    """Plot one metric; a linear scale starts at 0."""
     for tokens, values in history.curves(metric):
         dense = len(values) > 100
         axes.plot(*thin(tokens, values), color=COLORS[0], linewidth=0.8 if dense else 1.4)
@@ -289,6 +293,7 @@ def draw_single(axes: Axes, history: History, metric: str, *, unit: str, scale: 
 
 
 def draw_mixture(axes: Axes, history: History, colors: Mapping[str, Any], *, by: int) -> None:
+    """Plot the stacked shares of the consumed tokens; `by` as for `mixture`."""
     drawn: set[str] = set()
     for before, run in history.parts():
         edges, shares = mixture(run, by=by)
@@ -478,6 +483,7 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m streaming_rwkv.plot`, and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m streaming_rwkv.plot", description="Draw a run, or several.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="save folders, in the order in which they were trained")
     parser.add_argument("--to", metavar="FILE", help=".html or .png (default: plot.html in the last RUN)")

@@ -307,6 +307,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def sha256_of_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 

@@ -21,6 +21,8 @@ END = "<|endoftext|>"  # id 0, which stands for no text
 
 
 class RWKVWorldTokenizer(PreTrainedTokenizer):
+    """RWKV World's tokenizer for transformers: the longest entry of the vocabulary at each byte."""
+
     vocab_files_names = {"vocab_file": VOCABULARY_NAME}  # noqa: RUF012  # as transformers reads it
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
@@ -94,7 +96,7 @@ class RWKVWorldTokenizer(PreTrainedTokenizer):
 
 
 def _spelled(token: bytes) -> str:
-    """transformers wants tokens as strings: a character of Latin-1 for each byte."""
+    """Return a token as a string, which transformers requires: a character of Latin-1 for each byte."""
     return token.decode("latin-1")
 
 

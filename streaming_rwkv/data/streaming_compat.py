@@ -78,7 +78,8 @@ class VerifiedStream(Stream):
     """A stream whose shards are compared with their hashes, in the download and in the cache."""
 
     def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
-        """
+        """Create the stream of one folder.
+
         Args:
             store: of a data set in object storage; its requests have deadlines.
             folder: the stream's folder below the data set.
@@ -175,7 +176,8 @@ class VerifiedDataset(StreamingDataset):
     def __init__(
         self, streams: list[VerifiedStream], *, lock: Path, cache_limit: str | int | None, fetch_ahead: int, batch: int
     ) -> None:
-        """
+        """Open the streams, and record the shared memory that Streaming creates for them.
+
         Args:
             lock: file by which processes take turns at the cache; elsewhere if its file system has no `flock`.
         """

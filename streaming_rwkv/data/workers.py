@@ -53,6 +53,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def init_worker(worker: int) -> None:
+    """Prepare a loader process: it ends with its rank, and the signals that stop a run do not reach it."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     die_with_parent(rank.pid)

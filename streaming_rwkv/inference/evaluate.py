@@ -113,6 +113,7 @@ def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m streaming_rwkv.evaluate`, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m streaming_rwkv.evaluate", description="Measure a checkpoint's loss on a data set."
     )
@@ -142,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
+    """Return the metrics of a checkpoint on a data set, after checking that they belong together."""
     device = find_device(options.device)
     if options.cache is not None:
         make_folder(Path(checked_local(options.cache)), what="data cache", remedy="name another with `--cache FOLDER`")

@@ -62,6 +62,7 @@ def _write_world_for_transformers(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m streaming_rwkv.export`, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
     )

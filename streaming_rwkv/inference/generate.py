@@ -20,6 +20,7 @@ from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m streaming_rwkv.generate`, and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m streaming_rwkv.generate", description="Continue a text with a trained model."
     )
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print a continuation of the prompt, and return the exit status."""
     _check(options)
     device = find_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -80,8 +80,11 @@ class TimeMixing(nn.Module):
         cu_seqlens: Tensor | None,
         state: LayerState | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, branch (B, T, C), v_first (B, T, C) of layer 0 → x + branch, our branch (B, T, C), v_first; the last
-        token's input and WKV states after it."""
+        """Mix over time.
+
+        x, branch (B, T, C), v_first (B, T, C) of layer 0 → x + branch, our branch (B, T, C), v_first; the last token's
+        input and WKV states after it.
+        """
         dtype = compute_dtype(x)
         linears = (self.receptance.weight, self.key.weight, self.value.weight, self.output.weight)
         loras = (self.w1, self.w2, self.a1, self.a2, self.g1, self.g2)
@@ -168,8 +171,11 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         state: LayerState | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
-        """x, branch (B, T, C) → x and branch after this layer, whose sum the next one reads; layer 0's values; what a
-        next token needs to know."""
+        """Apply the layer.
+
+        x, branch (B, T, C) → x and branch after this layer, whose sum the next one reads; layer 0's values; the state
+        for a next token.
+        """
         if self.activation_checkpointing and torch.is_grad_enabled():
             # There is no randomness within a block, so none is saved for the second pass.
             result: tuple[Tensor, Tensor, Tensor, LayerState] = checkpoint(

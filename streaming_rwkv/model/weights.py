@@ -336,7 +336,7 @@ def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:
 
 
 def _read_huggingface(folder: Path) -> State:
-    """The weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files."""
+    """Read the weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files."""
     config = _read_json(folder / _CONFIG_NAME)
     if config.get("model_type") != "rwkv7":
         raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, expected 'rwkv7'")
@@ -507,7 +507,11 @@ _FLAT = ("lora.2.bias", ".k_k", ".k_a", "ffn.x_k")  # (C,) there, (1, 1, C) here
 
 
 def to_huggingface_name(name: str) -> str:
-    """ "blocks.3.att.w1" → "model.layers.3.attn.w_lora.lora.0.weight". Raises KeyError for a name we do not have."""
+    """Return Hugging Face's name of a parameter: "blocks.3.att.w1" → "model.layers.3.attn.w_lora.lora.0.weight".
+
+    Raises:
+        KeyError: our models have no parameter of this name.
+    """
     if not name.startswith("blocks."):
         return _OUTER_NAMES[name]
     _, layer, rest = name.split(".", 2)
@@ -515,7 +519,7 @@ def to_huggingface_name(name: str) -> str:
 
 
 def from_huggingface_name(name: str) -> str | None:
-    """The inverse of `to_huggingface_name`; None for a name without one."""
+    """Invert `to_huggingface_name`; return None for a name that it never returns."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     if not found:
         return _FROM_OUTER.get(name)

@@ -53,7 +53,7 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, key: Sequence[str | bytes], build: Callable[[Path], None]) -> Path:
-    """The file `build` makes, from the cache if it is there.
+    """Return the file that `build` makes, from the cache if it holds the file.
 
     Args:
         name: what the file is, its suffix included; for people who look into the folder.
@@ -85,7 +85,7 @@ def cached(name: str, key: Sequence[str | bytes], build: Callable[[Path], None])
 
 
 def build_cpp(source: Path, *, flags: Sequence[str] = (), reads: Sequence[Path] = ()) -> Path:
-    """The shared library of one C++ file, for this machine's processor.
+    """Build the shared library of one C++ file, for this machine's processor.
 
     Args:
         flags: for the compiler, after our own.

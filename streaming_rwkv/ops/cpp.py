@@ -29,7 +29,7 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernel; the first call on a machine compiles it."""
+    """Return the compiled kernel; the first call on a machine compiles it."""
     return ctypes.CDLL(str(build_cpp(kernel_source("wkv7/wkv7.cpp"))))
 
 
@@ -60,8 +60,11 @@ def empty_saved(r: Tensor, documents: int, *, save: bool) -> tuple[Tensor, Tenso
 def forward(
     inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor, *, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
-    (K, H, N, N); the last two are empty unless `save`."""
+    """Run the forward pass.
+
+    Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
+    (K, H, N, N); the last two are empty unless `save`.
+    """
     r, log_decay, k, v, a, b = inputs
     heads, size = r.shape[2:]
     documents = cu_seqlens.shape[0] - 1

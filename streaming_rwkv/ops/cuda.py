@@ -1,5 +1,6 @@
-"""The sequential CUDA kernel of WKV-7, and how CUDA kernels get to a GPU: NVRTC compiles them and NVIDIA's cuda-core
-launches them, so no CUDA toolkit is needed.
+"""The sequential CUDA kernel of WKV-7, and the launch of CUDA kernels.
+
+NVRTC compiles them and NVIDIA's cuda-core launches them, so no CUDA toolkit is needed.
 
 Nothing waits for the device: what is known only there, the documents' bounds, is used only there.
 
@@ -54,8 +55,11 @@ def forward(
     save: bool,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
-    (K, H, N, N); the last two are empty unless `save`."""
+    """Run the forward pass.
+
+    Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` removed (T, H, N) and states
+    (K, H, N, N); the last two are empty unless `save`.
+    """
     r = inputs[0]
     heads, size = r.shape[2:]
     documents = cu_seqlens.shape[0] - 1

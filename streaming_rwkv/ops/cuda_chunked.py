@@ -106,8 +106,11 @@ def forward(
     launch: Launch | None = None,
     shape: Shape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` states and scales, as
-    `empty_saved` has them; the last two are empty unless `save`."""
+    """Run the forward pass.
+
+    Contiguous (1, T, H, N) inputs → y, final_state (D, H, N, N), and for `backward` states and scales, as
+    `empty_saved` has them; the last two are empty unless `save`.
+    """
     r, log_decay, k, v, a, b = inputs
     documents, heads, size = cu_seqlens.shape[0] - 1, r.shape[2], r.shape[3]
     y = torch.empty_like(r)

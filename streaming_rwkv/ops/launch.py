@@ -53,7 +53,7 @@ def integers(arguments: Sequence[Argument]) -> list[int]:
 
 
 def symbol(kernel: Kernel) -> str:
-    """The exported C++ function of a kernel."""
+    """Return the name of the exported C++ function of a kernel."""
     parts = [kernel.name, *([] if kernel.mixes is None else [str(kernel.mixes)])]
     return "_".join([*parts, *(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes)])
 

@@ -67,7 +67,7 @@ def _ready(x: Tensor | None) -> Tensor | None:
 
 
 def _vector(x: Tensor) -> Tensor:
-    """A parameter as kernels read it."""
+    """Return a parameter as kernels read it: flat, in float32."""
     return x.detach().reshape(-1).float()
 
 
@@ -256,7 +256,7 @@ class _MixedProjections(torch.autograd.Function):
 
 
 def weight_gradient(weight: Tensor, x: Tensor, dproduct: Tensor) -> Tensor:
-    """The gradient of `weight` (out, in) in x @ weight.T, in its memory order: autograd copies any other."""
+    """Return the gradient of `weight` (out, in) in x @ weight.T, in its memory order: autograd copies any other."""
     rows, drows = x.flatten(0, -2), dproduct.flatten(0, -2)
     return drows.T @ rows if weight.is_contiguous() else (rows.T @ drows).T
 
@@ -297,7 +297,10 @@ def _norm_mix_op(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """x + branch (empty without a branch), mean and 1/deviation of each token, the last u of each row, the mixes."""
+    """Add the branch, normalize, and mix each token with the one before.
+
+    Returns x + branch (empty without a branch), mean and 1/deviation of each token, the last u of each row, the mixes.
+    """
     rows, tokens, width = x.shape
     if cu_seqlens is not None:
         check_bounds("mixed_projections", cu_seqlens, tokens)
@@ -360,8 +363,10 @@ def _norm_mix_backward_op(
     dafter: Tensor | None,
     branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of x, branch and last (empty where there is none), of weight, bias and mixes together (2 + M, C); and
-    the mixes again."""
+    """Return the gradients of `_norm_mix_op`, and the mixes again.
+
+    Of x, branch and last (empty where there is none), and of weight, bias and mixes together (2 + M, C).
+    """
     rows, tokens, width = residual.shape
     dx, dbranch, dlast, _, mixed = _norm_mix_backward_fake(
         residual, stats, weight, bias, mixes, last, cu_seqlens, dresidual, dmixed, dafter, branch
@@ -669,7 +674,7 @@ def _relu_squared_op(x: Tensor) -> Tensor:
     lambda x, dout: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 def _relu_squared_backward_op(x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and the squares again."""
+    """Return the gradient of x, and the squares again."""
     dx, out = x.new_empty(x.shape), x.new_empty(x.shape)
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     tile, blocks = _tile(tokens)

@@ -20,7 +20,10 @@ L2WRAP = 1e-4
 
 
 def token_shift(x: Tensor, cu_seqlens: Tensor | None, last: Tensor | None) -> Tensor:
-    """x (B, T, C) → the token before each; at the first of a row `last` (B, C) or 0, and 0 where a document starts."""
+    """Return the token before each of x (B, T, C).
+
+    That is `last` (B, C) or 0 for the first of a row, and 0 where a document starts.
+    """
     before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.to(x.dtype).unsqueeze(1)
     previous = torch.cat([before, x[:, :-1]], dim=1)
     if cu_seqlens is None:
@@ -43,7 +46,9 @@ def norm_mix_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """x + branch; for each mix u + (previous u - u)·mix, with u = LayerNorm(x + branch) in `dtype`; the last u.
+    """Add the branch, normalize, and mix each token with the one before.
+
+    Returns x + branch; for each mix u + (previous u - u)·mix, with u = LayerNorm(x + branch) in `dtype`; the last u.
 
     Args:
         x, branch: (B, T, C). mixes: C numbers each.

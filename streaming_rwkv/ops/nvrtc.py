@@ -80,8 +80,9 @@ def _module(source: str, macros: Macros, architecture: str) -> Any:
 
 
 def compile_cubin(source: Path, macros: Macros, architecture: str) -> tuple[bytes, str]:
-    """Machine code for GPUs of `architecture` (sm_80, …), and what ptxas says of registers, spills and shared memory.
-    Needs no GPU.
+    """Compile for GPUs of `architecture` (sm_80, …); this needs no GPU.
+
+    Returns the machine code, and ptxas's report of registers, spills and shared memory.
 
     Raises:
         KernelError: cuda-core is missing, or NVRTC refuses the source or the architecture.
@@ -114,7 +115,7 @@ def _write(path: Path, content: bytes) -> None:
 
 @functools.cache
 def cuda_core() -> Any:
-    """The package cuda.core.
+    """Import the package cuda.core.
 
     Raises:
         KernelError: it is not installed.

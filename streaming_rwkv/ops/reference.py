@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of states for inputs of `dtype`: float64 for float64, else float32."""
+    """Return the type of states for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -53,7 +53,7 @@ def wkv7_reference(
 
 
 def _scan(inputs: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs (B, T, H, N) and the state (B, H, N, N) before them → y (B, T, H, N) and the state after them."""
+    """Scan inputs (B, T, H, N) from the state (B, H, N, N) before them → y (B, T, H, N), the state after them."""
     if inputs[0].shape[1] == 0:
         return torch.zeros_like(inputs[0]), state.clone()
     outputs = []

@@ -41,9 +41,10 @@ def make_case(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """Inputs as a model makes them, rounded to bfloat16 first so that every implementation gets the same numbers.
+    """Generate inputs as a model makes them.
 
-    Decay logits are drawn from [-8, 8], where σ is all but 0 and 1; "all fastest" is 12, "all slowest" is -6 or less.
+    They are rounded to bfloat16 first, so that every implementation gets the same numbers.
+    Decay logits are sampled from [-8, 8], where σ is all but 0 and 1; "all fastest" is 12, "all slowest" is -6 or less.
     The numbers are generated on `device`, and differ between kinds of device for one seed.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -79,7 +80,7 @@ def make_case(
 
 
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
-    """The same numbers in another type; the states in the type of that type's states."""
+    """Convert all numbers to another type; the states to the type of that type's states."""
     states = state_dtype(dtype)
     return Case(
         inputs=[x.to(dtype) for x in case.inputs],
@@ -135,10 +136,11 @@ def run_reference(case: Case, *, segment: int = 256) -> dict[str, Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """‖Δ‖ / ‖expected‖."""
+    """Return the relative error ‖found - expected‖ / ‖expected‖."""
     found, expected = found.double(), expected.double()
     return ((found - expected).norm() / expected.norm()).item() if expected.norm() else found.norm().item()
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative error of each expected tensor."""
     return {name: error(found[name], expected[name]) for name in expected}

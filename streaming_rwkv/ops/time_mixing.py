@@ -120,7 +120,7 @@ def _announce(implementation: str, device: str, dtype: torch.dtype, head_size: i
 
 
 def _kernel(r: Tensor) -> Any:
-    """The module with `forward` and `backward` for inputs like r."""
+    """Return the module with `forward` and `backward` for inputs like r."""
     match r.device.type:
         case "cpu":
             _announce("the C++ kernel", "cpu", r.dtype, r.shape[-1])

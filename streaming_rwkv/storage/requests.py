@@ -78,7 +78,8 @@ class Connection:
         is_unsigned: bool = False,
         requester_pays: bool = False,
     ) -> None:
-        """
+        """Configure the client; nothing is sent yet.
+
         Args:
             is_unsigned: send no credentials, for a public bucket.
             requester_pays: tell the server that the reader pays for the requests.

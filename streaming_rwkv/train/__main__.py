@@ -14,6 +14,7 @@ from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launche
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `train.py` with these arguments, by default the command line's, and return its exit status."""
     if has_launcher():  # a process without a launcher may outlive its shell
         die_with_parent()
     exit_if_missing(*BASE, *TRAIN, extra="train", is_reporting=is_local_rank_zero())

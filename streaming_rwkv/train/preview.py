@@ -93,6 +93,7 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
 
 
 def shown_bytes(count: float) -> str:
+    """Return a number of bytes in GB or MB, for people."""
     return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / MB:.1f} MB"
 
 

@@ -29,7 +29,8 @@ class Samples(Callback):
     """Complete each prompt, and write one line per prompt: {"step", "prompt", "text"}."""
 
     def __init__(self, path: Path, config: EvaluationConfig, *, tokenizer_folder: Path, seed: int) -> None:
-        """
+        """Configure the callback; nothing is read yet.
+
         Args:
             tokenizer_folder: read on rank 0, and only if there are prompts.
         """

@@ -75,8 +75,10 @@ class RunIdentity(Config):
 
 
 class CompletionMark(MarkedFiles):
-    """The content of a completion mark. To resume from a checkpoint takes more fields than to read its weights: see
-    `check_resumable`."""
+    """The content of a completion mark.
+
+    To resume from a checkpoint takes more fields than to read its weights: see `check_resumable`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

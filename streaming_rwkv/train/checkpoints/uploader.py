@@ -51,7 +51,8 @@ class Mirror:
     """This rank's uploads of a run's folder to a store. All ranks call the methods together."""
 
     def __init__(self, store: Store, folder: Path, *, keep: int) -> None:
-        """
+        """Connect the save folder with the store; nothing is sent yet.
+
         Args:
             store: the run's folder; its timeout limits how long an upload may make no progress before the run stops.
             folder: the save folder, which is only read.
