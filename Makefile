@@ -29,6 +29,7 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests bench README.md demo.py train.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
