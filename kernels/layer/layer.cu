@@ -1,8 +1,8 @@
 // The element-wise parts of an RWKV-7 layer on the GPU, forward and backward, and the loss of a chunk of logits.
 // ../../streaming_rwkv/ops/layer_reference.py defines what each computes, layer.cpp does the same on the CPU.
 //
-// A block takes a tile of consecutive tokens, a thread groups of four channels at a fixed stride; nothing but sums over a
-// token's channels passes between threads. Sums over tokens (gradients of parameters) stay in registers until the tile
+// A block takes a tile of consecutive tokens, a thread groups of four channels at a fixed stride; nothing but sums over
+// a token's channels passes between threads. Sums over tokens (gradients of parameters) stay in registers until the tile
 // ends and are written per tile; sum_blocks adds the tiles. No atomics, one order: bitwise the same in every run.
 //
 // Compiled once for each kernel, width and types, which come as macros: the kernel's name (NORM_MIX, …), WIDTH, MIXES,

@@ -154,7 +154,7 @@ __device__ inline void clear_padding(unsigned short* out, int64 tokens, int64 he
 
 // --- a chunk's operands ---
 
-// [s ≤ t] - [s ≤ 8], or with s < t: times W, the logarithms of the decays from the reference point, which lies after
+// [s ≤ t] - [s ≤ 8], or with s < t: times W, the logarithms of the decays from the reference point, which is after
 // token 8. Exact: W is bfloat16, the sums are float32.
 __device__ inline Fragment sums_from_reference(bool before) {
     Fragment f;

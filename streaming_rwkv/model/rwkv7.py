@@ -218,7 +218,7 @@ class RWKV7(nn.Module):
         Args:
             tokens: (B, T) int64. Every row is a document, unless `cu_seqlens` is given.
             cu_seqlens: (D + 1,) int32 document boundaries, rising from 0; needs B == 1. No document sees another.
-                Rows past the last boundary are padding. May lie on the CPU whatever the model's device.
+                Rows past the last boundary are padding. May be on the CPU whatever the model's device.
             targets: (B, T) int64, -100 where a token has none (padding).
         Returns:
             Without targets the logits (B, T, V); with targets their negative log-likelihood (B, T) in float32, 0

@@ -49,7 +49,7 @@ def wkv7(
         r, log_decay, k, v, a, b: (B, T, H, N), one dtype of float32, bfloat16 and float64; log_decay < 0.
         initial_state: (num_documents, H, N, N) float32, or None for zeros; float64 where the inputs are.
         cu_seqlens: (num_documents + 1,) int32, rising from 0; the state restarts at each boundary. Needs B == 1. May
-            lie on the CPU whatever the device of the rest.
+            be on the CPU whatever the device of the rest.
     Returns:
         y (B, T, H, N) in v's dtype; final state per document, float32 (float64 where the inputs are).
     Raises:
