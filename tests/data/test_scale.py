@@ -49,7 +49,11 @@ def index_of(stream: int) -> bytes:
             "column_names": list(form),
             "column_encodings": list(form.values()),
             "column_sizes": [None] * len(form),
-            "raw_data": {"basename": f"shard.{i:05}.mds", "bytes": 60_000_000, "hashes": {"sha256": "0" * 64}},
+            "raw_data": {
+                "basename": f"shard.{i:05}.mds",
+                "bytes": 60_000_000,
+                "hashes": {"sha256": f"raw/{stream}/{i}"},
+            },
             "zip_data": {
                 "basename": f"shard.{i:05}.mds.zstd",
                 "bytes": 30_000_000,

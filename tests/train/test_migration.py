@@ -1,4 +1,4 @@
-"""docs/migration.md and the README's table: the commands are valid, and do what the tables say of them."""
+"""docs/migration.md: the commands are valid, and have the effects that the tables state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from streaming_rwkv.train.prepare import PreparedRun, prepare
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTING = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)+=[^\s…`]+")
 
 
@@ -127,20 +126,3 @@ def test_a_rate_that_rises_is_refused_as_the_page_says(capsys: pytest.CaptureFix
     rising = ["optimizer.lr=1e-4", "optimizer.lr_final=5e-4"]
     assert main([str(ROOT / "yamls" / "tiny_cpu.yaml"), *rising, "--dry-run"]) == 1
     assert "the rate must not rise" in capsys.readouterr().err
-
-
-def test_the_table_of_the_README_says_the_same(prepared: PreparedRun) -> None:
-    section = README.partition("## Coming from RWKVinLLAMA")[2].partition("\n## ")[0]
-    by_flag = {row[0]: SETTING.findall(row[1]) for row in table_rows(section) if len(row) > 1}
-    settings = [
-        setting
-        for flag, found in by_flag.items()
-        if any(name in flag for name in ("-m 1 -M 256", "-b 48", "-w 100", "-v 5000"))
-        for setting in found
-    ]
-    assert len(settings) >= 4
-    settings = [setting for setting in settings if not setting.startswith("data.stages")]
-    config = load_config(RunConfig, ROOT / "yamls" / "tiny_cpu.yaml", overrides=["data.batch_packs=null", *settings])
-    assert config.data.batch_tokens == prepared.config.data.batch_tokens
-    assert config.optimizer.warmup_tokens == prepared.config.optimizer.warmup_tokens
-    assert config.evaluation.interval_steps == prepared.config.evaluation.interval_steps
