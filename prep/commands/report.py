@@ -19,7 +19,7 @@ from prep.stages.distributions import Statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import make_folder, write_atomically
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
+from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
 
 _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
@@ -56,14 +56,14 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
 
 
 def _statistics(data_set: DataSet) -> Statistics:
+    files = data_set.files([(STATISTICS_NAME, None)])  # the file exists as long as this
     try:
-        for file in data_set.files([(STATISTICS_NAME, None)]):
-            return Statistics.model_validate_json(file.read_bytes())
+        file = next(files)
     except DataError:
-        pass
-    raise DataError(
-        f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
-    )
+        raise DataError(
+            f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
+        ) from None
+    return Statistics.model_validate_json(read_small_file(file))
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:

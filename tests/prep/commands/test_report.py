@@ -112,3 +112,10 @@ def test_a_report_replaces_links_and_does_not_follow_them(finished, tmp_path):
     assert other.read_text() == "of another program"
     assert json.loads((tmp_path / "out" / "report.json").read_text())
     assert not (tmp_path / "out" / "report.html").is_symlink()
+
+
+def test_statistics_that_are_too_large_are_not_read(finished, tmp_path):
+    with open(tmp_path / "out" / "statistics.json", "wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(DataError, match=r"statistics\.json: found 1,073,741,825 bytes, expected a regular file"):
+        write_report(tmp_path / "out")
