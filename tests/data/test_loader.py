@@ -356,7 +356,7 @@ def test_no_lock_files_are_left_in_the_temporary_folder(data, tmp_path, monkeypa
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "train/web/1-16/index.json"])
 def test_a_data_set_without_manifest_or_index_is_refused(data, tmp_path, name):
     (data / name).unlink()
-    with pytest.raises(DataError, match=f"{name}: not there"):
+    with pytest.raises(DataError, match=f"{name}: missing"):
         open_dataset(data, tmp_path / "cache")
 
 
