@@ -12,11 +12,13 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from streaming_rwkv.errors import UserError
 
@@ -74,13 +76,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, durable: bool = False, concurrent: bool = False) -> Iterator[Path]:
-    """Yield a temporary path; the file that the block writes there replaces `path` if the block does not fail.
+    """Yield the path of a new, empty file, which replaces `path` if the block does not fail.
+
+    A link at either name is replaced, not followed: the folder may have been copied from elsewhere.
 
     Args:
         durable: have the file on the disk before it gets its name.
         concurrent: other processes may write the same `path` meanwhile; the last one's file stays.
     """
     temporary = temporary_path(path.with_name(f"{path.name}.{uuid.uuid4().hex}") if concurrent else path)
+    temporary.unlink(missing_ok=True)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
     try:
         yield temporary
         if durable:
@@ -128,20 +134,62 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
 
 
+# Reading
+
+
+def open_regular_file(path: Path, *, most: int) -> BinaryIO:
+    """Open a file of at most `most` bytes for reading, without waiting for a pipe or reading a device.
+
+    Links are followed: Hugging Face's cache consists of them.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+        UserError: not a regular file, too large, or unreadable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= most:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    found = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else _kind(status.st_mode)
+    raise UserError(f"{path}: found {found}, expected a regular file of at most {most:,} bytes; restore it")
+
+
+def read_regular_file(path: Path, *, most: int) -> bytes:
+    """Return the content of a file of at most `most` bytes.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, UserError: as `open_regular_file`.
+    """
+    with open_regular_file(path, most=most) as file:
+        return file.read(most)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFLNK: "a symbolic link"}
+    return kinds.get(stat.S_IFMT(mode), "a device or socket")
+
+
 # Folders that can be written
 
 
-def make_folder(folder: Path, *, what: str, remedy: str) -> None:
+def make_folder(folder: Path, *, what: str, remedy: str, mode: int = 0o777) -> None:
     """Make `folder` if it does not exist, and check that files can be written in it. No file becomes visible.
 
     Args:
         what: the folder's purpose, as in `save folder`.
         remedy: advice that names the setting, as in "give this run its own `save_folder`".
+        mode: permissions of a new folder, before the umask.
     Raises:
         UserError: the folder cannot be made or written to.
     """
     with _explain_errors(folder, what=what, remedy=remedy):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
@@ -186,11 +234,10 @@ def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
     Args:
         what, remedy: as for `make_folder`.
     Raises:
-        UserError: another process holds the folder, or it cannot be made or written to.
+        UserError: another process holds the folder, it cannot be made or written to, or its lock is no regular file.
     """
     make_folder(folder, what=what, remedy=remedy)
-    with _explain_errors(folder, what=what, remedy=remedy):
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = _open_lock(folder, what=what, remedy=remedy)
     try:
         _flock_or_warn(descriptor, folder)
     except BlockingIOError:
@@ -203,6 +250,24 @@ def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return FolderLock(descriptor)
+
+
+def _open_lock(folder: Path, *, what: str, remedy: str) -> int:
+    """Open a folder's lock, which is overwritten, so that no link may lead to another file."""
+    lock = folder / LOCK_NAME
+    with _explain_errors(folder, what=what, remedy=remedy):
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+            mode = os.fstat(descriptor).st_mode
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            descriptor, mode = -1, stat.S_IFLNK
+    if stat.S_ISREG(mode):
+        return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    raise UserError(f"{lock}: found {_kind(mode)}, expected the regular file of a lock; remove it, or {remedy}")
 
 
 @contextlib.contextmanager

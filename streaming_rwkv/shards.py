@@ -35,10 +35,12 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
+from streaming_rwkv.filesystem import read_regular_file
 
 FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
+LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, statistics, or a tokenizer's file
 TOKENIZER_FOLDER = "tokenizer"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -297,13 +299,26 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        content = path.read_bytes()
+        content = read_small_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: no manifest, so no finished data set here; build it with `python -m prep build`, "
             "or run the same command again if it was interrupted"
         ) from None
     return parse_manifest(content, where=str(path))
+
+
+def read_small_file(path: Path) -> bytes:
+    """Return the content of a manifest, an index or statistics on this machine.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+        DataError: not a regular file, too large, or unreadable.
+    """
+    try:
+        return read_regular_file(path, most=LARGEST_FILE_BYTES)
+    except UserError as error:
+        raise DataError(str(error)) from None
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -45,6 +45,7 @@ from streaming_rwkv.tokenizer_json import (
     merges_as_strings,
     missing_bytes,
     read_tiktoken,
+    read_tokenizer_file,
     steps_of,
     vocabulary_of,
     with_special,
@@ -234,8 +235,9 @@ def _load_file(
         definition = llama3_definition(read_tiktoken(file))
         named = {"bos_token": LLAMA3_BOS, "eos_token": LLAMA3_EOS} | named
     else:
+        content = read_tokenizer_file(file)
         try:
-            definition = orjson.loads(file.read_bytes())
+            definition = orjson.loads(content)
         except ValueError as error:
             raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer again") from None
     return HuggingFaceTokenizer(
@@ -298,8 +300,9 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
 def _read_record(file: Path) -> TokenizerRecord | None:
     if not file.is_file():
         return None
+    content = read_tokenizer_file(file)
     try:
-        return TokenizerRecord.model_validate(orjson.loads(file.read_bytes()))
+        return TokenizerRecord.model_validate(orjson.loads(content))
     except ValueError as error:
         raise TokenizerError(f"{file}: not a tokenizer record ({_first_line(error)}); delete it") from None
 
@@ -310,8 +313,9 @@ def _special_names(folder: Path) -> dict[str, str]:
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.is_file():
             continue
+        content = read_tokenizer_file(file)
         try:
-            values = orjson.loads(file.read_bytes())
+            values = orjson.loads(content)
         except ValueError as error:
             raise TokenizerError(f"{file}: not valid JSON ({error}); save the tokenizer again") from None
         if not isinstance(values, dict):
@@ -602,7 +606,7 @@ class WorldTokenizer(Tokenizer):
             )
 
         try:
-            lines = self._vocabulary.read_text(encoding="utf-8").splitlines()
+            lines = read_tokenizer_file(self._vocabulary).decode().splitlines()
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{self._vocabulary}: not UTF-8 ({error}); copy it again from its source") from None
         for number, line in enumerate(lines, start=1):

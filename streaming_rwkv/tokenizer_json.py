@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import read_regular_file
+from streaming_rwkv.shards import LARGEST_FILE_BYTES
 
 
 class TokenizerError(UserError):
@@ -238,6 +240,18 @@ _LLAMA3_PATTERN = (
 )
 
 
+def read_tokenizer_file(file: Path) -> bytes:
+    """Return the content of one of a tokenizer's files.
+
+    Raises:
+        TokenizerError: not a regular file, too large, or unreadable.
+    """
+    try:
+        return read_regular_file(file, most=LARGEST_FILE_BYTES)
+    except UserError as error:
+        raise TokenizerError(str(error)) from None
+
+
 def read_tiktoken(file: Path) -> dict[bytes, int]:
     """Read the ranks in a tiktoken file: lines of `base64 rank`.
 
@@ -245,7 +259,7 @@ def read_tiktoken(file: Path) -> dict[bytes, int]:
         TokenizerError: another kind of file, such as a SentencePiece `tokenizer.model`.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_tokenizer_file(file).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

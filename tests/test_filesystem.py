@@ -18,6 +18,8 @@ from streaming_rwkv.filesystem import (
     is_temporary,
     lock_folder,
     make_folder,
+    open_regular_file,
+    read_regular_file,
     temporary_path,
     wait_for_lock,
     write_atomically,
@@ -169,3 +171,62 @@ def test_a_lock_that_is_not_free_in_time_gives_a_warning(tmp_path: Path, caplog:
         with wait_for_lock(tmp_path, timeout_seconds=0):
             assert f"{tmp_path}: another process has held this folder" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", ["the final name", "the temporary name"])
+def test_a_write_does_not_follow_a_link(tmp_path: Path, at: str) -> None:
+    other, target = tmp_path / "other", tmp_path / "folder" / "file"
+    other.write_bytes(b"of another program")
+    target.parent.mkdir()
+    (target if at == "the final name" else temporary_path(target)).symlink_to(other)
+    write_atomically(target, b"new")
+    assert other.read_bytes() == b"of another program"
+    assert target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+    assert not target.is_symlink()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_bytes(b"of another program")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(other)
+    with pytest.raises(UserError) as caught:
+        lock_folder(folder, what="save folder", remedy="take another")
+    assert str(caught.value) == (
+        f"{folder}/.lock: found a symbolic link, expected the regular file of a lock; remove it, or take another"
+    )
+    assert other.read_bytes() == b"of another program"
+
+
+def test_a_lock_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"\.lock: found a named pipe, expected the regular file of a lock; remove it"):
+        lock_folder(tmp_path, what="save folder", remedy="take another")
+
+
+def test_a_regular_file_of_the_allowed_size_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(file)
+    assert read_regular_file(file, most=5) == b"12345"
+    assert read_regular_file(tmp_path / "link", most=5) == b"12345"
+    with pytest.raises(UserError) as caught:
+        read_regular_file(file, most=4)
+    assert str(caught.value) == f"{file}: found 5 bytes, expected a regular file of at most 4 bytes; restore it"
+    with pytest.raises(FileNotFoundError):
+        read_regular_file(tmp_path / "none", most=4)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a device or socket"])
+def test_only_a_regular_file_is_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    match kind:
+        case "a folder":
+            path.mkdir()
+        case "a named pipe":
+            os.mkfifo(path)
+        case _:
+            path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"file: found {kind}, expected a regular file of at most 9 bytes"):
+        open_regular_file(path, most=9)

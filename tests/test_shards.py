@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -210,3 +211,23 @@ def test_an_id_beyond_the_vocabulary_is_refused():
     broken = pack([2, 4], 6) | {"tokens": np.array([0, 1, 97, 3, 4, 5], np.uint16)}
     with pytest.raises(DataError, match=r"^here: found token id 97, but the tokenizer has 97 ids"):
         check_pack(broken, pack_tokens=4, vocab_size=97, where="here")
+
+
+def test_a_manifest_that_is_not_a_regular_file_is_refused_at_once(tmp_path):
+    path = tmp_path / "manifest.json"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"manifest\.json: found a named pipe, expected a regular file of at most"):
+        read_manifest(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"manifest\.json: found a device or socket, expected a regular file"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(
+        DataError, match=r"manifest\.json: found 1,073,741,825 bytes, expected .* at most 1,073,741,824"
+    ):
+        read_manifest(tmp_path)

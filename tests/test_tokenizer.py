@@ -643,3 +643,19 @@ def test_a_sentencepiece_model_is_told_apart(tmp_path):
 def test_only_llama3s_number_of_ranks_is_converted():
     with pytest.raises(TokenizerError, match="256 ranks, only Llama 3's with 128000"):
         llama3_definition({bytes([byte]): byte for byte in range(256)})
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", RECORD_NAME])
+def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
+    if name not in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / "tokenizer.json").write_text("{}")
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(TokenizerError, match=f"{name}: found 1,073,741,825 bytes, expected a regular file of at most"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_device_is_no_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match=r"found no tokenizer\.json"):
+        load_tokenizer(tmp_path)

@@ -17,9 +17,9 @@ from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics
 from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import make_folder
+from streaming_rwkv.filesystem import make_folder, write_atomically
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name
+from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
 
 _SAMPLES_PER_SOURCE = 2
 _SAMPLE_CHARACTERS = 900
@@ -47,22 +47,23 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
         figures = report_figures(manifest, statistics)
         samples = sample_pieces(data_set, manifest)
-    (folder / f"{REPORT_NAME}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
-    page.write_text(report_page(figures, samples, title=title), "utf-8")
+    write_atomically(page, report_page(figures, samples, title=title).encode())
     return page
 
 
 def _statistics(data_set: DataSet) -> Statistics:
+    files = data_set.files([(STATISTICS_NAME, None)])  # the file exists as long as this
     try:
-        for file in data_set.files([(STATISTICS_NAME, None)]):
-            return Statistics.model_validate_json(file.read_bytes())
+        file = next(files)
     except DataError:
-        pass
-    raise DataError(
-        f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
-    )
+        raise DataError(
+            f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
+        ) from None
+    return Statistics.model_validate_json(read_small_file(file))
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:

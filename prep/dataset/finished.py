@@ -13,6 +13,7 @@ from typing import Protocol
 
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
+    LARGEST_FILE_BYTES,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     DataError,
@@ -24,7 +25,6 @@ from streaming_rwkv.shards import (
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
 
-MOST_MANIFEST_BYTES = 1 << 30
 _FETCHED_AHEAD = 8
 
 
@@ -67,7 +67,7 @@ def open_data_set(location: str | Path) -> Iterator[DataSet]:
 def find_manifest(store: Store) -> Manifest | None:
     """Return the manifest of the data set in a store, or None if there is no finished one."""
     try:
-        content = store.get_bytes(MANIFEST_NAME, most=MOST_MANIFEST_BYTES)
+        content = store.get_bytes(MANIFEST_NAME, most=LARGEST_FILE_BYTES)
     except ObjectMissing:
         return None
     return parse_manifest(content, where=store.url(MANIFEST_NAME))
@@ -101,10 +101,12 @@ def check_file(file: Path, sha256: str | None) -> None:
     """Compare a file with its hash.
 
     Raises:
-        DataError: it is missing, or has another hash.
+        DataError: it is missing, is not a regular file, or has another hash.
     """
     if not file.exists():
         raise DataError(f"{file}: missing; the manifest names it: restore it, or build again")
+    if not file.is_file():
+        raise DataError(f"{file}: not a regular file; restore it, or build again")
     if sha256 is not None and (found := sha256_of_file(file)) != sha256:
         raise DataError(f"{file}: sha256 {found}, the manifest says {sha256}; restore it, or build again")
 

@@ -20,6 +20,7 @@ from streaming_rwkv.shards import (
     check_pack,
     piece_bounds,
     read_manifest,
+    read_small_file,
 )
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,7 +88,7 @@ def _verify_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -
 def _verify_stream(data_set: DataSet, stream: StreamRecord, manifest: Manifest) -> None:
     folder = f"{data_set.location}/{stream.path}"
     for index in data_set.files([(f"{stream.path}/{INDEX_NAME}", stream.index_sha256)]):
-        indexed = [shard["zip_data"]["basename"] for shard in json.loads(index.read_bytes())["shards"]]
+        indexed = [shard["zip_data"]["basename"] for shard in json.loads(read_small_file(index))["shards"]]
         if indexed != [shard.basename for shard in stream.shards]:
             raise DataError(f"{folder}/{INDEX_NAME}: names other shards than the manifest; restore it, or build again")
     found: Counter[str] = Counter()

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
-from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder, open_regular_file
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     INDEX_NAME,
+    LARGEST_FILE_BYTES,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     DataError,
@@ -32,13 +34,12 @@ from streaming_rwkv.shards import (
     sha256_of_file,
     shard_records,
 )
-from streaming_rwkv.storage import ObjectMissing, StorageError, Store, open_store
+from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
-LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, or a tokenizer's file
 SHOWN_SHARDS = 3
 
 
@@ -182,6 +183,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
             if store is not None:
                 temporary.write_bytes(store.get_bytes(name, most=LARGEST_FILE_BYTES))
             elif Path(remote).exists():
+                open_regular_file(Path(remote), most=LARGEST_FILE_BYTES).close()
                 temporary.unlink(missing_ok=True)  # Streaming would take over what a killed process left
                 copy_file(remote, temporary, timeout_seconds=timeout_seconds)
             else:
@@ -191,7 +193,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
             raise DataError(
                 f"{remote}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
             ) from None
-        except StorageError as error:
+        except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:
             raise DataError(

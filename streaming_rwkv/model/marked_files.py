@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
+from streaming_rwkv.filesystem import read_regular_file
 from streaming_rwkv.shards import sha256_of_file
 
 FORMAT = "streaming-rwkv-checkpoint/2"
@@ -74,18 +75,13 @@ def read_mark_bytes(folder: Path) -> bytes:
     """
     file = folder / MARK_NAME
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MARK_BYTES:
-            raise CheckpointError(
-                f"{file}: not a completion mark; expected a regular file of at most {LARGEST_MARK_BYTES:,} bytes"
-            )
-        return file.read_bytes()
+        return read_regular_file(file, most=LARGEST_MARK_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder}: no completion mark ({MARK_NAME}); not a finished checkpoint of this program"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> dict[str, Any]:

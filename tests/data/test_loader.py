@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.data import shard_set as shard_set_module
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import check_index, open_shard_set
@@ -399,3 +400,24 @@ def test_a_bomb_expands_no_further_than_the_index_says():
     assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 4) == b"pack"
     assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 5) is None
     assert _expand(b"not zstd", 8) is None
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "train/web/1-16/index.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a device or socket", "1,073,741,825 bytes"])
+def test_a_file_that_would_fill_the_disk_or_never_end_is_refused(tmp_path, name, kind):
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    match kind:
+        case "a named pipe":
+            os.mkfifo(file)
+        case "a device or socket":
+            file.symlink_to("/dev/zero")
+        case _:
+            file.touch()
+            os.truncate(file, 2**30 + 1)
+    with pytest.raises(DataError) as caught:
+        shard_set_module._fetch(str(tmp_path / "data"), None, name, to=tmp_path / "cache", timeout_seconds=60)
+    assert str(caught.value) == (
+        f"{file}: found {kind}, expected a regular file of at most 1,073,741,824 bytes; restore it"
+    )
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []

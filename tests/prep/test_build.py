@@ -6,6 +6,7 @@ import collections
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -651,6 +652,19 @@ def test_verify_finds_a_manifest_that_does_not_match(finished, change, message):
         (out / "train" / "corpus" / "1-256").rename(out / "train" / "corpus" / "1-3")
     (out / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(DataError, match=message):
+        verify(out)
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "device"])
+def test_verify_does_not_wait_for_a_pipe_or_read_a_device(finished, kind):
+    out, manifest = finished
+    file = out / manifest.streams[0].path / "index.json"
+    file.unlink()
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(file)
+    with pytest.raises(DataError, match=r"index\.json: not a regular file; restore it, or build again"):
         verify(out)
 
 

@@ -101,3 +101,21 @@ def test_names_are_escaped():
 @pytest.mark.parametrize(("value", "shown"), [(0, "0"), (999, "999"), (1200, "1.2k"), (3.4e6, "3.4M"), (5e9, "5G")])
 def test_short_numbers(value, shown):
     assert short(value) == shown
+
+
+def test_a_report_replaces_links_and_does_not_follow_them(finished, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("of another program")
+    for name in ("report.json", "report.html"):
+        (tmp_path / "out" / name).symlink_to(other)
+    write_report(tmp_path / "out")
+    assert other.read_text() == "of another program"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not (tmp_path / "out" / "report.html").is_symlink()
+
+
+def test_statistics_that_are_too_large_are_not_read(finished, tmp_path):
+    with open(tmp_path / "out" / "statistics.json", "wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(DataError, match=r"statistics\.json: found 1,073,741,825 bytes, expected a regular file"):
+        write_report(tmp_path / "out")
