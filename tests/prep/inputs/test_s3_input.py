@@ -13,6 +13,7 @@ import pytest
 from prep.build import build
 from prep.execution.task_store import WorkError
 from prep.inputs import files
+from prep.inputs.discovery import find_files
 from streaming_rwkv.config import UserError
 from streaming_rwkv.storage import StorageError, open_store
 from tests.fault_proxy import Fault, FaultProxy
@@ -80,18 +81,14 @@ def test_the_same_files_are_found_as_in_a_folder(mixed, s3_server, tmp_path, cap
     paths = ("", "/", "/*", "/d*", "/deep", "/deep/b.json.gz", "/.hidden", "/**/*.jsonl", "/deep/_x.jsonl")
     paths += ("/_tmp", "/_t*", "/*/_tmp/*", "/*.JSONL", "/deep/_tmp/e.jsonl")
     for path in paths:
-        found = [file.name for file in files.find_files("s", [mixed + path])]
-        assert found == [file.name for file in files.find_files("s", [f"{tmp_path}/corpus{path}"])], path
-        remote, local = [
-            record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"
-        ] or [
-            "",
-            "",
-        ]
+        found = [file.name for file in find_files("s", [mixed + path])]
+        assert found == [file.name for file in find_files("s", [f"{tmp_path}/corpus{path}"])], path
+        told = [record.getMessage() for record in caplog.records if record.name == "prep.inputs.discovery"]
+        remote, local = told or ["", ""]
         assert remote == local, path
         caplog.clear()
     with pytest.raises(UserError, match=r"sources\.s: s3://\S+/deep/x\.txt: cannot be read; files must end in"):
-        files.find_files("s", [f"{mixed}/deep/x.txt"])
+        find_files("s", [f"{mixed}/deep/x.txt"])
 
 
 @pytest.mark.slow
