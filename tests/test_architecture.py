@@ -1,7 +1,9 @@
-"""Who imports whom, and what a file may be called."""
+"""Directions of imports, names of files, sizes of functions, and questions that one module answers for all."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +63,46 @@ def test_every_module_says_what_it_is() -> None:
         str(path.relative_to(ROOT)) for path in OURS if path.stat().st_size and not path.read_text().startswith('"""')
     ]
     assert silent == []
+
+
+LONGEST_FUNCTION = 60  # lines, its docstring included
+LONGER_FUNCTIONS = {"streaming_rwkv/ops/layer.py: mixed_projections": "its docstring states the op's equations"}
+LONGEST_TRAINING_MODULE = 400
+
+
+def test_functions_fit_on_a_screen() -> None:
+    longer = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION
+    }
+    assert longer == set(LONGER_FUNCTIONS)
+
+
+def test_modules_of_training_have_one_responsibility() -> None:
+    modules = [path for path in OURS if path.is_relative_to(ROOT / "streaming_rwkv" / "train")]
+    assert modules
+    assert [path.name for path in modules if path.read_text().count("\n") > LONGEST_TRAINING_MODULE] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "modules"),
+    [
+        (r"get_rank|LOCAL_RANK|(?<!ray\.)is_initialized", {"streaming_rwkv/distributed.py"}),
+        (r"os\.replace|os\.fsync|fcntl\.flock", {"streaming_rwkv/filesystem.py"}),
+        # Of a checkpoint's folder, the name decides whether it is one: these modules own the names.
+        (
+            r"\.rename\(",
+            {
+                "streaming_rwkv/filesystem.py",
+                "streaming_rwkv/train/checkpoints/local.py",
+                "streaming_rwkv/train/checkpoints/restore.py",
+            },
+        ),
+        (r"unittest", set()),
+    ],
+)
+def test_one_module_answers_for_all(pattern: str, modules: set[str]) -> None:
+    found = {str(path.relative_to(ROOT)) for path in OURS if re.search(pattern, path.read_text())}
+    assert found == modules
