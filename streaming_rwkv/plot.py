@@ -445,6 +445,7 @@ td:first-child,th:first-child{text-align:left;padding-left:0}
 _DRAWING: Any = {
     "svg.fonttype": "none",  # keeps text as text
     "svg.hashsalt": "streaming-rwkv",  # the same bytes for the same metrics
+    "text.parse_math": False,  # a `$` in the name of a run or a source is a `$`
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "legend.title_fontsize": 8,

@@ -130,6 +130,13 @@ def test_a_picture_is_1200_pixels_wide(tmp_path: Path) -> None:
         assert image.width == 1200
 
 
+def test_a_name_with_dollars_is_text_not_mathematics(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [*steps(10), evaluation(10, 4.0)]) for name in ("lr_$x^$_{}", "b$\\frac$")]
+    for suffix in (".html", ".png"):
+        write_plot(runs, to=tmp_path / f"plot{suffix}")
+    assert "lr_$x^$_{}" in (tmp_path / "plot.html").read_text(encoding="utf-8")
+
+
 def test_a_run_without_evaluations_is_drawn(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps(1))
     write_plot([run], to=tmp_path / "run.html")
