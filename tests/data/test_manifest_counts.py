@@ -1,4 +1,4 @@
-"""A manifest whose numbers contradict each other is refused, whoever wrote it."""
+"""A manifest whose numbers contradict each other is refused."""
 
 from __future__ import annotations
 

@@ -137,8 +137,8 @@ def test_what_argparse_refuses(capsys, arguments, message):
 def test_errors_of_the_file_system_name_the_file(recipe, tmp_path, capsys, command):
     (tmp_path / "out" / "manifest.json").mkdir(parents=True)
     assert main(command.format(recipe=recipe, out=tmp_path / "out").split()) == 1
-    expected = f"error: {tmp_path}/out/manifest.json: found a folder, expected a regular file of at most "
-    assert capsys.readouterr().err.startswith(expected)
+    expected = "found a folder, expected a regular file of at most 1,073,741,824 bytes; restore it"
+    assert capsys.readouterr().err == f"error: {tmp_path}/out/manifest.json: {expected}\n"
 
 
 @pytest.mark.parametrize(
