@@ -3,7 +3,7 @@
     python -m bench.kills --kills 200
 
 The loop is a run without Composer, whose start alone takes ten seconds: the plan, a forked loader worker, the model,
-AdamW, and checkpoints by `train.checkpoints`. Every process of it gets SIGKILL, and is waited for before the next start.
+AdamW, and checkpoints by `train.checkpoints`. Every process gets SIGKILL, and is waited for before the next start.
 What is compared: the packs of every step, and the final weights bit for bit.
 """
 
