@@ -4,7 +4,9 @@
     Stream._prepare_shard_part            shards are compared with their hashes in the cache too; Streaming would keep
                                           and use a file that was damaged there. Its S3 client has no deadline.
     StreamingDataset.prepare_shard        a shard that failed becomes 'remote' again; Streaming leaves it 'preparing',
-                                          and other workers wait for it indefinitely.
+                                          and other workers wait for it indefinitely. Room in the cache is made before
+                                          and after a shard is fetched; Streaming makes it before only, so that
+                                          processes that fetch at the same time exceed the limit together.
     StreamingDataset.get_item             a shard that was in the cache before this run is verified first.
     StreamingDataset.{state_dict,load_state_dict}
                                           the order is a function of the step: there is nothing to save.
@@ -27,6 +29,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -229,13 +232,41 @@ class VerifiedDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch and verify a shard; after a failure its state is 'remote', so that no process waits for it."""
-        try:
+        with FileLock(self._cache_filelock_path):
+            remote = self._shard_states[shard_id] == _ShardState.REMOTE
+            if remote:
+                self._shard_states[shard_id] = _ShardState.PREPARING
+                self._make_room(self.shards[shard_id].get_max_size())
+        if remote:
+            self._fetch(shard_id)
+        else:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            self._shard_states[shard_id] = _ShardState.REMOTE
-            raise
         if self._shard_states[shard_id] == _ShardState.LOCAL and not self._verified[shard_id]:
             self._verify(shard_id)
+
+    def _fetch(self, shard: int) -> None:
+        """Put a shard into the cache that this process has marked as 'preparing'."""
+        try:
+            change = self.streams[self.stream_per_shard[shard]].prepare_shard(self.shards[shard])
+        except BaseException:
+            self._shard_states[shard] = _ShardState.REMOTE
+            raise
+        with FileLock(self._cache_filelock_path):
+            self.cache_usage += change
+            # Before the shard can be read: the process that waits for it may be the last one, and end.
+            self._make_room(0)
+            self._shard_access_times[shard] = time.time_ns()
+            self._shard_states[shard] = _ShardState.LOCAL
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used shards until `size` more bytes are within the limit, or none is left.
+
+        The caller holds the cache's lock.
+        """
+        while self.cache_limit and self.cache_usage + size > self.cache_limit:
+            if not (self._shard_states.numpy() == _ShardState.LOCAL).any():
+                return  # the rest is being fetched by other processes
+            self._evict_coldest_shard()
 
     def _verify(self, shard: int) -> None:
         """Compare a shard that was in the cache before this run with its hash, once on this node."""

@@ -34,9 +34,9 @@ def opened(tmp_path, write_data_set):
     shard_set.lock.release()
 
 
-def open_dataset(shard_set: ShardSet) -> VerifiedDataset:
+def open_dataset(shard_set: ShardSet, cache_limit: int | None = None) -> VerifiedDataset:
     streams = shard_set.streams(shard_set.manifest.select("train"), download_attempts=1, timeout_seconds=20)
-    return VerifiedDataset(streams, lock=shard_set.cache / ".lock", cache_limit=None, fetch_ahead=8, batch=4)
+    return VerifiedDataset(streams, lock=shard_set.cache / ".lock", cache_limit=cache_limit, fetch_ahead=8, batch=4)
 
 
 def cached(shard_set: ShardSet) -> list[Path]:
@@ -85,6 +85,33 @@ def test_prepare_shard_leaves_a_shard_that_failed_to_other_processes(opened):
     with pytest.raises(DataError):
         dataset.prepare_shard(0)
     assert dataset._shard_states[0] == streaming_compat._ShardState.REMOTE
+
+
+def test_shards_that_are_fetched_at_the_same_time_keep_to_the_limit(tmp_path, write_data_set, monkeypatch):
+    data = write_data_set(tmp_path / "data", {("web", 1, 16): 240}, validation={})
+    shard_set = open_shard_set(data, cache=tmp_path / "cache", splits=("train",), timeout_seconds=20, fetch=True)
+    shards = shard_set.manifest.streams[0].shards
+    limit = 4 * max(shard.raw_bytes + shard.bytes for shard in shards) + 2000  # and the index
+    dataset = open_dataset(shard_set, limit)
+    fetch = VerifiedStream._prepare_shard_part
+    started = []
+
+    def fetch_others_first(self, *arguments):
+        """Begin every other shard before this one is there."""
+        if len(started) < dataset.num_shards - 1:
+            started.append(self)
+            dataset.prepare_shard(len(started))
+        return fetch(self, *arguments)
+
+    monkeypatch.setattr(VerifiedStream, "_prepare_shard_part", fetch_others_first)
+    try:
+        dataset.prepare_shard(0)
+        assert sum(shard.raw_bytes for shard in shards) > 2 * limit
+        assert 0 < sum(path.stat().st_size for path in cached(shard_set)) <= limit
+        assert len(cached(shard_set)) == sum(dataset.is_local(shard) for shard in range(dataset.num_shards))
+    finally:
+        dataset.close()
+        shard_set.lock.release()
 
 
 def test_get_item_verifies_a_shard_once(opened):
