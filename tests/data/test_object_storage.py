@@ -272,8 +272,8 @@ def test_with_a_small_cache_each_shard_comes_once_a_pass(workers: int, place: Pl
     records = read_manifest(place.local).select("train")
     largest = max(shard.raw_bytes + shard.bytes for record in records for shard in record.shards)
     indexes = sum((place.local / record.path / "index.json").stat().st_size for record in records)
-    limit = 8 * largest + indexes  # what both workers fetch ahead, and the blocks that are open
-    assert place.shards > 16
+    limit = 6 * largest + indexes  # what both workers fetch ahead, and the blocks that are open
+    assert place.shards > 10
     cache = tmp_path / "cache"
     with opened(place.location, cache, cache_limit=limit) as dataset:
         assert read(dataset, workers) == place.expected
