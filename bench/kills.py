@@ -34,6 +34,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoints.local import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.checkpoints.restore import restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import OptimizerConfig
@@ -112,8 +113,9 @@ def train(
             if step % 5 == 0 or step == plan.steps:
                 if mirror and not mirror.settle():
                     raise mirror.error()
+                progress = Progress(step=step, tokens=0, samples=0, slots=step * BATCH_PACKS, seconds=0, consumed={})
                 path = save_checkpoint(
-                    folder / "checkpoints", step=step, model=model, optimizer=optimizer, mark={}, keep=2
+                    folder / "checkpoints", model=model, optimizer=optimizer, progress=progress, run={}, keep=2
                 )
                 if mirror:
                     mirror.begin(path)

@@ -214,8 +214,8 @@ def assert_same_run(save_folder: Path, reference: Path) -> None:
     assert train_losses(save_folder) == train_losses(reference)
     assert validation_losses(save_folder) == validation_losses(reference)
     mark, expected_mark = (newest_checkpoint(folder / "checkpoints").mark for folder in (save_folder, reference))  # type: ignore[union-attr]
-    assert [mark[key] for key in ("tokens", "samples", "consumed")] == [
-        expected_mark[key] for key in ("tokens", "samples", "consumed")
+    assert [getattr(mark, key) for key in ("tokens", "samples", "consumed")] == [
+        getattr(expected_mark, key) for key in ("tokens", "samples", "consumed")
     ]
 
 
@@ -241,8 +241,8 @@ def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
     assert [step for step, _ in validation_losses(unbroken)] == [12, 24, 30]
     assert checkpoints(unbroken) == ["step-00000018", "step-00000024", "step-00000030"]
     mark = newest_checkpoint(unbroken / "checkpoints").mark  # type: ignore[union-attr]
-    assert mark["samples"] == 2 * (24 + 20 + 16)
-    assert mark["tokens"] == sum(mark["consumed"].values())
+    assert mark.samples == 2 * (24 + 20 + 16)
+    assert mark.tokens == sum(mark.consumed.values())
 
 
 @pytest.mark.end_to_end
@@ -376,7 +376,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Wo
     for (step, loss), (_, other) in zip(losses, expected, strict=True):
         assert loss == pytest.approx(other, abs=1e-5), step
     consumed, expected_consumed = (
-        newest_checkpoint(path / "checkpoints").mark["consumed"]  # type: ignore[union-attr]
+        newest_checkpoint(path / "checkpoints").mark.consumed  # type: ignore[union-attr]
         for path in (folder, unbroken)
     )
     assert consumed == expected_consumed

@@ -21,13 +21,14 @@ from composer.loggers import Logger
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.init import initialize
-from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
+from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.storage import StorageError, Store, open_store
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import install, newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress, mark_content
 from streaming_rwkv.train.checkpoints.remote import newest_remote
 from streaming_rwkv.train.checkpoints.restore import _run_of, check_place, local_checkpoint, restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror, MirrorError
@@ -58,9 +59,9 @@ def save(folder: Path, step: int) -> Path:
     records = {}
     for name, content in files(step).items():
         (writing / name).write_bytes(content)
-        records[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    mark = {"format": FORMAT, "step": step, "run": {}, "files": records}
-    install(writing, final, json.dumps(mark).encode())
+        records[name] = MarkedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    progress = Progress(step=step, tokens=0, samples=0, slots=0, seconds=0, consumed={})
+    install(writing, final, mark_content(run={}, progress=progress, files=records))
     return final
 
 
@@ -75,7 +76,7 @@ def assert_restored(store: Store, folder: Path, *, step: int) -> None:
     checkpoint, in_store = restore(store, folder)
     assert checkpoint is not None
     assert (checkpoint.step, in_store) == (step, True)
-    assert {name: (checkpoint.path / name).read_bytes() for name in checkpoint.mark["files"]} == files(step)
+    assert {name: (checkpoint.path / name).read_bytes() for name in checkpoint.mark.files} == files(step)
 
 
 def steps_in(store: Store) -> list[int]:
