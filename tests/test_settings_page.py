@@ -95,7 +95,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def test_the_page_is_what_the_classes_say() -> None:
+def test_the_page_is_generated_from_the_classes() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m tests.test_settings_page`"
 
 

@@ -19,16 +19,12 @@ from streaming_rwkv.tokenizer import (
     RECORD_NAME,
     WORLD_VOCABULARY,
     HuggingFaceTokenizer,
+    TextError,
+    TokenizerError,
     WorldTokenizer,
     load_tokenizer,
 )
-from streaming_rwkv.tokenizer_json import (
-    TextError,
-    TokenizerError,
-    llama3_definition,
-    read_tiktoken,
-    tiktoken_definition,
-)
+from streaming_rwkv.tokenizers.tiktoken import llama3_definition, read_tiktoken, tiktoken_definition
 
 HARD_TEXTS = [
     "",
@@ -117,13 +113,13 @@ def test_no_texts_are_an_empty_batch(tokenizer):
     assert len(tokenizer.encode_batch([])) == 0
 
 
-def test_fast_ids_are_the_references(tokenizer):
+def test_fast_ids_equal_those_of_the_reference(tokenizer):
     batch = tokenizer.encode_batch(HARD_TEXTS)
     for index, ids in enumerate(tokenizer.encode_reference(HARD_TEXTS)):
         np.testing.assert_array_equal(batch[index], ids)
 
 
-def test_bos_and_eos_stand_for_no_text(tokenizer):
+def test_bos_and_eos_have_no_text(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "hello"
 
@@ -190,7 +186,7 @@ def write_world(folder: Path, lines: list[str]) -> Path:
     return folder
 
 
-def test_a_world_vocabulary_of_ones_own(tmp_path):
+def test_a_world_vocabulary_of_ones_own_is_used(tmp_path):
     tokenizer = load_tokenizer(write_world(tmp_path, world_lines()))
     assert tokenizer.encode("aab中").tolist() == [98, 257, 258]
     assert tokenizer.encode_reference(["aab中"])[0].tolist() == [98, 257, 258]
@@ -392,7 +388,7 @@ def test_the_saved_folder_loads_with_transformers(hugging_face, tmp_path):
     assert theirs.eos_token_id == hugging_face.eos_id
 
 
-def test_what_fastokens_lacks_falls_back_and_says_so(tmp_path, caplog):
+def test_a_definition_that_fastokens_lacks_is_encoded_by_the_reference_with_a_warning(tmp_path, caplog):
     """WordPiece: a normalizer changes the text, and bytes are divided in proportion."""
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
@@ -408,7 +404,7 @@ def test_what_fastokens_lacks_falls_back_and_says_so(tmp_path, caplog):
     assert not supported, "fastokens learned WordPiece: choose another model for this test"
 
 
-def test_sentencepiece_marks_and_bytes_count_as_the_text_they_stand_for(tmp_path):
+def test_sentencepiece_marks_and_bytes_count_as_the_text_that_they_encode(tmp_path):
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁he", -1.0), ("llo", -1.0), ("<0xE5>", -9.0)]
     made = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -533,7 +529,7 @@ def test_a_folder_without_a_tokenizer_says_what_it_looked_for(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_path_that_is_not_there_is_no_hub_name(tmp_path):
+def test_a_missing_path_is_not_taken_for_a_hub_name(tmp_path):
     with pytest.raises(TokenizerError, match="no such file or folder"):
         load_tokenizer(tmp_path / "nowhere")
 
@@ -544,8 +540,7 @@ def test_hub_names_come_from_the_cache_and_its_absence_is_explained(tmp_path):
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     program = """
-from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.tokenizer_json import TokenizerError
+from streaming_rwkv.tokenizer import TokenizerError, load_tokenizer
 print(load_tokenizer("some/model").record().name)
 for name in ("some/other", "tok"):
     try:
@@ -577,8 +572,7 @@ def test_code_of_a_hub_repository_is_neither_run_nor_asked_about(tmp_path, answe
     (snapshot / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}))
     (snapshot / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: ...\nclass Config: ...\n")
     program = """
-from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.tokenizer_json import TokenizerError
+from streaming_rwkv.tokenizer import TokenizerError, load_tokenizer
 try:
     load_tokenizer("some/model")
 except TokenizerError as error:
@@ -655,7 +649,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
         load_tokenizer(tmp_path)
 
 
-def test_a_device_is_no_tokenizer_json(tmp_path):
+def test_a_device_is_refused_as_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
     with pytest.raises(TokenizerError, match=r"found no tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.ragged import gather, offsets_of
+from prep.ragged import gather
+from streaming_rwkv.shards import offsets_of
 from streaming_rwkv.tokenizer import TokenBatch
 
 

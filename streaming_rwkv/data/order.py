@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming_rwkv.shards import offsets_of
+
 Ints = NDArray[np.int64]
 
 
@@ -58,7 +60,7 @@ class StreamOrder:
         shards = permutation(len(self.packs_per_shard), key=f"{self.key}/pass {pass_number}/shards")
         blocks = [shards[i : i + self.block_shards] for i in range(0, len(shards), self.block_shards)]
         sizes = [int(self.packs_per_shard[block].sum()) for block in blocks]
-        return blocks, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        return blocks, offsets_of(sizes)
 
     def _compute_block(self, pass_number: int, block: int) -> Ints:
         shards = self._layout(pass_number)[0][block]

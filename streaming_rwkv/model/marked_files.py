@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import ConfigDict, Field, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
-from streaming_rwkv.filesystem import read_regular_file
+from streaming_rwkv.filesystem import is_plain_name, read_regular_file
 from streaming_rwkv.shards import sha256_of_file
 
 FORMAT = "streaming-rwkv-checkpoint/2"
@@ -48,9 +48,7 @@ class MarkedFiles(Config):
     @classmethod
     def _plain_names(cls, files: dict[str, MarkedFile]) -> dict[str, MarkedFile]:
         for name in files:
-            # Readers join this with a folder or a prefix: `../` or an absolute path would lead outside.
-            is_outside = name in ("", ".", "..") or any(character in name for character in "/\\\0")
-            if is_outside or len(name.encode(errors="replace")) > 255:
+            if not is_plain_name(name):
                 raise ValueError(f"names a file outside its folder, {name[:80]!r}; expected a plain file name")
         return files
 

@@ -234,7 +234,7 @@ def unbroken_with_two(place: Workplace) -> Path:
 
 
 @pytest.mark.end_to_end
-def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
+def test_a_run_learns_and_leaves_its_metrics_and_checkpoints(unbroken: Path) -> None:
     losses = train_losses(unbroken)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert losses[-1][1] < losses[0][1] - 1
@@ -246,14 +246,14 @@ def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
 
 
 @pytest.mark.end_to_end
-def test_two_processes_train_as_one_does(unbroken: Path, unbroken_with_two: Path) -> None:
+def test_two_processes_train_like_one(unbroken: Path, unbroken_with_two: Path) -> None:
     """The same packs in every step; sums over ranks round in another order."""
     for (step, one), (_, two) in zip(train_losses(unbroken), train_losses(unbroken_with_two), strict=True):
         assert two == pytest.approx(one, abs=1e-5), step
 
 
 @pytest.mark.end_to_end
-def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
+def test_one_process_killed_repeatedly_ends_like_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "killed"
     with place.run(folder, freeze_at="/metrics.jsonl:9") as run:  # step 9 is done, but not yet in the log
         run.wait_until_frozen()
@@ -293,7 +293,7 @@ def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace
     assert_same_run(folder, unbroken)
 
 
-def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_with_two: Path) -> None:
+def test_two_processes_killed_repeatedly_end_like_the_unbroken_run(place: Workplace, unbroken_with_two: Path) -> None:
     folder = place.folder / "killed-2"
     with place.run(folder, processes=2, freeze_at="/metrics.jsonl:9") as run:
         run.wait_until_frozen()
@@ -314,7 +314,7 @@ def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_wi
     assert_same_run(folder, unbroken_with_two)
 
 
-def test_its_last_checkpoint_evaluates_as_the_run_did(
+def test_the_last_checkpoint_evaluates_as_the_run_did(
     place: Workplace, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(unbroken), str(place.data), "--json"]) == 0
@@ -351,7 +351,7 @@ def wait_until_signalled(process: psutil.Process) -> None:
     raise AssertionError("the signal never came")
 
 
-def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Workplace, unbroken: Path) -> None:
+def test_a_run_asked_to_stop_saves_and_resumes_with_another_world_size(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "moved"
     for processes, microbatch, workers, stop, step, freeze_at, real in (
         (1, 4, 2, press_ctrl_c, 5, "/metrics.jsonl:5", True),
@@ -391,7 +391,7 @@ def changed_manifest(data: Path, to: Path) -> Path:
     return to
 
 
-def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
+def test_a_run_does_not_resume_with_other_settings_unless_they_are_allowed(
     place: Workplace, unbroken: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "changed"
@@ -444,7 +444,7 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
 
 
 @pytest.mark.end_to_end
-def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: Path) -> None:
+def test_an_error_of_two_processes_is_printed_once(place: Workplace, tmp_path: Path) -> None:
     status, output = place.train(tmp_path / "run", "data.batch_packs=3", processes=2)
     assert status == 1
     error = "error: data.batch_packs: 3 packs do not divide among 2 processes; the nearest that do are"
@@ -452,7 +452,7 @@ def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: P
     assert "Traceback" not in output
 
 
-def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: Path) -> None:
+def test_an_unknown_key_is_named_with_the_nearest_key(place: Workplace, tmp_path: Path) -> None:
     with place.run(tmp_path / "run", "data.stgaes=1", processes=2) as run:
         status, output = run.finish()
     assert status == 1

@@ -39,7 +39,7 @@ def is_recipe(path: Path) -> bool:
     return path.parent.name == "prep" or path.name == "prep.yaml"
 
 
-def test_there_are_recipes_and_runs() -> None:
+def test_the_repository_has_recipes_and_runs() -> None:
     names = [str(path.relative_to(ROOT / "yamls")) for path in YAMLS]
     assert {"prep/stage1.yaml", "prep/stage2.yaml", "stage1.yaml", "stage2.yaml", "tiny_cpu.yaml"} <= set(names)
 

@@ -369,7 +369,7 @@ def test_verify_keeps_few_shards_on_the_disk(local, store, monkeypatch, tmp_path
     assert not list(tmp_path.glob("prep-*"))
 
 
-def test_inspect_and_report(local, store, capsys, tmp_path):
+def test_inspect_and_report_read_a_remote_data_set(local, store, capsys, tmp_path):
     upload(local, store.location)
     assert main(["inspect", str(local), "--count", "3"]) == 0
     shown = capsys.readouterr().out

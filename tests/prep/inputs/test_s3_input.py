@@ -60,7 +60,7 @@ def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers, fork):
 
 
 @pytest.mark.slow
-def test_globs_and_single_objects(config, mixed, tmp_path):
+def test_globs_and_single_objects_are_found(config, mixed, tmp_path):
     for path, documents in (("*.parquet", 100), ("a.jsonl", 400)):
         sources = {"corpus": {"paths": f"{mixed}/{path}"}}
         manifest = build(config(out=str(tmp_path / path[-5:]), sources=sources)).manifest

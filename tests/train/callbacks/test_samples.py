@@ -79,7 +79,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_prompt_is_gone_on_with_as_generation_does(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_each_prompt_is_continued_as_generation_does(tokenizer_folder: Path, tmp_path: Path) -> None:
     state, tables = state_of(step=12), Tables()
     logger = Logger(state, destinations=[tables])
     prompts = ["w3 w4", ""]
@@ -141,7 +141,7 @@ def test_samples_reach_tensorboard_as_text(tokenizer_folder: Path, tmp_path: Pat
     assert event.tensor_proto.string_val[0].decode() == f"````\nw3 w4{line['text']}\n````"
 
 
-def test_a_resumed_run_forgets_the_samples_after_its_step(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_samples_after_its_step(tokenizer_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     kept = '{"step": 10, "prompt": "你好", "text": "a\u2028b"}\n'
     path.write_text(kept + '{"step": 20, "prompt": "", "text": "later"}\n{"step": 20, "pro', encoding="utf-8")

@@ -172,7 +172,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "named"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
-def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
+def test_the_checkpoint_before_a_damaged_one_is_used_with_a_warning(
     damage: Callable[[Path], object], named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -189,7 +189,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_content_that_is_not_what_was_written_is_named_when_it_is_read(name: str, tmp_path: Path) -> None:
+def test_changed_content_is_named_when_it_is_read(name: str, tmp_path: Path) -> None:
     flip_a_bit(save(tmp_path, 1) / name)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
@@ -251,7 +251,7 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
-def test_an_index_that_brings_code_is_refused_before_it_runs(tmp_path: Path) -> None:
+def test_an_index_with_code_is_refused_before_it_runs(tmp_path: Path) -> None:
     path = save(tmp_path / "root", 1)
     ran = tmp_path / "ran"
     (path / ".metadata").write_bytes(pickle.dumps(Payload(ran)))
@@ -271,7 +271,7 @@ def test_an_index_that_brings_code_is_refused_before_it_runs(tmp_path: Path) -> 
     assert ran.exists()  # and so it would have run
 
 
-def test_an_index_that_has_a_tensor_unpickled_is_refused_before_that(tmp_path: Path) -> None:
+def test_an_index_with_a_pickled_tensor_is_refused_before_it_is_unpickled(tmp_path: Path) -> None:
     path = save(tmp_path / "root", 1)
     ran = tmp_path / "ran"
     torch.save(Payload(ran), path / "__1_0.distcp")

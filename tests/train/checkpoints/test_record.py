@@ -79,7 +79,7 @@ def test_a_mark_with_a_wrong_field_is_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "content", [b"[]", b"\xff", b"[" * 100_000, mark(step=5).replace(b"5", b"1e999"), b'{"a": "\\ud800"}']
 )
-def test_what_is_no_mark_is_refused(content: bytes) -> None:
+def test_content_that_is_not_a_mark_is_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"^here: "):
         parse_mark(content, where="here")
 

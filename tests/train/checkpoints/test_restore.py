@@ -31,7 +31,7 @@ def write(run: Path, step: int, *, marked_step: int | None = None) -> Path:
     return folder
 
 
-def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
+def test_the_folder_of_a_run_is_read_as_its_newest_complete_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 10)
@@ -58,7 +58,7 @@ def test_a_run_with_nothing_but_damage_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_one_checkpoint_stands_for_itself(tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_read_itself(tmp_path: Path) -> None:
     older = write(tmp_path, 10)
     write(tmp_path, 20)
     with local_checkpoint(older) as path:

@@ -160,11 +160,11 @@ def test_a_place_that_is_not_in_object_storage_is_refused() -> None:
         validate(RunConfig, values, where="run.yaml")
 
 
-def test_where_nothing_lies_a_run_starts_afresh(store: Store, empty: Path) -> None:
+def test_with_an_empty_store_a_run_starts_afresh(store: Store, empty: Path) -> None:
     assert restore(store, empty) == (None, False)
 
 
-def test_the_newer_of_here_and_there_is_taken(store: Store, folder: Path, empty: Path) -> None:
+def test_the_newer_of_the_local_and_the_stored_checkpoint_is_used(store: Store, folder: Path, empty: Path) -> None:
     send(store, save(folder, 5))
     save(folder, 7)
     checkpoint, in_store = restore(store, folder)
@@ -175,7 +175,7 @@ def test_the_newer_of_here_and_there_is_taken(store: Store, folder: Path, empty:
     assert (empty / "metrics.jsonl").read_text() == '{"step": 5}\n'
 
 
-def test_what_is_newer_here_is_brought_there_whichever_ranks_wrote_it(store: Store, folder: Path) -> None:
+def test_a_newer_local_checkpoint_is_uploaded_whichever_ranks_wrote_it(store: Store, folder: Path) -> None:
     path = save(folder, 5)
     (path / "__0_0.distcp").rename(path / "__3_0.distcp")  # as rank 3 of a larger world wrote it
     mark = json.loads((path / "complete.json").read_text())
@@ -187,7 +187,7 @@ def test_what_is_newer_here_is_brought_there_whichever_ranks_wrote_it(store: Sto
     assert files_of(store, 5) == [".metadata", "__3_0.distcp", "complete.json"]
 
 
-def test_the_newest_are_kept_and_interrupted_uploads_before_them_go(store: Store, folder: Path) -> None:
+def test_the_newest_are_kept_and_interrupted_uploads_before_them_are_removed(store: Store, folder: Path) -> None:
     for step in (1, 2, 3):
         send(store, save(folder, step), keep=2)
     assert steps_in(store) == [2, 3]
@@ -220,7 +220,7 @@ def test_of_two_runs_in_one_place_the_later_continues(store: Store, folder: Path
     assert_restored(store, tmp_path / "third", step=7)
 
 
-def test_a_claim_that_somebody_removed_is_nobody_elses(store: Store, folder: Path) -> None:
+def test_a_run_continues_after_its_claim_was_removed(store: Store, folder: Path) -> None:
     mirror = Mirror(store, folder, keep=0)
     mirror.take_over()
     store.delete(["writer.json"])
@@ -229,7 +229,7 @@ def test_a_claim_that_somebody_removed_is_nobody_elses(store: Store, folder: Pat
     assert steps_in(store) == [5]
 
 
-def test_an_upload_that_was_interrupted_is_not_there(store: Store, folder: Path, empty: Path) -> None:
+def test_an_interrupted_upload_is_not_a_checkpoint(store: Store, folder: Path, empty: Path) -> None:
     store.put_bytes(b"", "checkpoints/step-00000005/uploading.0")
     store.put_bytes(b"half", "checkpoints/step-00000005/__0_0.distcp")
     assert restore(store, empty) == (None, False)
@@ -251,7 +251,7 @@ def lose(store: Store, name: str) -> None:
         ("__0_0.distcp", b"short", r"step-00000005: __0_0.distcp has 5 bytes instead of"),
     ],
 )
-def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_afresh(
     name: str,
     content: bytes | None,
     text: str,
@@ -290,7 +290,7 @@ def test_content_that_was_damaged_in_the_bucket_is_named_and_not_installed(
     assert not (empty / "checkpoints" / "step-00000005").exists()
 
 
-def test_a_checkpoint_that_lost_a_file_here_gets_it_from_there(
+def test_a_file_that_a_local_checkpoint_lost_is_fetched(
     store: Store, folder: Path, proxy: FaultProxy, faulty: Store
 ) -> None:
     path = save(folder, 5)
@@ -313,7 +313,7 @@ def test_a_mark_that_names_files_elsewhere_is_refused(name: str, store: Store, f
         restore(store, empty)
 
 
-def test_a_runs_newest_checkpoint_and_a_named_one_can_be_used_where_they_lie(store: Store, folder: Path) -> None:
+def test_checkpoints_in_object_storage_can_be_named_by_run_or_step(store: Store, folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     for step in (4, 5):
@@ -360,7 +360,7 @@ def test_a_fault_that_passes_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "shorten", "reset", "slow", "silent", "lose answer"])
-def test_a_fault_on_the_way_down_that_passes_changes_nothing(
+def test_a_passing_fault_during_a_download_changes_nothing(
     kind: str, store: Store, faulty: Store, proxy: FaultProxy, folder: Path, empty: Path
 ) -> None:
     send(store, save(folder, 5))
@@ -397,7 +397,7 @@ def test_a_fault_that_lasts_is_one_error_in_time_and_nothing_is_lost(
     assert_restored(store, empty, step=5)
 
 
-def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
+def test_a_run_whose_upload_fails_saves_locally_and_stops_with_the_cause(
     faulty: Store, proxy: FaultProxy, folder: Path
 ) -> None:
     network = RWKV7(RWKV7Config(vocab_size=20, hidden_size=64, num_layers=1))
@@ -492,7 +492,7 @@ def test_a_server_killed_and_started_again_in_an_upload_changes_nothing(
 
 
 @pytest.mark.slow
-def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: Store, tmp_path: Path) -> None:
+def test_nodes_without_a_common_disk_upload_their_parts_and_fetch_the_whole(store: Store, tmp_path: Path) -> None:
     port = str(free_ports(1)[0])
     worker = Path(__file__).with_name("mirror_worker.py")
     ranks = [
@@ -526,6 +526,6 @@ def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: 
         ("s3://b/checkpoints/stage1/checkpoints/step-00000010/", "s3://b/checkpoints/stage1", 10),
     ],
 )
-def test_a_run_or_one_of_its_checkpoints_is_meant(location: str, run: str, step: int | None) -> None:
+def test_a_location_names_a_run_or_one_of_its_checkpoints(location: str, run: str, step: int | None) -> None:
     with _run_of(location) as (store, found):
         assert (store.url("x"), found) == (f"{run}/x", step)
