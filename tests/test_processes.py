@@ -133,7 +133,7 @@ def test_a_signal_during_the_end_of_a_process_is_harmless() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=time.sleep, args=[60]).start()
     def signal_the_end():
-        threading.main_thread().join()  # `threading._shutdown` lets it go on
+        threading.main_thread().join()  # `threading._shutdown` lets it continue
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=signal_the_end).start()
     return 3

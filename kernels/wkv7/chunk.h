@@ -6,7 +6,7 @@
 //     begin_forward(), forward_chunk()   one warp, 16 value rows (or 32): S after the chunk, M, Y
 //     begin_backward(), backward_chunk() the same for E before the chunk, dM, dV
 //
-// Tiles are 16 rows of 64 halves, squares 16 rows of 16; both lie swizzled, so that no access of a warp meets itself in
+// Tiles are 16 rows of 64 halves, squares 16 rows of 16; both are swizzled, so that no access of a warp meets itself in
 // a bank. Names follow the README: R, A, B, K for R̃, Ã, B̃, K̃; E for the gradient of S.
 
 #pragma once

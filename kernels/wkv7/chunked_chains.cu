@@ -63,7 +63,7 @@ __device__ inline void copy_group(const Chain& chain, int64 group, Address to) {
     const int64 safe = (chain.document.start * chain.heads + chain.head) * N;
     int64 offset = (first * chain.heads + chain.head) * N + segment * 8;
     const Address tile = to + in_tile(row, segment);
-    static_assert(ROWS == 8 || ROWS == 16, "rows that lie alike in their tiles");
+    static_assert(ROWS == 8 || ROWS == 16, "rows at the same place in their tiles");
     if (S::COPY_THREADS == S::THREADS || threadIdx.x < S::COPY_THREADS)
 #pragma unroll
         for (int n = 0; n < S::CHUNKS * CHUNK; n += ROWS) {

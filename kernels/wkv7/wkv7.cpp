@@ -67,7 +67,7 @@ void for_each_unit(const Wkv7Call& c, F f) {
     const auto length = [&](int64_t d) { return c.cu_seqlens[d + 1] - c.cu_seqlens[d]; };
     // Longest first, so that no thread is left alone with a long one at the end.
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
-    // Heads lie side by side in memory: alone, each would have the caches fetch its neighbours for nothing.
+    // Heads are adjacent in memory: alone, each would make the caches fetch its neighbours for nothing.
     int64_t group = GROUP;
     while (group > 1 && (c.heads % group || c.documents * c.heads / group < (group > 2 ? 2 : 1) * c.threads)) group /= 2;
     const int64_t groups = c.heads / group, units = c.documents * groups;
@@ -140,7 +140,7 @@ struct Token {
 
 // One step of either recurrence, for WIDTH value rows of S [key][value]:
 //     S ← S diag(1 + decay) + x pᵀ + y qᵀ, then S m and S n.
-// Values lie along the lanes, so that no sum runs across them and p, q, m, n are numbers to broadcast. The products
+// Values are along the lanes, so that no sum runs across them and p, q, m, n are numbers to broadcast. The products
 // that the next step starts from ride on the pass that makes S. `meanwhile` is called QUARTERS times.
 constexpr int QUARTERS = 4;
 

@@ -44,7 +44,7 @@ def data(built, tmp_path):
 
 @pytest.fixture(autouse=True)
 def opened():
-    """What `open_dataset` opens, closed after each test."""
+    """Data sets that `open_dataset` opened, closed after each test."""
     yield OPENED
     while OPENED:
         OPENED.pop().close()

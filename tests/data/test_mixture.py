@@ -1,4 +1,4 @@
-"""What the user writes is what a step sees: shares, passes, stages, and any step by itself."""
+"""Steps have the mixture that the configuration asks for: shares, passes, stages, and any step by itself."""
 
 import numpy as np
 import pytest

@@ -145,8 +145,8 @@ LASTING: list[tuple[Fault, str]] = [
     (Fault(kind="lose answer", path=SHARD), "the connection broke"),
     (Fault(kind="shorten", path=SHARD), "fetched twice, and its checksum"),
     (Fault(kind="flip", path=SHARD), "fetched twice, and its checksum"),
-    (Fault(kind="slow", path=SHARD), "timed out, since the server stands still"),
-    (Fault(kind="silent", path=SHARD), "timed out, since the server stands still"),
+    (Fault(kind="slow", path=SHARD), "timed out, since the server stopped responding"),
+    (Fault(kind="silent", path=SHARD), "timed out, since the server stopped responding"),
 ]
 FAST = {("flip", 2), ("status 403", 0), ("status 403", 2), ("slow", 0), ("slow", 2)}
 
@@ -218,7 +218,7 @@ def test_manifest_and_indexes_are_read_through_passing_faults(kind: Kind, place:
         ),
         (Fault(kind="status", status=404), r"manifest\.json: .*404 NoSuchBucket: there is no such bucket; create it"),
         (Fault(kind="flip", path=MANIFEST), r"manifest\.json: fetched twice, and its checksum"),
-        (Fault(kind="silent", path=MANIFEST), r"manifest\.json: .*timed out, since the server stands still"),
+        (Fault(kind="silent", path=MANIFEST), r"manifest\.json: .*timed out, since the server stopped responding"),
         (Fault(kind="flip", path="index"), r"index\.json: fetched twice, and its checksum"),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
@@ -250,7 +250,7 @@ def test_wrong_keys_are_named(place: Place, tmp_path: Path, monkeypatch: pytest.
 def test_an_object_without_its_writers_checksum_is_compared_with_the_index(
     place: Place, s3_server: S3Server, s3_place: str, tmp_path: Path
 ) -> None:
-    """As another program uploads it: a flipped bit is then nobody's but ours to find."""
+    """Objects that another program uploaded have no checksum of the writer: only the index reveals a flipped bit."""
     bucket, _, prefix = s3_place.removeprefix("s3://").partition("/")
     with s3_server.client() as client:
         for path in place.local.rglob("*"):

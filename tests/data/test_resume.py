@@ -129,7 +129,7 @@ def test_consumed_shares_are_the_requested_shares(plan):
 
 
 def open_run(data, cache, *, rank=0, ranks=1):
-    """As a run of `ranks` processes opens the data, and what to close it by."""
+    """Open the data as a run of `ranks` processes does; returns the function that closes it too."""
     shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     stages = [

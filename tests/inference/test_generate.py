@@ -59,11 +59,11 @@ def test_temperature_0_takes_the_likeliest() -> None:
 
 
 def draws(*, temperature: float, top_p: float) -> list[int]:
-    """How often each of four tokens with probabilities 0.5, 0.1, 0.3, 0.1 is drawn."""
+    """The number of times that each of four tokens with probabilities 0.5, 0.1, 0.3, 0.1 is sampled."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
-    drawn = [choose(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
-    return [drawn.count(token) for token in range(4)]
+    sampled = [choose(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
+    return [sampled.count(token) for token in range(4)]
 
 
 def test_sampling_follows_the_probabilities() -> None:

@@ -151,7 +151,7 @@ def test_weights_that_float16_cannot_hold_are_refused_by_name(weights: dict[str,
     assert not list(tmp_path.glob("hf/*.safetensors"))
 
 
-# Small files that stand for large models
+# Small files that claim large models
 
 
 @pytest.mark.parametrize("layer", ["7", "100000000", "99999999999999999999"])

@@ -175,7 +175,7 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize(("wrapper", "root"), [("state", "network."), (None, "")])
 def test_a_sharded_checkpoint_is_read(wrapper: str | None, root: str, random_model: Build, tmp_path: Path) -> None:
-    """As Composer saves them, and as torch does."""
+    """Sharded checkpoints as Composer saves them, and as torch does."""
     model = random_model()
     state = training_state(model, root)
     save_sharded({wrapper: state} if wrapper else state, tmp_path)
@@ -223,7 +223,7 @@ torch.save(network.state_dict(), sys.argv[2] + "/expected.pth")
     assert not same(written, model_state(random_model()))
 
 
-# What is refused
+# Refusals
 
 
 class Payload:

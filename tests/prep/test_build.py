@@ -45,7 +45,7 @@ HARD = [
 
 
 def documents_in(out: Path, manifest: Manifest) -> dict[int, list[dict[str, object]]]:
-    """Every document's pieces by their key, in order."""
+    """Pieces of every document by its key, in order."""
     found: dict[int, list[dict[str, object]]] = collections.defaultdict(list)
     for stream in manifest.streams:
         for shard in stream.shards:
@@ -65,7 +65,7 @@ def documents_in(out: Path, manifest: Manifest) -> dict[int, list[dict[str, obje
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file of a finished data set."""
+    """Contents of the files of a finished data set."""
     files = [path for path in out.rglob("*") if path.is_file() and ".prep" not in path.parts]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 

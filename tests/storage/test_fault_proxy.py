@@ -1,4 +1,4 @@
-"""Each fault does to a plain HTTP exchange just what its name says, and no other exchange is touched."""
+"""Each fault changes plain HTTP exchanges as its name says, and no others."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CONTENT = random.Random(1).randbytes(40 << 20)
 
 
 class Requests:
-    """What was asked for, and by which threads."""
+    """The ranges that were requested, and the threads that did."""
 
     def __init__(self, content: bytes = CONTENT) -> None:
         self.content = content

@@ -95,7 +95,7 @@ def opened(location: str, *, timeout_seconds: float = 20) -> Iterator[Store]:
 
 
 def writes(server: S3Server, store: Store, name: str) -> tuple[str, Any]:
-    """What changes when an object is written again."""
+    """The values of an object that change when it is written again."""
     with server.client() as client:
         head = client.head_object(Bucket=store.bucket, Key=f"{store.prefix}/{name}")
     return head["ETag"], head["LastModified"]
@@ -437,7 +437,7 @@ def test_an_endlessly_slow_server_ends_in_an_error_within_the_stated_time(
         proxy.add(Fault(kind=kind, method="GET"))
         begun = time.monotonic()
         with pytest.raises(
-            StorageError, match=r"object: cannot read it at .*: timed out, since the server stands still"
+            StorageError, match=r"object: cannot read it at .*: timed out, since the server stopped responding"
         ):
             proxied.get_file("object", tmp_path / "file")
         assert time.monotonic() - begun < 2 * 1.25 + BUSY

@@ -110,7 +110,7 @@ AS_A_NODE = [
 def test_two_nodes_of_one_process_train_one_run(
     start: str, write_data_set: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """By a launcher on each node, and by tasks with the variables that the page's sbatch script sets."""
+    """Started by a launcher on each node, or by tasks with the variables that the page's sbatch script sets."""
     if shutil.which("unshare") is None or subprocess.call([*AS_A_NODE, "true"], stderr=subprocess.DEVNULL):
         pytest.skip("this machine gives no process shared memory of its own")
     data = write_data_set(tmp_path / "data", {("web", 1, 16): 24})

@@ -71,7 +71,7 @@ def test_loss_and_gradient_do_not_depend_on_microbatches(microbatch_packs: int) 
 
 
 def test_the_loss_is_the_plain_mean_of_cross_entropy() -> None:
-    """Each piece alone through the model, its logits through torch's own loss."""
+    """Mean of torch's own loss over the logits of each piece alone."""
     model, batch = new_model(), step_batch()
     bounds = batch["cu_seqlens"].tolist()
     summed = torch.zeros((), dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_composer_computes_no_metrics_of_its_own_in_training() -> None:
 
 @pytest.mark.timeout(300)
 def test_sharding_does_not_change_what_is_computed_in_bf16() -> None:
-    """Composer's own setting rounds the residual stream and the states to bf16; texts were then not even drawn."""
+    """Composer's own setting rounds the residual stream and the states to bf16; then no texts could be sampled."""
     worker = Path(__file__).with_name("sharding_worker.py")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1",

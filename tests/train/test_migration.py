@@ -45,7 +45,7 @@ def data(build_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def here(data: Path) -> list[str]:
-    """What of the command is different in a test: where things lie, and no weights to start from."""
+    """Overrides of the command for a test: other locations, and no weights to start from."""
     folder = data.parent
     return [
         f"data.path={data}", f"data.cache={folder / 'cache'}", f"save_folder={folder / 'run'}",
@@ -85,7 +85,7 @@ def test_options_b_and_n_are_the_tokens_of_a_step(prepared: PreparedRun) -> None
 
 
 def test_option_w_is_the_warm_up(prepared: PreparedRun) -> None:
-    """In steps of whole packs; from then on the cosine, which has hardly begun to fall."""
+    """The warm-up ends in steps of whole packs; after it, the cosine has hardly begun to fall."""
 
     def rate(steps: int) -> float:
         return lr_multiplier(

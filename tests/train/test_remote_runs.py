@@ -1,6 +1,6 @@
 """A whole run by `composer train.py` with data and save folder in a bucket and faults in between; its machine is lost.
 
-Another machine goes on, and the end is that of a quiet run, to the last bit.
+Another machine resumes it, and the end is that of an undisturbed run, to the last bit.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def last_weights(save_folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(save_folder: Path, reference: Path) -> None:
-    """To the last bit: weights, and the loss of each step, which stands there once."""
+    """Weights are equal to the last bit, and so is the loss of each step, which is recorded once."""
     weights, expected = last_weights(save_folder), last_weights(reference)
     assert weights.keys() == expected.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
@@ -329,19 +329,19 @@ def press_ctrl_c(run: Run) -> None:
 
 
 def stop_launcher(run: Run) -> None:
-    """As the end of a container does; the launcher passes it on."""
+    """Send SIGTERM to the launcher, as the end of a container does; the launcher passes it on."""
     run.launcher.terminate()
 
 
 def stop_everything(run: Run) -> None:
-    """As systemd and schedulers do: every process of the job, the loader's workers too."""
+    """Send SIGTERM to every process of the job and the loader's workers, as systemd and schedulers do."""
     for process in psutil.Process(run.launcher.pid).children(recursive=True):
         process.send_signal(signal.SIGTERM)
     run.launcher.terminate()
 
 
 def wait_until_signalled(process: psutil.Process) -> None:
-    """Until a signal waits for a process that is stopped."""
+    """Wait until a stopped process has a pending signal."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -423,7 +423,7 @@ def test_a_run_does_not_resume_with_other_settings_unless_they_are_allowed(
 def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     how: str, workers: int, text: str, place: Workplace, tmp_path: Path
 ) -> None:
-    """From the moment on when the run has looked for its shards; what is missing before, it finds then."""
+    """The shard is damaged after the run has looked for its shards; it finds earlier damage at its start."""
     data = Path(shutil.copytree(place.data, tmp_path / "data"))
     (shard,) = (data / "train" / "web" / "17-32").glob("*.zstd")
     with place.run(tmp_path / "run", f"data.workers={workers}", data=data, freeze_at="/.config.yaml.tmp:1") as run:

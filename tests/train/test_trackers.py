@@ -131,7 +131,7 @@ def test_a_resumed_run_is_one_run_in_mlflow(data: Path, tmp_path: Path) -> None:
     tracked = [f"log.mlflow={{experiment_name: rwkv, tracking_uri: '{store}'}}", "checkpoint.interval_steps=3"]
     train(data, tmp_path / "run", *tracked)
     more = ["data.stages.0.passes=2", "checkpoint.allow_changed=[mixture]"]
-    train(data, tmp_path / "run", *tracked, *more)  # goes on
+    train(data, tmp_path / "run", *tracked, *more)  # resumes
     train(data, tmp_path / "other" / "run", *tracked)  # of the same name, but another
 
     client = mlflow.MlflowClient(store)

@@ -73,8 +73,8 @@ def test_a_file_of_another_kind_stops_the_build_however_it_is_cut(config, corpus
 @pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 20])
 def test_a_file_with_half_its_lines_broken_is_read_however_it_is_cut(config, corpus, unit_bytes):
     (corpus / "a.jsonl").write_bytes(b"broken\n" * 60 + LINES)
-    books = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
-    assert (books.documents["train"], books.rejected) == (61, {"invalid JSON": 60})
+    counts = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
+    assert (counts.documents["train"], counts.rejected) == (61, {"invalid JSON": 60})
 
 
 def test_a_dry_run_stops_like_a_build(config, corpus):

@@ -112,7 +112,7 @@ def test_a_bucket_that_is_not_there_names_what_to_check(config, mixed):
 
 @pytest.mark.slow
 def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mixed, proxy, monkeypatch):
-    """And what cannot be read for a while is read later."""
+    """An object that cannot be read for a while is read later."""
     monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
     recipe = config(sources={"corpus": {"paths": mixed}})
     names = ("a.jsonl", "deep/b.json.gz", "c.parquet")

@@ -66,5 +66,5 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(value: float) -> None:
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     clip.after_train_batch(state, logger)
-    state.optimizers[0].step()  # and the next step goes on
+    state.optimizers[0].step()  # the next step is taken again
     assert not any(torch.equal(a, b) for a, b in zip(state.model.parameters(), before, strict=True))

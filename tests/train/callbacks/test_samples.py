@@ -96,8 +96,8 @@ def test_each_prompt_is_continued_as_generation_does(tokenizer_folder: Path, tmp
     expected = []
     for number, tokens in enumerate([[0, 3, 4], [0]]):
         generator = torch.Generator().manual_seed(5 + number)
-        drawn = list(generate(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator))
-        expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(drawn)})
+        sampled = list(generate(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator))
+        expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(sampled)})
     assert lines_of(tmp_path / "samples.jsonl") == expected
     assert all(line["text"] for line in expected)
     rows = [[12, line["prompt"], line["text"]] for line in expected]
@@ -202,6 +202,6 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
         model = load_model(sampled / "checkpoints" / f"step-{line['step']:08}")
         tokens = [tokenizer.bos_id, *tokenizer.encode(line["prompt"]).tolist()]
         generator = torch.Generator().manual_seed(17 + place % 2)  # each prompt has its own, the same at every step
-        drawn = list(generate(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
-        assert line["text"] == tokenizer.decode(drawn)
+        sampled = list(generate(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
+        assert line["text"] == tokenizer.decode(sampled)
     assert not (plain / "samples.jsonl").exists()

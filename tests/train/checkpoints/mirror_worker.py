@@ -1,9 +1,9 @@
-"""One of two ranks, each on a machine with a disk of its own; started by test_mirror.py:
+"""One of two ranks, each on a machine with a disk of its own; started by test_uploader.py:
 
 python mirror_worker.py RANK PORT FOLDER REMOTE
 
-Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, twice, and both go on from what is left. Without REMOTE
-they would not: both would say why.
+Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, twice, and both resume from what is left. Without
+REMOTE they stop with an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest whole one chosen, and nothing believed that was not written."""
+"""Checkpoints are complete or absent, the newest complete one is used, and changed files are refused."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_a_kill_between_any_two_file_operations_leaves_the_last_or_the_new_check
     worker = Path(__file__).with_name("save_worker.py")
     subprocess.run([sys.executable, worker, tmp_path / "base", out, "3", str(keep)], check=True, timeout=200)
     folders = sorted(out.iterdir())
-    assert len(folders) > 10  # it was killed at so many different moments, but for the last
+    assert len(folders) > 10  # one for each moment of a kill, and the last without one
     chosen = []
     for folder in folders:
         checkpoint = newest_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""A run's folder on object storage, through a real server: whole or not there, whatever breaks on the way."""
+"""A run's folder on object storage, through a real server: a checkpoint is complete or absent after any fault."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def faulty(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def hasty(faulty: Store) -> Iterator[Store]:
-    """And with little patience."""
+    """The same store through the proxy, with a short time-out."""
     hasty = open_store(faulty.location, timeout_seconds=TIMEOUT)
     yield hasty
     hasty.close()
@@ -375,7 +375,7 @@ LASTING = [
     (Fault(kind="status", status=404), "404 NoSuchBucket: there is no such bucket"),
     (Fault(kind="reset upload", method="PUT"), "the connection broke"),
     (Fault(kind="flip upload", method="PUT"), "refused|BadDigest|differs from what was sent|SignatureDoesNotMatch"),
-    (Fault(kind="silent", method="PUT"), "timed out, since the server stands still"),
+    (Fault(kind="silent", method="PUT"), "timed out, since the server stopped responding"),
 ]
 
 
@@ -432,7 +432,7 @@ def test_a_run_whose_upload_fails_saves_locally_and_stops_with_the_cause(
     assert mirror.settle()
     assert steps_in(faulty) == [2]
     proxy.add(Fault(kind="status", status=403, method="PUT"))
-    end_of_step(4)  # training goes on meanwhile
+    end_of_step(4)  # training continues meanwhile
     while not mirror.failed:
         time.sleep(0.05)
     with pytest.raises(MirrorError, match=r"step-00000004 could not be uploaded: s3://\S+: .*403 .*Nothing is lost on"):
@@ -450,7 +450,7 @@ def test_a_run_whose_upload_fails_saves_locally_and_stops_with_the_cause(
 def test_an_upload_cut_off_after_any_request_leaves_the_last_or_the_new_checkpoint(
     store: Store, faulty: Store, proxy: FaultProxy, folder: Path, tmp_path: Path
 ) -> None:
-    """As a kill of the client between any two requests would."""
+    """Cut the upload off, as a kill of the client between any two requests would."""
     send(store, save(folder, 4), keep=1)
     path = save(folder, 5)
     restored = []
