@@ -6,9 +6,9 @@
 
 32,768 tokens of 64 heads in bfloat16, as 8 rows of 4096, as one document, as packs of short documents, and as
 documents of all lengths: in chunks on tensor cores (ours), and by the sequential kernel that serves float32 (ours, step
-by step). The floor is the time to read the inputs and write the outputs once, at the rate at which this GPU copies memory: 14 bytes per
-channel and token forward, 26 more backward. Every row is written as soon as it is measured. Public kernels are timed
-where they are installed and agree with ours:
+by step). The floor is the time to read the inputs and write the outputs once, at the rate at which this GPU copies
+memory: 14 bytes per channel and token forward, 26 more backward. Every row is written as soon as it is measured. Public
+kernels are timed where they are installed and agree with ours:
 
     pip install flash-linear-attention          (fla)
     pip install --pre flashrwkv2                (needs torch 2.11, a CUDA toolkit and ninja)

@@ -36,7 +36,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
 
 
 def wkv7_chunked(*inputs: Tensor, initial_state: Tensor, cu_seqlens: Tensor, chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """The usual way to have WKV-7 in PyTorch: dense products over chunks of tokens, all documents side by side.
+    """Compute WKV-7 as is usual in PyTorch: dense products over chunks of tokens, all documents in parallel.
 
     float32; documents of one length, a multiple of `chunk`; decays as the model has them, since it divides by up to
     `chunk` of them. Shapes: D documents, H heads, C chunks, L = chunk, N head size.
