@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Of this file's own folder nothing is to be imported: its name would hide the package.
+# Nothing is imported from this file's own folder: its name would hide the package.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from prep.config import SourceConfig  # noqa: E402
@@ -43,7 +43,7 @@ from streaming_rwkv.tokenizer import load_tokenizer  # noqa: E402
 
 HERE = Path(__file__).parent
 FILE_BYTES = 16_000_000
-# Measured elsewhere, on two cores and another corpus. What we re-state, and is much slower than that, is no baseline.
+# Measured elsewhere, on two cores and another corpus. A re-stated program that is much slower is no baseline.
 KNOWN_MB_PER_SECOND = {"datatrove": 3.3, "llm_foundry": 2.3, "rwkvinllama": 0.24}
 RESTATED = ("llm_foundry", "rwkvinllama")
 

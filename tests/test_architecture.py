@@ -133,7 +133,7 @@ def test_modules_of_training_have_one_responsibility() -> None:
     [
         (r"get_rank|LOCAL_RANK|(?<!ray\.)is_initialized", {"streaming_rwkv/distributed.py"}),
         (r"os\.replace|os\.fsync|fcntl\.flock", {"streaming_rwkv/filesystem.py"}),
-        # Of a checkpoint's folder, the name decides whether it is one: these modules own the names.
+        # A folder is a checkpoint by its name: these modules own the names.
         (
             r"\.rename\(",
             {

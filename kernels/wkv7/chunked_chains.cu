@@ -57,7 +57,7 @@ template <class S>
 __device__ inline void copy_group(const Chain& chain, int64 group, Address to) {
     constexpr int SEGMENTS = N * 2 / 16, ROWS = S::COPY_THREADS / SEGMENTS;  // at a time
     const int row = threadIdx.x / SEGMENTS, segment = threadIdx.x % SEGMENTS;
-    // Of the last tensor, V or dY, a block needs the columns of its rows alone.
+    // A block needs only the columns of its rows of the last tensor, V or dY.
     const bool rows_of_this_part = segment / (SEGMENTS / S::PARTS) == chain.part;
     const int64 first = chain.document.start + group * S::CHUNKS * CHUNK + row;
     const int64 safe = (chain.document.start * chain.heads + chain.head) * N;
@@ -173,7 +173,7 @@ __device__ inline void run_chain(const Chain& chain, const float* initial, float
         if (has_rows && final) store_rows(final, s[i], first_tile + i);
 }
 
-// Of a block: the chain it follows, longest document first, or a head's padding.
+// The chain that a block follows, longest document first, or a head's padding.
 template <class S>
 __device__ inline Chain chain_of_block(int64 tokens, int64 heads, int64 documents, const int* cu_seqlens,
                                        const int* order) {

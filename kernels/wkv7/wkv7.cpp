@@ -326,8 +326,8 @@ struct Backward {
         Pair db_dk[N];             // [key][token]
         Row across[N];             // a state [key][value]
     };
-    // What memory does while something is computed, row by row: it brings a segment of a head that will be next, and
-    // takes the results of the chunk before.
+    // Memory traffic during computation, row by row: a segment of a head that will be next is fetched, and the results
+    // of the chunk before are stored.
     struct Background {
         Fetch<T, 7, 2> fetch;  // inputs and dy; removed, and the token's share of the saved state
         struct {
@@ -508,7 +508,7 @@ struct Backward {
         }
     }
 
-    // What tokens s ≤ t of one chunk owe each other, as the recurrences themselves: that of the state times dy_t or
+    // Contributions of tokens s ≤ t of one chunk to each other, as the recurrences themselves: that of the state times dy_t or
     // dremoved_t, from the product with the state before the chunk, and that of the gradient times removed_s or v_s,
     // from the product with the gradient after it. Some tokens at a time, for some keys: what registers hold.
     static constexpr int TOGETHER = DOWN / 2, KEYS = 2 * LANES;

@@ -70,7 +70,7 @@ def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys
     (tmp_path / "folder").mkdir()
     for file in (tmp_path / "folder" / "tokenizer_config.json", tmp_path / "file"):
         file.write_text('{"eos_token": "</s>"}')
-    monkeypatch.setattr("prep.commands.train_tokenizer.read_unit", None)  # it is said before anything is read
+    monkeypatch.setattr("prep.commands.train_tokenizer.read_unit", None)  # nothing is read before the error
     assert main(["train-tokenizer", recipe, "--vocab-size", "260", "--to", str(tmp_path / name)]) == 1
     assert f"{tmp_path / name}: {why}" in capsys.readouterr().err
     assert (tmp_path / "folder" / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
