@@ -70,7 +70,7 @@ def finish(joined: Joined) -> Batch:
     """Return inputs and targets: a piece of m stored tokens has m - 1 inputs, and the m - 1 tokens that follow them."""
     lengths = joined.lengths.astype(np.int64)
     inputs = np.ones(len(joined.tokens), bool)
-    inputs[np.cumsum(lengths) - 1] = False  # the last stored token of a piece is only a target
+    inputs[offsets_of(lengths)[1:] - 1] = False  # the last stored token of a piece is only a target
     tokens = joined.tokens[inputs].astype(np.int64)
     targets = joined.tokens[1:][inputs[:-1]].astype(np.int64)
     cu_seqlens = offsets_of(lengths - 1)

@@ -47,7 +47,7 @@ class StreamOrder:
 
     def __init__(self, packs_per_shard: list[int], *, key: str, block_shards: int) -> None:
         self.packs_per_shard = np.asarray(packs_per_shard, np.int64)
-        self.first_pack = np.cumsum(self.packs_per_shard) - self.packs_per_shard
+        self.first_pack = offsets_of(self.packs_per_shard)[:-1]
         self.packs = int(self.packs_per_shard.sum())
         self.key = key
         self.block_shards = block_shards
