@@ -46,7 +46,6 @@ from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
 from streaming.base.storage.download import CloudDownloader
-from streaming.base.util import bytes_to_int
 from streaming.base.world import World
 
 from streaming_rwkv.config import UserError
@@ -60,15 +59,6 @@ logger = logging.getLogger(__name__)
 SUPPORTED_VERSION = "0.13.0"
 VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes
 START_SECONDS = 30
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes in a text such as '200gb', in powers of 1024.
-
-    Raises:
-        ValueError: not a number with a unit that Streaming knows.
-    """
-    return int(bytes_to_int(text))
 
 
 def check_version(found: str) -> None:

@@ -103,10 +103,10 @@ class DataConfig(Config):
     def _in_bytes(cls, limit: Any) -> Any:
         if not isinstance(limit, str):
             return limit
-        from streaming_rwkv.data.streaming_compat import parse_bytes
+        from streaming.base.util import bytes_to_int
 
         try:
-            return parse_bytes(limit)
+            return bytes_to_int(limit)
         except ValueError:
             raise ValueError(f"found {limit!r}; expected a number of bytes, or one with kb, mb, gb, tb") from None
 
