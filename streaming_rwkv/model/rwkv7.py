@@ -141,7 +141,7 @@ class ChannelMixing(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, cu_seqlens: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, branch (B, T, C) → x + branch, our branch (B, T, C); the last token's input."""
+        """Return x + branch and this layer's branch, all (B, T, C), and the last token's input."""
         dtype = compute_dtype(x)
         key, value = cast_together((self.key.weight, self.value.weight), dtype)
         last = state.ffn_shift if state else None

@@ -156,7 +156,7 @@ def _forward_op(
     cu_seqlens: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
+    """Return y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
     check_bounds("wkv7", cu_seqlens, r.shape[1])
     inputs = tuple(x.contiguous() for x in (r, log_decay, k, v, a, b))
     initial = initial_state.contiguous() if initial_state is not None else None
