@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from streaming_rwkv.processes import end_with
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 STATUS = 7
 SECONDS = 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import subprocess
 import sys
 from collections import Counter
 
@@ -209,15 +208,11 @@ print("open files:", len(os.listdir("/proc/self/fd")))
 """
 
 
-def test_six_sources_of_eight_buckets_need_few_files(tmp_path, write_data_set):
+def test_six_sources_of_eight_buckets_need_few_files(tmp_path, write_data_set, programs):
     streams = {(f"s{s}", 8 * b + 1, 8 * b + 8): 2 for s in range(6) for b in range(8)}
     data = write_data_set(tmp_path / "data", streams, validation=dict.fromkeys(streams, 1))
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_FEW_FILES, str(data), str(tmp_path / "cache")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    (tmp_path / "with_few_files.py").write_text(WITH_FEW_FILES)
+    done = programs.run([sys.executable, tmp_path / "with_few_files.py", data, tmp_path / "cache"], timeout=240)
     assert done.returncode == 0, done.stderr
     files = dict([line.split(": ") for line in done.stdout.splitlines() if line.startswith("open files")])
     assert int(files["open files"]) < 300  # of 1024, with both data sets open

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from streaming_rwkv.data.batch import Batch, blank_pack, collate, count_tokens, split_batch
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
+from tests.fork_server import ForkServer
 
 VOCAB_SIZE = 23
 
@@ -121,13 +121,13 @@ def test_training_has_no_metrics_that_composer_would_compute() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_sharding_changes_nothing_of_what_is_computed_in_bf16() -> None:
+def test_sharding_changes_nothing_of_what_is_computed_in_bf16(programs: ForkServer) -> None:
     """Composer's own setting rounds the residual stream and the states to bf16; texts were then not even drawn."""
     worker = Path(__file__).with_name("sharding_worker.py")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1",
         str(worker),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = programs.run(command, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "sharding_worker.py equal"
