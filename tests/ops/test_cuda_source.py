@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from streaming_rwkv.ops.build import KernelError, kernel_source
 from streaming_rwkv.ops.testing import Case, errors, make_case, run_reference
 
 SOURCE = kernel_source("wkv7/wkv7.cu")
+compile_cubin = functools.cache(cuda.compile_cubin)  # the chunked kernels take seconds
 BuildKernel = Callable[..., Callable[[Case], dict[str, torch.Tensor]]]
 
 
@@ -70,7 +72,7 @@ BLOCKS = {"wide": 4, "narrow": 2, "split_in_two": 1, "split_in_four": 1, "gradie
 @pytest.mark.parametrize("source", ["wkv7/chunked_chains.cu", "wkv7/chunked_gradients.cu"])
 def test_nvrtc_compiles_the_chunked_kernels_for_as_many_blocks_as_planned(architecture: str, source: str) -> None:
     pytest.importorskip("cuda.core", exc_type=ImportError)
-    _, log = cuda.compile_cubin(kernel_source(source), torch.bfloat16, architecture)
+    _, log = compile_cubin(kernel_source(source), torch.bfloat16, architecture)
     found = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
         log,
@@ -89,9 +91,12 @@ def test_nvrtc_compiles_the_chunked_kernels_for_as_many_blocks_as_planned(archit
         assert blocks * (kernel.shared_bytes + 1024) <= 228 << 10, kernel.name  # of an H100's multiprocessor
 
 
-def test_the_bench_counts_instructions_per_chunk(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_counts_instructions_per_chunk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("cuda.core", exc_type=ImportError)
     pytest.importorskip("triton", exc_type=ImportError)  # brings nvdisasm
+    monkeypatch.setattr(cuda, "compile_cubin", compile_cubin)
     wkv7_instructions.show("sm_90")
     totals = dict(re.findall(r"^(\w+) .* = (\d+) \(plan \d+\)", capsys.readouterr().out, flags=re.MULTILINE))
     # 2731, 2201 and 9251 when they were written; a fifth more would be a loss of speed to look into.

@@ -51,7 +51,7 @@ def test_every_barrier_has_its_use() -> None:
     assert len(BARRIERS) == len(USES)
 
 
-@pytest.mark.parametrize(("line", "use"), zip(BARRIERS, USES, strict=False))
+@pytest.mark.parametrize(("line", "use"), list(zip(BARRIERS, USES, strict=False)))
 def test_no_barrier_can_be_left_out(
     line: int, use: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
