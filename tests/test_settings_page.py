@@ -5,5 +5,5 @@ from __future__ import annotations
 from tools.settings_page import PAGE, page
 
 
-def test_the_page_is_what_the_classes_say() -> None:
+def test_the_page_is_generated_from_the_classes() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m tools.settings_page`"

@@ -1,4 +1,4 @@
-"""What tests of the layer's ops share: the ops by name with realistic inputs, and CUDA kernels that run on the CPU."""
+"""The layer's ops by name with realistic inputs, and their CUDA kernels run on the CPU, for several tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNNER = Path(__file__).with_name("layer_kernels_on_cpu.cpp")
 
 
 def cuda_on_cpu(*, seed: int = 0, left_out: int = 0) -> launch.Launch:
-    """What stands in for the GPU: layer.cu under cuda_on_cpu.h.
+    """A substitute for the GPU: layer.cu under cuda_on_cpu.h.
 
     Args:
         seed: decides the order of threads.
