@@ -29,25 +29,27 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests bench README.md demo.py train.py
+	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench README.md demo.py train.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
-# storage and two processes, alone, for their timing's sake.
+# storage and two processes. Each of two workers begins with one half of the tests, whose fixtures and compiled kernels
+# it then has for itself, and takes from the other's half when its own is done.
 test: check
-	$(PYTEST) -m "not slow" -n 2
-	$(PYTEST) -m end_to_end
+	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+	$(PYTEST) -m end_to_end -n 2 --dist loadfile
 
-# Everything: `test`, then each further kill, fault and engine.
+# Everything: `test`, then each further kill, fault and engine; those come last that need the machine for themselves.
 test-all: test test-rest
 
 test-rest: $(STAMP)
-	$(PYTEST) -m "slow and not end_to_end"
+	$(PYTEST) -m "slow and not end_to_end and not alone" -n 2 --dist worksteal
+	$(PYTEST) -m alone
 
 # The fast tests on newer software than Composer's and Streaming's pins admit: Python 3.12, torch 2.11, transformers 5.
 test-next: $(NEXT_STAMP)
-	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2
+	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.txt
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
@@ -58,7 +60,7 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
 s3: $(STAMP)
-	$(BIN)/python -m tests.s3_server
+	$(BIN)/python -m tools.s3_server
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from streaming_rwkv.model.huggingface_names import from_huggingface_name, to_hug
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import infer_config, load_state, model_state
 from streaming_rwkv.model.weights import CheckpointError, load_model, read_state, write_huggingface, write_pth
+from tests.fork_server import ForkServer
 
 Build = Callable[..., RWKV7]
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
@@ -193,12 +193,14 @@ def test_a_shard_that_differs_from_its_mark_is_refused(random_model: Build, tmp_
 
 
 @pytest.mark.slow
-def test_a_file_that_composer_wrote_is_read(random_model: Build, tmp_path: Path) -> None:
+def test_a_file_that_composer_wrote_is_read(random_model: Build, programs: ForkServer, tmp_path: Path) -> None:
     program = """
-import sys, torch
+import sys, torch, warnings
 from composer import Trainer
 from composer.models import ComposerModel
 from streaming_rwkv.model.weights import load_model
+
+warnings.simplefilter("ignore")
 
 class Network(ComposerModel):
     def __init__(self, network):
@@ -216,8 +218,9 @@ Trainer(model=Network(network), train_dataloader=data, max_duration="2ba", save_
 torch.save(network.state_dict(), sys.argv[2] + "/expected.pth")
 """
     write_pth(model_state(random_model()), tmp_path / "start.pth")
-    arguments = [sys.executable, "-W", "ignore", "-c", program, tmp_path / "start.pth", tmp_path / "run"]
-    subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=200)
+    (tmp_path / "program.py").write_text(program)
+    arguments = [sys.executable, tmp_path / "program.py", tmp_path / "start.pth", tmp_path / "run"]
+    programs.run(arguments, check=True, timeout=200)
     written, expected = read_state(tmp_path / "run" / "model.pt"), read_state(tmp_path / "run" / "expected.pth")
     assert same(written, expected)
     assert not same(written, model_state(random_model()))

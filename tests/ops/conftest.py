@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,17 +27,30 @@ class Emulation:
         folder: of the sources and their headers, if they are not the project's own.
         seed: decides the order of threads.
         flags: for the compiler, after its own.
+        left_out: the barrier, commit or wait that does nothing: its file's name and its line.
     """
 
-    def __init__(self, *, folder: Path | None = None, seed: int = 0, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path | None = None,
+        seed: int = 0,
+        flags: Sequence[str] = (),
+        left_out: tuple[str, int] = ("", 0),
+    ) -> None:
         self.folder = folder or kernel_source("wkv7/wkv7.cu").parent
         self.seed = seed
         self.flags = flags
+        self.left_out = left_out
         self.bank_conflicts: dict[str, int] = {}  # line of shared-memory access → wavefronts where one would do
 
     def __call__(self, kernel: cuda.Kernel, blocks: int, arguments: list[int]) -> None:
-        library = self._library(kernel)
+        source = self.folder / Path(kernel.source).name
+        flags = ["-DWKV7_BFLOAT16"] if kernel.dtype == torch.bfloat16 else []
+        library = _emulation(source, (*flags, *self.flags))
         packed = (ctypes.c_int64 * len(arguments))(*arguments)
+        file, line = self.left_out
+        library.leave_out(file.encode(), line)
         getattr(library, f"run_{kernel.name}")(blocks, kernel.threads, kernel.shared_bytes, self.seed, packed)
         library.first_error.restype = library.bank_conflicts.restype = ctypes.c_char_p
         if found := library.first_error().decode():
@@ -44,13 +59,12 @@ class Emulation:
             where, wavefronts = line.split()
             self.bank_conflicts[where] = max(self.bank_conflicts.get(where, 0), int(wavefronts))
 
-    def _library(self, kernel: cuda.Kernel) -> ctypes.CDLL:
-        source = self.folder / Path(kernel.source).name
-        flags = [f'-DSOURCE="{source}"', f"-D{source.stem}", f"-I{self.folder}", *self.flags]
-        if kernel.dtype == torch.bfloat16:
-            flags.append("-DWKV7_BFLOAT16")
-        runner = Path(__file__).with_name("cuda_kernels_on_cpu.cpp")
-        return ctypes.CDLL(str(build_cpp(runner, flags=flags, reads=[source, *sorted(self.folder.glob("*.h"))])))
+
+@functools.cache
+def _emulation(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    runner = Path(__file__).with_name("cuda_kernels_on_cpu.cpp")
+    flags = (f'-DSOURCE="{source}"', f"-D{source.stem}", f"-I{source.parent}", "-O1", *flags)
+    return ctypes.CDLL(str(build_cpp(runner, flags=flags, reads=[source, *sorted(source.parent.glob("*.h"))])))
 
 
 def run_cuda_on_cpu(case: Case, module: ModuleType, launch: cuda.Launch, **options: object) -> dict[str, Tensor]:
@@ -66,10 +80,10 @@ def run_cuda_on_cpu(case: Case, module: ModuleType, launch: cuda.Launch, **optio
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu() -> Callable[..., RunCase]:
-    """cuda_on_cpu(folder=…, seed=…) → the sequential kernel under test."""
+    """cuda_on_cpu(seed=…, left_out=…) → the sequential kernel under test."""
 
-    def build(*, folder: Path | None = None, seed: int = 0) -> RunCase:
-        return lambda case: run_cuda_on_cpu(case, cuda, Emulation(folder=folder, seed=seed))
+    def build(**options: Any) -> RunCase:
+        return lambda case: run_cuda_on_cpu(case, cuda, Emulation(**options))
 
     return build
 
@@ -79,9 +93,9 @@ def chunked_on_cpu() -> Callable[..., RunCase]:
     """chunked_on_cpu(shape=…, emulation=…) → the chunked kernels under test."""
 
     def build(
-        *, shape: cuda_chunked.Shape = cuda_chunked.WIDE, emulation: Emulation | None = None, **options: object
+        *, shape: cuda_chunked.Shape = cuda_chunked.WIDE, emulation: Emulation | None = None, **options: Any
     ) -> RunCase:
-        launch = emulation or Emulation(**options)  # type: ignore[arg-type]
+        launch = emulation or Emulation(**options)
         return lambda case: run_cuda_on_cpu(case, cuda_chunked, launch, shape=shape)
 
     return build

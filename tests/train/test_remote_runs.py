@@ -21,7 +21,6 @@ from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main
 from tests.fault_proxy import Fault, FaultProxy
 from tests.fork_server import ForkServer
-from tests.s3_server import SECRET_KEY, S3Server
 from tests.train.test_runs import (
     FREEZE,
     SETTINGS,
@@ -33,6 +32,7 @@ from tests.train.test_runs import (
     last_weights,
     newest_step,
 )
+from tools.s3_server import SECRET_KEY, S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

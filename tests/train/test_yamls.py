@@ -22,7 +22,7 @@ from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import prepare
 from tests.fork_server import ForkServer
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "yamls").rglob("*.yaml"))

@@ -29,7 +29,7 @@ from streaming_rwkv.train.callbacks.samples import Samples, text_until_end
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 from tests.fork_server import ForkServer
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[3]
 WORDS = 20
