@@ -15,6 +15,7 @@ from streaming_rwkv.ops import (
     cross_entropy_,
     launch,
     mixed_projections,
+    nvrtc,
     relu_squared_projection,
     wkv7_inputs,
     wkv7_output,
@@ -26,16 +27,29 @@ RUNNER = Path(__file__).with_name("layer_kernels_on_cpu.cpp")
 
 def cuda_on_cpu(*, source: Path | None = None, seed: int = 0) -> launch.Launch:
     """What stands in for the GPU: layer.cu under cuda_on_cpu.h; `seed` decides the order of its threads."""
-    source = source or kernel_source(launch.CUDA_SOURCE)
 
     def run(kernel: launch.Kernel, blocks: int, arguments: Sequence[launch.Argument]) -> None:
-        flags = [f'-DSOURCE="{source}"', *(f"-D{name}={value}" for name, value in launch.macros(kernel))]
-        library = ctypes.CDLL(str(build_cpp(RUNNER, flags=flags, reads=[source])))
-        values = launch.integers(arguments)
-        packed = (ctypes.c_int64 * len(values))(*values)
-        getattr(library, f"run_{kernel.name}")(blocks, launch.cuda_threads(kernel), seed, packed)
+        threads, values = launch.cuda_threads(kernel), launch.integers(arguments)
+        emulate(kernel.name, launch.macros(kernel), blocks, threads, values, source=source, seed=seed)
 
     return run
+
+
+def emulate(
+    name: str,
+    macros: nvrtc.Macros,
+    blocks: int,
+    threads: int,
+    arguments: Sequence[int],
+    *,
+    source: Path | None = None,
+    seed: int = 0,
+) -> None:
+    source = source or kernel_source(launch.CUDA_SOURCE)
+    flags = [f'-DSOURCE="{source}"', *(f"-D{macro}={value}" for macro, value in macros)]
+    library = ctypes.CDLL(str(build_cpp(RUNNER, flags=flags, reads=[source])))
+    packed = (ctypes.c_int64 * len(arguments))(*arguments)
+    getattr(library, f"run_{name}")(blocks, threads, seed, packed)
 
 
 class OpCase(NamedTuple):
