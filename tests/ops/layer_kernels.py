@@ -36,17 +36,31 @@ def cuda_on_cpu(*, seed: int = 0, left_out: int = 0) -> launch.Launch:
     """
 
     def run(kernel: launch.Kernel, blocks: int, arguments: Sequence[launch.Argument]) -> None:
-        library = _emulation(launch.macros(kernel))
-        library.leave_out(SOURCE.name.encode(), left_out)
-        values = launch.integers(arguments)
-        packed = (ctypes.c_int64 * len(values))(*values)
-        getattr(library, f"run_{kernel.name}")(blocks, launch.cuda_threads(kernel), seed, packed)
+        threads, values = launch.cuda_threads(kernel), launch.integers(arguments)
+        emulate(kernel.name, launch.macros(kernel), blocks, threads, values, seed=seed, left_out=left_out)
 
     return run
 
 
+def emulate(
+    name: str,
+    macros: nvrtc.Macros,
+    blocks: int,
+    threads: int,
+    arguments: Sequence[int],
+    *,
+    seed: int = 0,
+    left_out: int = 0,
+) -> None:
+    """Run one kernel of layer.cu on the CPU; `seed` and `left_out` as for `cuda_on_cpu`."""
+    library = _library(macros)
+    library.leave_out(SOURCE.name.encode(), left_out)
+    packed = (ctypes.c_int64 * len(arguments))(*arguments)
+    getattr(library, f"run_{name}")(blocks, threads, seed, packed)
+
+
 @functools.cache
-def _emulation(macros: nvrtc.Macros) -> ctypes.CDLL:
+def _library(macros: nvrtc.Macros) -> ctypes.CDLL:
     flags = [f'-DSOURCE="{SOURCE}"', "-O1", *(f"-D{name}={value}" for name, value in macros)]
     return ctypes.CDLL(str(build_cpp(RUNNER, flags=flags, reads=[SOURCE])))
 

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -385,46 +386,53 @@ def random_model(generator: torch.Generator) -> RWKV7:
     return model
 
 
+class Distances(NamedTuple):
+    """Of a model in bfloat16 autocast from the same model in float32."""
+
+    losses: float  # root mean square over the tokens' losses
+    gradients: float  # of all gradients together, relative to their size
+
+
 def distances_from_float32(
     seed: int, kernels: dict[str, OnCpu], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, tuple[float, float]]:
-    """Of the loss, and of all gradients together relative to their size, in bfloat16 autocast, by kernel."""
+) -> dict[str, Distances]:
+    """Distances by kernel, of a model and a pack made from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     model = random_model(generator)
     tokens, targets = torch.randint(97, (2, 1, 120), generator=generator)
     cu_seqlens = torch.tensor([0, 17, 120], dtype=torch.int32)
 
-    def loss_and_gradients() -> list[Tensor]:
-        loss = model(tokens, cu_seqlens=cu_seqlens, targets=targets).float().mean()
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+    def losses_and_gradients() -> list[Tensor]:
+        nll = model(tokens, cu_seqlens=cu_seqlens, targets=targets).float()
+        return [nll.detach(), *torch.autograd.grad(nll.mean(), list(model.parameters()), materialize_grads=True)]
 
     with monkeypatch.context() as patch:
-        expected = loss_and_gradients()
+        expected = losses_and_gradients()
         distances = {}
         for name, kernel in kernels.items():
             patch.setattr(time_mixing, "_kernel", lambda _, kernel=kernel: kernel)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = loss_and_gradients()
-            difference, size = (
-                torch.stack([x.norm() for x in xs]).norm()
-                for xs in ([x - y for x, y in zip(found[1:], expected[1:], strict=True)], expected[1:])
-            )
-            distances[name] = (abs(float(found[0] - expected[0])), float(difference / size))
+                found = losses_and_gradients()
+            losses, *gradients = (x - y for x, y in zip(found, expected, strict=True))
+            difference, size = (torch.stack([x.norm() for x in xs]).norm() for xs in (gradients, expected[1:]))
+            distances[name] = Distances(float(losses.square().mean().sqrt()), float(difference / size))
     return distances
 
 
 def test_in_bfloat16_autocast_a_model_is_as_near_to_float32_as_with_the_sequential_kernel(
     emulation: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nearly all of the distance is the rounding of matrix products and of y, which both kernels have. It falls
-    differently, by 15 % from model to model (one standard deviation), and neither way on average: so over 8 models,
-    with three times what is left of that."""
+    """Nearly all of the distance is the rounding of matrix products and of y, which both kernels have. Another rounding
+    of one y changes all that follow, so distances of one model differ by chance: the losses' by 10 % (one standard
+    deviation), the gradients' by 5 % and in one model of 20 by far more, with either kernel the larger. Hence the
+    median. Over 77 models it was 1.009 ± 0.007 for gradients, and 1.001 ± 0.014 for losses; the bounds are 1 and four
+    standard deviations of what is left to chance in 8 models."""
     kernels = {
         "sequential": OnCpu(cuda, {"launch": emulation()}),
         "chunked": OnCpu(cuda_chunked, {"launch": emulation(), "shape": WIDE}),
     }
     distances = [distances_from_float32(seed, kernels, monkeypatch) for seed in range(8)]
-    ratio = math.prod(x["chunked"][1] / x["sequential"][1] for x in distances) ** (1 / len(distances))
-    assert ratio <= 1.16
-    sequential, chunked = (math.hypot(*(x[name][0] for x in distances)) for name in ("sequential", "chunked"))
-    assert chunked <= 1.5 * sequential
+    gradients = statistics.median(x["chunked"].gradients / x["sequential"].gradients for x in distances)
+    assert gradients <= 1 + 4 * 1.25 * 0.05 / 8**0.5  # a median's deviation is 1.25 of a mean's
+    sequential, chunked = (math.hypot(*(x[name].losses for x in distances)) for name in ("sequential", "chunked"))
+    assert chunked / sequential <= 1 + 4 * 0.10 / 8**0.5

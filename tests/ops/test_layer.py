@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import cast_together, cross_entropy_, definitions, layer
+from streaming_rwkv.ops import cast_together, cross_entropy_, definitions, launch
 from streaming_rwkv.ops.testing import errors
 from tests.ops import layer_kernels as kernels
 from tests.ops.layer_kernels import OpCase, run, run_cross_entropy
@@ -37,8 +37,8 @@ IN_A_PACK = ("six mixes of a pack", "one mix of a pack")
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every op runs in this kernel."""
     if request.param == "CUDA on the CPU":
-        launch = kernels.cuda_on_cpu()
-        monkeypatch.setattr(layer, "launcher", lambda _: launch)
+        on_cpu = kernels.cuda_on_cpu()
+        monkeypatch.setattr(launch, "launcher", lambda _: on_cpu)
     return str(request.param)
 
 

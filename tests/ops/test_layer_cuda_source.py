@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import launch, layer, nvrtc
+from streaming_rwkv.ops import launch, nvrtc
 from streaming_rwkv.ops.build import kernel_source
 from streaming_rwkv.ops.launch import Kernel
 from streaming_rwkv.ops.testing import errors
@@ -58,7 +58,7 @@ def test_no_barrier_can_be_left_out(
     worst = 0.0
     for seed in range(3):
         broken = kernels.cuda_on_cpu(left_out=line, seed=seed)
-        monkeypatch.setattr(layer, "launcher", lambda _, broken=broken: broken)
+        monkeypatch.setattr(launch, "launcher", lambda _, broken=broken: broken)
         worst = max(worst, *use().values())
     assert worst > 1e-3
 
@@ -68,7 +68,7 @@ def test_the_order_of_threads_changes_no_bit(width: int, monkeypatch: pytest.Mon
     found = []
     for seed in (1, 2):
         run = kernels.cuda_on_cpu(seed=seed)
-        monkeypatch.setattr(layer, "launcher", lambda _, run=run: run)
+        monkeypatch.setattr(launch, "launcher", lambda _, run=run: run)
         found.append(kernels.run(kernels.norm_mix_case([40, 17], width=width), torch.float32))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
