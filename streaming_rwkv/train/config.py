@@ -5,6 +5,8 @@ This module imports no torch, streaming or composer, so a misspelt key is report
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -179,12 +181,24 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(default=3, ge=0)
     """Number of most recent checkpoints to keep; 0 keeps all."""
+    keep_every: PositiveInt | None = None
+    """Also keep the checkpoints of steps that are multiples of this; must be a multiple of `interval_steps`."""
     allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
         default=[]
     )
     """Settings that may differ from those of the checkpoint, by the names in the error that refuses it."""
     upload_timeout_seconds: PositiveFloat = 300.0
     """Time without progress of an upload to `save_remote` after which the run stops."""
+
+    @model_validator(mode="after")
+    def _kept_steps_have_checkpoints(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.interval_steps:
+            above = -(-self.keep_every // self.interval_steps) * self.interval_steps
+            raise ValueError(
+                f"keep_every: found {self.keep_every}, but checkpoints are written every {self.interval_steps} steps "
+                f"(interval_steps); give a multiple of that, such as {above}"
+            )
+        return self
 
 
 class WandbConfig(Config):
@@ -247,6 +261,9 @@ class RunConfig(LoadedConfig):
     """Folder for checkpoints, metrics and logs; a run that is started again with the same folder resumes."""
     save_remote: str | None = None
     """s3://bucket/prefix to which checkpoints and logs are also uploaded; an empty machine resumes from there."""
+    branch_from: str | None = None
+    """Checkpoint of another run to start from, with its moments, step and place in the data: `RUN@step-00010000`, or
+    `RUN` for its newest; local or on s3://. Settings must be that run's but for those in `checkpoint.allow_changed`."""
     seed: int = Field(default=17, ge=0)
     """Random seed for weight initialization and data order."""
     data: DataConfig
@@ -280,3 +297,32 @@ class RunConfig(LoadedConfig):
         if not is_remote(location):
             raise ValueError(f"found {location!r}; expected s3://bucket/prefix (`save_folder` is the local folder)")
         return checked_location(location)
+
+    @field_validator("branch_from")
+    @classmethod
+    def _run_at_step(cls, location: str | None) -> str | None:
+        if location is None:
+            return None
+        run, at, name = location.rpartition("@step-")
+        if at and not re.fullmatch(r"\d{8,}", name):
+            raise ValueError(f"found {location!r}; expected RUN@step-00010000, with the name of its checkpoint")
+        return checked_location(run) + at + name if at else checked_location(location)
+
+    @model_validator(mode="after")
+    def _branch_has_its_own_folder(self) -> RunConfig:
+        if self.branch_from is None:
+            return self
+        parent = self.branch_from.rpartition("@step-")[0] or self.branch_from
+        for name, own in (("save_folder", self.save_folder), ("save_remote", self.save_remote)):
+            if own is not None and _same_place(own, parent):
+                raise ValueError(
+                    f"branch_from: found {self.branch_from!r}, the run in `{name}` itself; a branch needs a "
+                    f"`{name}` of its own"
+                )
+        return self
+
+
+def _same_place(one: str, other: str) -> bool:
+    if is_remote(one) or is_remote(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return os.path.abspath(one) == os.path.abspath(other)

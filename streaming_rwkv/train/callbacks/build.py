@@ -48,6 +48,7 @@ def build_callbacks(prepared: PreparedRun, *, mirror: Mirror | None, peak_flops:
         save_folder / "checkpoints",
         interval_steps=config.checkpoint.interval_steps,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
         last_step=plan.steps,
         run=prepared.identity,
         slots_before=plan.slots_before,

@@ -29,6 +29,7 @@ class Checkpointer(Callback):
         *,
         interval_steps: int,
         keep: int,
+        keep_every: int | None = None,
         last_step: int,
         run: dict[str, Any],
         slots_before: Callable[[int], int],
@@ -39,6 +40,7 @@ class Checkpointer(Callback):
         self.root = root
         self.interval_steps = interval_steps
         self.keep = keep
+        self.keep_every = keep_every
         self.last_step = last_step
         self.run = run
         self.slots_before = slots_before
@@ -97,6 +99,7 @@ class Checkpointer(Callback):
             optimizer=state.optimizers[0],
             mark=mark,
             keep=0 if mirror and self.stopping else self.keep,
+            keep_every=self.keep_every,
         )
         if mirror and not failed and self.stopping:
             failed = not mirror.settle()

@@ -106,12 +106,20 @@ def find_problem(path: Path) -> str | None:
 
 
 def save_checkpoint(
-    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, mark: dict[str, Any], keep: int
+    root: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mark: dict[str, Any],
+    keep: int,
+    keep_every: int | None = None,
 ) -> Path:
     """Write a checkpoint with all ranks together, then keep the `keep` newest on disk (0: all).
 
     Args:
         mark: the fields of the completion mark beside format, step and files, as JSON values.
+        keep_every: the checkpoints of steps that are multiples of it stay on disk too.
     """
     final, writing = root / step_name(step), temporary_path(root / step_name(step))
     if is_rank_zero():
@@ -136,10 +144,12 @@ def save_checkpoint(
     )
     content = broadcast_object(content)  # each rank measures slightly different times
     if is_rank_zero():
-        _complete(writing, final, content.encode(), keep=keep, step=step)
+        install(writing, final, content.encode())
+        prune(LocalCheckpoints(root), keep=keep, last_step=step, keep_every=keep_every)
     barrier()
     if own_disk:  # decided once above: NFS may still show a folder that another node has just renamed
-        _complete(writing, final, content.encode(), keep=keep, step=step)
+        install(writing, final, content.encode())
+        prune(LocalCheckpoints(root), keep=keep, last_step=step, keep_every=keep_every)
     barrier()
     return final
 
@@ -161,11 +171,6 @@ def _make_room(final: Path, writing: Path) -> None:
 def replaced_path(path: Path) -> Path:
     """Return the name that a damaged checkpoint has from when it is replaced until it is removed."""
     return temporary_path(path.with_name(f"{path.name}.replaced"))
-
-
-def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: int) -> None:
-    install(writing, final, content)
-    prune(LocalCheckpoints(final.parent), keep=keep, last_step=step)
 
 
 def install(writing: Path, final: Path, mark: bytes) -> None:

@@ -64,17 +64,24 @@ def plan_from(plan: Plan, mark: Mapping[str, Any], *, where: str) -> Plan:
     return plan
 
 
-def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str], branching: bool = False
+) -> None:
     """Refuse to resume with other data, another mixture or another batch size than the checkpoint was made with.
 
     Raises:
         CheckpointError: names each key that differs, with both values.
     """
-    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path))
+    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path), branching=branching)
 
 
-def check_same_settings(mark: Mapping[str, Any], run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
+def check_same_settings(
+    mark: Mapping[str, Any], run: Mapping[str, Any], *, allow: frozenset[str], where: str, branching: bool = False
+) -> None:
     """Compare the settings in a completion mark with those of a run.
+
+    Args:
+        branching: the run starts from another run's checkpoint; decides the advice in the error.
 
     Raises:
         CheckpointError: made with a data set of an earlier format, or names each key that differs, with both values.
@@ -91,10 +98,11 @@ def check_same_settings(mark: Mapping[str, Any], run: Mapping[str, Any], *, allo
         lines = [
             f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
         ]
+        advice = "Set the value back" if branching else "Give the run another `save_folder`, set the value back"
         raise CheckpointError(
             f"{where}: made by a run with other settings; steps already taken would not be those of this "
-            "run.\n  " + "\n  ".join(lines) + "\nGive the run another `save_folder`, set the value back, or, if the "
-            f"change is meant, say checkpoint.allow_changed=[{','.join(differing)}]"
+            "run.\n  " + "\n  ".join(lines) + f"\n{advice}, or, if the change is meant, say "
+            f"checkpoint.allow_changed=[{','.join(differing)}]"
         )
 
 
@@ -228,7 +236,20 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
             store.get_file(name, folder / path)
 
 
-# Reading weights
+# Reading
+
+
+def mark_at(location: str | Path) -> dict[str, Any]:
+    """Return the completion mark of a run's newest checkpoint, or of the one at `location`; nothing else is fetched.
+
+    Raises:
+        CheckpointError: no complete checkpoint there.
+        StorageError: the store cannot be read.
+    """
+    if not is_remote(location):
+        return read_mark(_find_local(Path(location)))
+    with _run_of(location) as (store, step):
+        return _find(store, step, location).mark
 
 
 @contextmanager
