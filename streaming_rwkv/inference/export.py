@@ -10,9 +10,11 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
@@ -31,7 +33,11 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
     """
-    state = read_state(checkpoint)
+    write_export(read_state(checkpoint), out, dtype=dtype, tokenizer=tokenizer)
+
+
+def write_export(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    """Write weights to a file or folder: see `export`."""
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
@@ -73,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     tolerate_any_encoding()
     try:
-        out = _local_out(options.out)
+        out = local_out(options.out)
         with local_checkpoint(options.checkpoint) as checkpoint:
             tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
             export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
@@ -85,7 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _local_out(name: str) -> Path:
+def local_out(name: str) -> Path:
+    """Return the path to write to.
+
+    Raises:
+        UserError: not on this machine, or of the other kind than what is written: a file, or a folder.
+    """
     out = Path(checked_local(name, remedy="give a local path, and copy the export from there"))
     if out.suffix == ".pth" and out.is_dir():
         raise UserError(f"{out}: is a folder, but a .pth is one file; use another name")

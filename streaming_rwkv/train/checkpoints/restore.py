@@ -92,7 +92,7 @@ def check_same_settings(
             "with `python -m prep build RECIPE`, and start a run from these weights in another `save_folder` "
             f"(`model.init_from: {where}`)"
         )
-    before = mark["run"]
+    before, run = (_until(mark["step"], settings) for settings in (mark["run"], run))
     differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
     if differing:
         lines = [
@@ -104,6 +104,13 @@ def check_same_settings(
             "run.\n  " + "\n  ".join(lines) + f"\n{advice}, or, if the change is meant, say "
             f"checkpoint.allow_changed=[{','.join(differing)}]"
         )
+
+
+def _until(step: int, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings as they decided the steps until `step`: steps can still be left out after it."""
+    skipped = [[first, min(last, step)] for first, last in run.get("skip_steps", []) if first <= step]
+    others = {key: value for key, value in run.items() if key != "skip_steps"}
+    return {**others, "skip_steps": skipped} if skipped else others
 
 
 def _short(value: object) -> str:
@@ -276,6 +283,29 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
         found = _find(store, step, location)
         _fetch(store, found, Path(temporary), logs=[TOKENIZER_FOLDER])
         yield Path(temporary) / CHECKPOINTS / found.name
+
+
+@contextmanager
+def local_run(location: str | Path, *, last: int) -> Iterator[Path]:
+    """Yield a folder with a run's newest checkpoints. Those in object storage are copied for the block.
+
+    Args:
+        location: the save folder of a run, or its place on s3://….
+        last: number of checkpoints to copy.
+    Raises:
+        CheckpointError: a checkpoint in the store is damaged, or `location` is not a run.
+        StorageError: the store cannot be read, or sends damaged objects.
+    """
+    if not is_remote(location):
+        if not (Path(location) / CHECKPOINTS).is_dir():
+            raise CheckpointError(f"{location}: not a run: it has no folder {CHECKPOINTS!r}; give a run's save folder")
+        yield Path(location)
+        return
+    with _run_of(location) as (store, _), TemporaryDirectory(prefix="run-") as temporary:
+        place = RemoteCheckpoints(store)
+        for step in sorted(step for step in place.steps() if not place.is_interrupted(step))[-last:]:
+            _fetch(store, _find(store, step, location), Path(temporary), logs=[TOKENIZER_FOLDER])
+        yield Path(temporary)
 
 
 def node_checkpoint(location: str, folder: Path) -> Path:
