@@ -92,8 +92,19 @@ class DataConfig(Config):
     """Attempts to copy a shard of a local data set; downloads from s3:// are limited by `timeout_seconds` alone."""
     timeout_seconds: PositiveFloat = 120.0
     """Time without progress of a download after which the run stops."""
+    skip_steps: list[tuple[PositiveInt, PositiveInt]] = Field(default=[])
+    """Steps to leave out, as [first, last], both included, with the numbers of the log: their packs are read, but
+    change neither weights nor moments."""
 
     _location = field_validator("path")(checked_location)
+
+    @field_validator("skip_steps")
+    @classmethod
+    def _first_to_last(cls, skipped: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        backwards = [[first, last] for first, last in skipped if first > last]
+        if backwards:
+            raise ValueError(f"found {backwards[0]}; expected [first, last], such as [158, 160]")
+        return sorted(skipped)
 
     @field_validator("cache")
     @classmethod
@@ -183,9 +194,9 @@ class CheckpointConfig(Config):
     """Number of most recent checkpoints to keep; 0 keeps all."""
     keep_every: PositiveInt | None = None
     """Also keep the checkpoints of steps that are multiples of this; must be a multiple of `interval_steps`."""
-    allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
-        default=[]
-    )
+    allow_changed: list[
+        Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "skip_steps", "tokenizer"]
+    ] = Field(default=[])
     """Settings that may differ from those of the checkpoint, by the names in the error that refuses it."""
     upload_timeout_seconds: PositiveFloat = 300.0
     """Time without progress of an upload to `save_remote` after which the run stops."""
@@ -254,6 +265,33 @@ class LogConfig(Config):
     """Show Composer's progress bar instead of lines on the console."""
 
 
+class SpikeConfig(Config):
+    """Reaction to a step whose gradient norm is far above the running median."""
+
+    norm_over: float = Field(gt=1)
+    """Multiple of the running median of the norm, before clipping, above which a step is a spike."""
+    window: PositiveInt = 128
+    """Number of last steps whose median is taken; there are no spikes before a quarter of them."""
+    reaction: Literal["skip", "stop"] = "skip"
+    """Skip the step, so that weights and moments stay as they are, or stop the run."""
+
+
+class ProfileConfig(Config):
+    """Traces of some steps, one for each rank, in `{save_folder}/profile`."""
+
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last step of the trace, with the numbers of the log."""
+    memory: bool = False
+    """Record the sizes of tensors too, and on CUDA a snapshot of the allocator's history."""
+
+    @field_validator("steps")
+    @classmethod
+    def _first_to_last(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError(f"found {list(steps)}; expected [first, last], such as [20, 23]")
+        return steps
+
+
 class RunConfig(LoadedConfig):
     """All settings of a run."""
 
@@ -278,6 +316,8 @@ class RunConfig(LoadedConfig):
     """By default a GPU if there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite: stop the run, or skip the step."""
+    on_spike: SpikeConfig | None = None
+    profile: ProfileConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -109,7 +109,7 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDa
     )
     train_set.start_at(checkpoint.step)
     callbacks.consumption.load(mark["consumed"])
-    callbacks.clipping.skipped = mark.get("steps_skipped", 0)
+    callbacks.clipping.load(skipped=mark.get("steps_skipped", 0), norms=mark.get("gradient_norms", []))
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -> int:

@@ -89,6 +89,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             "order": {"version": ORDER_VERSION, "block_shards": data.shuffle_block_shards, "seed": config.seed},
             "model": model.model_dump(exclude=memory_only),
             "optimizer": config.optimizer.model_dump(mode="json"),
+            **({"skip_steps": [list(steps) for steps in data.skip_steps]} if data.skip_steps else {}),
         },
     )
 

@@ -88,7 +88,7 @@ class Checkpointer(Callback):
             "samples": int(state.timestamp.sample),
             "slots": self.slots_before(step),
             "seconds": state.timestamp.total_wct.total_seconds(),
-            "steps_skipped": self.clipping.skipped,
+            **self.clipping.progress(),
             "consumed": self.consumption.consumed(),
             "run": self.run,
         }

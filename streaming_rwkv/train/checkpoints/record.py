@@ -89,6 +89,8 @@ class CompletionMark(MarkedFiles):
     """Missing in marks of an earlier version, where a batch never changed its size."""
     seconds: NonNegativeFloat = 0.0
     steps_skipped: NonNegativeInt = 0
+    gradient_norms: list[NonNegativeFloat] = Field(default=[])
+    """Of the last steps, if `on_spike` is configured."""
     consumed: dict[str, NonNegativeFloat] = Field(default={})
     run: RunIdentity
 

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from streaming_rwkv.train.callbacks.stage_number import StageNumber
 from streaming_rwkv.train.callbacks.step_seed import StepSeed
 from streaming_rwkv.train.callbacks.validation import ValidationReport, evaluation_interval
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
-from streaming_rwkv.train.config import OptimizerConfig
+from streaming_rwkv.train.config import OptimizerConfig, SpikeConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
 
@@ -185,6 +185,44 @@ def test_weights_that_are_not_finite_are_named() -> None:
     dict(state.model.named_parameters())["network.emb.weight"].data[0, 0] = math.nan
     with pytest.raises(TrainingStopped, match=r"not finite themselves: network\.emb\.weight\)"):
         ClipGradient(1.0, on_nonfinite="stop").after_train_batch(state, logger)
+
+
+def spiking(reaction: Literal["skip", "stop"]) -> ClipGradient:
+    """After norms of 0.5, so that the 5 of `with_gradient` is ten times their median."""
+    clip = ClipGradient(1.0, on_nonfinite="stop", on_spike=SpikeConfig(norm_over=8, window=4, reaction=reaction))
+    clip.load(skipped=2, norms=[0.5, 0.5, 0.5])
+    return clip
+
+
+def test_a_spike_is_skipped_and_counted() -> None:
+    state, logger, metrics, before = with_gradient(3.0)
+    clip = spiking("skip")
+    clip.after_train_batch(state, logger)
+    state.optimizers[0].step()
+    assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), before, strict=True))
+    assert clip.progress() == {"steps_skipped": 3, "gradient_norms": [0.5, 0.5, 0.5, 5.0]}
+    assert metrics["optimizer/steps_skipped"] == 3
+
+
+def test_a_spike_stops_the_run_with_the_step_to_leave_out() -> None:
+    state, logger, _, _ = with_gradient(3.0)
+    with pytest.raises(TrainingStopped) as stopped:
+        spiking("stop").after_train_batch(state, logger)
+    assert str(stopped.value) == (
+        "step 7: the gradient's norm is 5, 10.0 times the running median 0.5, and on_spike.norm_over is 8. Resume from "
+        "the last checkpoint with data.skip_steps=[[7,7]] to leave the step out, or raise on_spike.norm_over"
+    )
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan])
+@pytest.mark.parametrize(("skip_steps", "left_out"), [([(5, 7)], True), ([(7, 7)], True), ([(1, 6), (8, 9)], False)])
+def test_steps_are_left_out_by_their_number(value: float, skip_steps: list[tuple[int, int]], left_out: bool) -> None:
+    state, logger, _, _ = with_gradient(value)  # of step 7
+    clip = ClipGradient(1.0, on_nonfinite="skip", skip_steps=skip_steps)
+    clip.after_train_batch(state, logger)
+    assert clip.skipped == int(left_out or math.isnan(value))
+    gradients = [parameter.grad for parameter in state.model.parameters()]
+    assert all(gradient is None for gradient in gradients) == bool(clip.skipped)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -97,7 +97,8 @@ def test_the_parents_trial_of_memory_is_taken_over(parent: Path, tmp_path: Path)
 
 
 def test_other_settings_are_refused_by_name() -> None:
-    mark: dict[str, Any] = {"format": "streaming-rwkv-checkpoint/2", "run": {"mixture": [1], "optimizer": {"lr": 1}}}
+    of_parent = {"mixture": [1], "optimizer": {"lr": 1}}
+    mark: dict[str, Any] = {"format": "streaming-rwkv-checkpoint/2", "step": 5, "run": of_parent}
     run = {"mixture": [2], "optimizer": {"lr": 2}}
 
     def check(*allowed: str) -> None:
