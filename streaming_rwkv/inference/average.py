@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m streaming_rwkv.average", description="Average the weights of a run's newest checkpoints."
     )
     parser.add_argument("run", help="a training run's save folder, or its save_remote on s3://")
-    parser.add_argument("out", help="NAME.pth, or a folder for Hugging Face's format")
+    parser.add_argument("out", help="NAME.pth, NAME.gguf, or a folder for Hugging Face's format")
     parser.add_argument("--last", type=int, default=8, metavar="N", help="number of checkpoints (default: 8)")
     parser.add_argument(
         "--weights", choices=get_args(Scheme), default="equal",
