@@ -82,6 +82,9 @@ class DataConfig(Config):
     """Tokens per step, rounded to whole packs on every process. Give either this or `batch_packs`."""
     batch_packs: PositiveInt | None = None
     """Packs per step, over all processes."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of every stream's packs to train on, chosen by the seed: a small run then repeats data as a large one on all
+    of it does. Validation is not reduced."""
     shuffle_block_shards: PositiveInt = 4
     """Number of shards in a shuffle block: packs of a stream are shuffled within a block."""
     workers: int = Field(default=2, ge=0)

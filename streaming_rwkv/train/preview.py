@@ -30,7 +30,7 @@ EDGE_TOKENS = 4
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     """Return a table of each stream's requested and effective token shares by stage, and its number of passes."""
     targets = plan.expected_targets()
-    packs = np.array([stream.packs for stream in plan.streams])
+    packs = np.array([order.packs for order in plan.orders])
     repeats = plan.end / packs
     table = Table(title="Mixture: shares of tokens, requested → effective", title_justify="left")
     table.add_column("source")
@@ -46,7 +46,14 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
             for i, stage in enumerate(plan.stages)
         ]
         seen = f"{repeats[s]:.2f}×" + (" !" if repeats[s] > max_repeats else "")
-        table.add_row(stream.source, stream.bucket, f"{stream.targets:,}", f"{stream.packs:,}", *shares, seen)
+        table.add_row(
+            stream.source,
+            stream.bucket,
+            f"{round(packs[s] * stream.targets_per_pack):,}",
+            f"{packs[s]:,}",
+            *shares,
+            seen,
+        )
     too_often = [
         f"{s.source}/{s.bucket}" for s, times in zip(plan.streams, repeats, strict=True) if times > max_repeats
     ]
