@@ -35,6 +35,7 @@ from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
+from streaming_rwkv.train.position import position_metrics
 
 TIMEOUT_SECONDS = 120.0
 DOWNLOAD_ATTEMPTS = 3
@@ -54,14 +55,15 @@ def evaluate(
     packs_per_stream: int | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Return loss, perplexity and bits per byte: of all packs, by source, by bucket and by stream.
+    """Return loss, perplexity and bits per byte: of all packs, by source, bucket and stream, and loss by position.
 
     Args:
         model: on any device; on a GPU matrix products are done in bf16, as in training.
         packs_per_stream: evaluate only this number of packs of each stream, from its beginning.
         progress: show a progress bar on standard error.
     Returns:
-        validation/{loss,perplexity,bits_per_byte}/{all,source/…,bucket/…,stream/…}, as a run logs them.
+        validation/{loss,perplexity,bits_per_byte}/{all,source/…,bucket/…,stream/…}, and by powers of two of the
+        position in the document validation/{loss,targets}_by_position/…, as a run logs them.
     Raises:
         EvaluationError: the split has no packs, or the vocabulary is larger than the model's.
         UserError: a shard cannot be read.
@@ -100,7 +102,7 @@ def evaluate(
                 outputs = network(on_device)
             network.update_metric(on_device, outputs, sums)
     sums.compute()
-    return validation_metrics(groups_of(records), sums.totals)
+    return validation_metrics(groups_of(records), sums.totals) | position_metrics(sums.totals)
 
 
 def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
