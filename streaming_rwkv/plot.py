@@ -403,8 +403,9 @@ def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]
     prefix = "validation/loss_by_position/"
     for name, loss in metrics.items():  # in their order
         if name.startswith(prefix):
-            values = [_shown("loss", loss), _shown("perplexity", math.exp(min(700.0, loss))), "–"]
-            rows.append([f"position {name.removeprefix(prefix)}", *values])
+            perplexity = math.exp(min(700.0, loss))
+            label = f"position {name.removeprefix(prefix)}"
+            rows.append([label, _shown("loss", loss), _shown("perplexity", perplexity), "–"])
     return rows
 
 

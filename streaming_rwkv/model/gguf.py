@@ -123,7 +123,7 @@ def write_gguf(
                     f"{path}: {tensor_name}: has values that are not finite, or too large for {dtype}; take bfloat16 "
                     "or float32, or an older checkpoint"
                 )
-            file.write(memoryview(converted.flatten().view(torch.uint8).numpy()))
+            file.write(converted.flatten().view(torch.uint8).numpy().data)
             _pad(file)
 
 
