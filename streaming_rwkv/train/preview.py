@@ -126,7 +126,8 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
     steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
     shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
     each = 12 * parameter_count(model)
-    keep = min(config.checkpoint.keep or len(steps), len(steps))
+    kept, every = set(steps[-config.checkpoint.keep :]), config.checkpoint.keep_every
+    keep = len(kept | {step for step in steps if every and step % every == 0})
     written = f"after steps {shown}; about {shown_bytes(each)} each, {keep} kept: {shown_bytes(keep * each)}"
     if len(steps) == 1:
         written = f"after step {shown}; about {shown_bytes(each)}"
