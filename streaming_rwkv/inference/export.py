@@ -23,7 +23,8 @@ from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.gguf import write_gguf
-from streaming_rwkv.model.weights import Layout, infer_config, read_state, write_huggingface, write_pth
+from streaming_rwkv.model.state import infer_config
+from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 

@@ -46,10 +46,10 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     branching = mark is None and config.branch_from is not None
     if branching:
         mark = branch_mark(str(config.branch_from))
-    prepared = prepare(config, world_size=processes, fetch=True, shape=mark["run"]["model"] if mark else None)
+    prepared = prepare(config, world_size=processes, fetch=True, shape=mark.run.model if mark else None)
     step = 0
     if mark is not None:
-        step, where = int(mark["step"]), str(config.branch_from) if branching else config.save_folder
+        step, where = mark.step, str(config.branch_from) if branching else config.save_folder
         allow = frozenset(config.checkpoint.allow_changed)
         check_same_settings(mark, prepared.identity, allow=allow, where=where, branching=branching)
         prepared = replace(prepared, plan=plan_from(prepared.plan, mark, where=where))

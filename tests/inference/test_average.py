@@ -11,9 +11,11 @@ import torch
 from streaming_rwkv.inference import average as program
 from streaming_rwkv.inference.average import average, newest_checkpoints, scheme_weights
 from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import CheckpointError, read_state
+from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
@@ -22,7 +24,8 @@ def save(run: Path, step: int, *, layers: int = 1) -> Path:
     network = RWKV7(RWKV7Config(vocab_size=20, hidden_size=64, num_layers=layers))
     initialize(network, seed=step)
     optimizer = build_optimizer(network, OptimizerConfig())
-    return save_checkpoint(run / "checkpoints", step=step, model=network, optimizer=optimizer, mark={"run": {}}, keep=0)
+    progress = Progress(step=step, tokens=step, samples=step, slots=step, seconds=0, consumed={})
+    return save_checkpoint(run / "checkpoints", model=network, optimizer=optimizer, progress=progress, run={}, keep=0)
 
 
 @pytest.fixture(scope="module")

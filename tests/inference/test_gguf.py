@@ -17,7 +17,8 @@ from streaming_rwkv.inference import export as program
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import model_state, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from streaming_rwkv.inference.evaluate import main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import model_state, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 # The harness takes many seconds to import, and it and its requirements deprecate each other's names.
@@ -87,6 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from streaming_rwkv.model.gguf import Field, Vocabulary, write_gguf
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import (
     CheckpointError,
     load_model,
-    model_state,
     read_state,
     write_huggingface,
     write_pth,

@@ -69,7 +69,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def mark_of(run: Path, step: int = STEPS) -> dict[str, Any]:
-    return read_mark(run / "checkpoints" / f"step-{step:08}")
+    return read_mark(run / "checkpoints" / f"step-{step:08}").model_dump()
 
 
 def assert_same_end(run: Path, other: Path) -> None:

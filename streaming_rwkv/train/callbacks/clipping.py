@@ -50,10 +50,10 @@ class ClipGradient(Callback):
         if self.spikes:
             self.spikes.load(norms)
 
-    def progress(self) -> dict[str, int | list[float]]:
-        """Return the fields of a checkpoint that `load` continues from."""
-        norms = {"gradient_norms": list(self.spikes.norms)} if self.spikes else {}
-        return {"steps_skipped": self.skipped, **norms}
+    @property
+    def gradient_norms(self) -> list[float] | None:
+        """Return the norms of the last steps, which `load` continues from; None without `on_spike`."""
+        return list(self.spikes.norms) if self.spikes else None
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         parameters = [p for p in state.model.parameters() if p.grad is not None]

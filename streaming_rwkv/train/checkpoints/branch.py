@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,14 @@ from streaming_rwkv.distributed import all_gather_object, barrier, is_local_rank
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints, find_problem
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, Checkpoint, read_mark, step_name, step_of_name
+from streaming_rwkv.train.checkpoints.record import (
+    CHECKPOINTS,
+    Checkpoint,
+    CompletionMark,
+    read_mark,
+    step_name,
+    step_of_name,
+)
 from streaming_rwkv.train.checkpoints.restore import mark_at, node_checkpoint
 
 COPY = "branch_from"
@@ -34,7 +40,7 @@ def checkpoint_location(branch_from: str) -> str:
     return f"{run.rstrip('/')}/{CHECKPOINTS}/{name}"
 
 
-def branch_mark(branch_from: str) -> dict[str, Any]:
+def branch_mark(branch_from: str) -> CompletionMark:
     """Return the completion mark of the checkpoint to branch from; its other files are not fetched.
 
     Raises:

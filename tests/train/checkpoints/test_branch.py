@@ -10,10 +10,11 @@ import pytest
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.init import initialize
+from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.train.checkpoints.branch import branch_mark, checkpoint_location, fetch_branch, remove_copy
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress, mark_content, parse_mark
 from streaming_rwkv.train.checkpoints.restore import check_same_settings
 from streaming_rwkv.train.config import OptimizerConfig, RunConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -24,8 +25,10 @@ def save(run: Path, *steps: int) -> None:
     initialize(network, seed=1)
     optimizer = build_optimizer(network, OptimizerConfig())
     for step in steps:
-        mark = {"run": {"data": "8d1f"}, "tokens": 10 * step}
-        save_checkpoint(run / "checkpoints", step=step, model=network, optimizer=optimizer, mark=mark, keep=0)
+        progress = Progress(step=step, tokens=10 * step, samples=step, slots=step, seconds=0, consumed={})
+        save_checkpoint(
+            run / "checkpoints", model=network, optimizer=optimizer, progress=progress, run={"data": "8d1f"}, keep=0
+        )
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +100,11 @@ def test_the_parents_trial_of_memory_is_taken_over(parent: Path, tmp_path: Path)
 
 
 def test_other_settings_are_refused_by_name() -> None:
-    of_parent = {"mixture": [1], "optimizer": {"lr": 1}}
-    mark: dict[str, Any] = {"format": "streaming-rwkv-checkpoint/2", "step": 5, "run": of_parent}
-    run = {"mixture": [2], "optimizer": {"lr": 2}}
+    of_parent = {"mixture": [{"tokens": 1}], "optimizer": {"lr": 1}}
+    progress = Progress(step=5, tokens=10, samples=5, slots=5, seconds=0, consumed={})
+    files = {"a": MarkedFile(bytes=1, sha256="0" * 64)}
+    mark = parse_mark(mark_content(run=of_parent, progress=progress, files=files), where="runs/a")
+    run = {"mixture": [{"tokens": 2}], "optimizer": {"lr": 2}}
 
     def check(*allowed: str) -> None:
         check_same_settings(mark, run, allow=frozenset(allowed), where="runs/a", branching=True)
@@ -107,7 +112,7 @@ def test_other_settings_are_refused_by_name() -> None:
     with pytest.raises(CheckpointError) as caught:
         check()
     assert str(caught.value).endswith(
-        "mixture: the checkpoint has [1], this run [2]\n"
+        'mixture: the checkpoint has [{"tokens": 1}], this run [{"tokens": 2}]\n'
         '  optimizer: the checkpoint has {"lr": 1}, this run {"lr": 2}\n'
         "Set the value back, or, if the change is meant, say checkpoint.allow_changed=[mixture,optimizer]"
     )
