@@ -14,6 +14,7 @@ from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.flops import peak_flops
 from streaming_rwkv.train.callbacks.build import RunCallbacks, build_callbacks
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
+from streaming_rwkv.train.checkpoints.branch import remove_copy
 from streaming_rwkv.train.checkpoints.local import load_checkpoint
 from streaming_rwkv.train.checkpoints.record import Checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
@@ -51,6 +52,7 @@ def fit(run: CheckedRun) -> int:
     if run.checkpoint is not None:
         load_checkpoint(run.checkpoint, model=model.network, optimizer=optimizer)
         restore_progress(run.checkpoint, trainer, datasets.train_set, callbacks)
+        remove_copy(Path(config.save_folder))
     for log in (loggers.lines, callbacks.samples):
         log.rewind(run.checkpoint.step if run.checkpoint else 0)
     return train(trainer, callbacks.checkpointer, run.mirror)
@@ -107,7 +109,7 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDa
     )
     train_set.start_at(checkpoint.step)
     callbacks.consumption.load(mark.consumed)
-    callbacks.clipping.skipped = mark.steps_skipped
+    callbacks.clipping.load(skipped=mark.steps_skipped, norms=mark.gradient_norms or [])
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -> int:

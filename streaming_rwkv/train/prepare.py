@@ -66,6 +66,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
         batch_packs=count_batch_packs(data, pack_tokens=manifest.pack_tokens, world_size=world_size),
         seed=config.seed,
         block_shards=data.shuffle_block_shards,
+        share=data.fraction,
     )
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
@@ -87,9 +88,15 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             "tokenizer": manifest.tokenizer.sha256,
             "mixture": [stage.model_dump(exclude_none=True) for stage in stages],
             "batch_packs": plan.batch_packs,
-            "order": {"version": ORDER_VERSION, "block_shards": data.shuffle_block_shards, "seed": config.seed},
+            "order": {
+                "version": ORDER_VERSION,
+                "block_shards": data.shuffle_block_shards,
+                "seed": config.seed,
+                **({"fraction": data.fraction} if data.fraction != 1 else {}),
+            },
             "model": model.model_dump(exclude=memory_only),
             "optimizer": config.optimizer.model_dump(mode="json"),
+            **({"skip_steps": [list(steps) for steps in data.skip_steps]} if data.skip_steps else {}),
         },
     )
 

@@ -121,3 +121,19 @@ def test_a_checkpoint_and_data_that_do_not_match_are_refused(
     assert "nothing" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), str(data)]) == 1
     assert "nothing: no such file or folder; give a run's save folder" in capsys.readouterr().err
+
+
+def test_loss_by_position_adds_up_to_the_total(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(checkpoint), str(data), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    losses, targets = (
+        {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+        for prefix in ("validation/loss_by_position/", "validation/targets_by_position/")
+    )
+    assert list(losses) == ["1", "2", "3-4", "5-8", "9-16", "17-32"]
+    mean = sum(losses[name] * targets[name] for name in losses) / sum(targets.values())
+    assert mean == pytest.approx(metrics["validation/loss/all"], rel=1e-9)  # float64 sums in another order
+    assert main([str(checkpoint), str(data)]) == 0
+    assert "position 17-32" in capsys.readouterr().out

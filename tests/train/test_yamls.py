@@ -14,6 +14,7 @@ import torch
 
 from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
+from streaming_rwkv.data.mixture import make_plan
 from streaming_rwkv.inference import export
 from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -21,6 +22,7 @@ from streaming_rwkv.model.weights import load_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import prepare
+from tests.data.streams import stream
 from tests.fork_server import ForkServer
 from tools.ports import free_ports
 
@@ -177,3 +179,25 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     assert ours[:compared] == theirs[:compared]
     assert tokenizer.decode(their_ids) == their_text
     assert len(ids) > 20
+
+
+def test_stage_3_reads_long_documents_in_the_shares_that_it_names() -> None:
+    recipe = load_config(PrepConfig, ROOT / "yamls" / "prep" / "long.yaml")
+    run = load_config(RunConfig, ROOT / "yamls" / "stage3_long.yaml")
+    assert recipe.pack_tokens == recipe.edges[-1] == 32768
+    bounds = list(zip([1, *(edge + 1 for edge in recipe.edges)], recipe.edges, strict=False))
+    streams = [
+        stream(source, upper, 400, targets_per_pack=32_000).model_copy(update={"lower": lower})
+        for source in recipe.sources
+        for lower, upper in bounds
+    ]
+    plan = make_plan(run.data.stages, streams, batch_packs=32, seed=17, block_shards=4)
+    for part, targets in zip(run.data.stages, plan.expected_targets(), strict=True):
+        assert targets.sum() == pytest.approx(part.tokens, rel=1e-3)  # whole steps of a million tokens
+        by_bucket = {
+            f"{lower}-{upper}": sum(t for s, t in zip(streams, targets, strict=True) if s.lower == lower)
+            for lower, upper in bounds
+        }
+        assert by_bucket["1-1024"] == 0
+        for bucket, share in (part.buckets or {}).items():
+            assert by_bucket[bucket] / targets.sum() == pytest.approx(share, abs=1e-3), bucket

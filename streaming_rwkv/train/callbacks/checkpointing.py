@@ -30,6 +30,7 @@ class Checkpointer(Callback):
         *,
         interval_steps: int,
         keep: int,
+        keep_every: int | None = None,
         last_step: int,
         run: dict[str, Any],
         slots_before: Callable[[int], int],
@@ -40,6 +41,7 @@ class Checkpointer(Callback):
         self.root = root
         self.interval_steps = interval_steps
         self.keep = keep
+        self.keep_every = keep_every
         self.last_step = last_step
         self.run = run
         self.slots_before = slots_before
@@ -89,6 +91,7 @@ class Checkpointer(Callback):
             slots=self.slots_before(step),
             seconds=state.timestamp.total_wct.total_seconds(),
             steps_skipped=self.clipping.skipped,
+            gradient_norms=self.clipping.gradient_norms,
             consumed=self.consumption.consumed(),
         )
         path = save_checkpoint(
@@ -98,6 +101,7 @@ class Checkpointer(Callback):
             progress=progress,
             run=self.run,
             keep=0 if mirror and self.stopping else self.keep,
+            keep_every=self.keep_every,
         )
         if mirror and not failed and self.stopping:
             failed = not mirror.settle()

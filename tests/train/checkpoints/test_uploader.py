@@ -67,8 +67,8 @@ def save(folder: Path, step: int) -> Path:
     return final
 
 
-def send(store: Store, checkpoint: Path, *, keep: int = 0) -> None:
-    mirror = Mirror(store, checkpoint.parent.parent, keep=keep)
+def send(store: Store, checkpoint: Path, *, keep: int = 0, keep_every: int | None = None) -> None:
+    mirror = Mirror(store, checkpoint.parent.parent, keep=keep, keep_every=keep_every)
     mirror.begin(checkpoint)
     mirror.finish()
 
@@ -208,6 +208,14 @@ def test_the_newest_are_kept_and_interrupted_uploads_before_them_are_removed(sto
     assert steps_in(store) == [2, 3, 5, 9]
     send(store, save(folder, 6), keep=1)
     assert steps_in(store) == [6, 9]
+
+
+def test_checkpoints_of_every_nth_step_stay_in_the_store_too(store: Store, folder: Path) -> None:
+    for step in (2, 4, 6, 8):
+        send(store, save(folder, step), keep=1, keep_every=4)
+    assert steps_in(store) == [4, 8]
+    send(store, save(folder, 10), keep=1, keep_every=4)
+    assert steps_in(store) == [4, 8, 10]
 
 
 def test_of_two_runs_in_one_place_the_later_continues(store: Store, folder: Path, empty: Path, tmp_path: Path) -> None:
