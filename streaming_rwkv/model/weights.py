@@ -50,7 +50,7 @@ _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy form
 _LAYER_NORM_EPS = 1e-5  # torch's default, used by every RWKV model
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
+def read_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
     """Return the model of a checkpoint of any known format, on the CPU.
 
     Args:

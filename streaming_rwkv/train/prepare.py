@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
-from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
+from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, count_batch_packs, make_plan
+from streaming_rwkv.data.shard_set import ShardSet, cached_sizes, check_shards, least_cache_bytes, open_shard_set
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.weights import infer_config, read_state
 from streaming_rwkv.shards import SPLITS, Manifest, Split, TokenizerRecord
@@ -62,7 +62,13 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     plan = make_plan(
         stages,
         manifest.select("train"),
-        batch_packs=count_batch_packs(data, pack_tokens=manifest.pack_tokens, world_size=world_size),
+        batch_packs=count_batch_packs(
+            batch_tokens=data.batch_tokens,
+            batch_packs=data.batch_packs,
+            pack_tokens=manifest.pack_tokens,
+            world_size=world_size,
+            where="data.",
+        ),
         seed=config.seed,
         block_shards=data.shuffle_block_shards,
     )
@@ -146,24 +152,6 @@ def all_stages(data: DataConfig) -> list[StageConfig]:
     return once * cycles
 
 
-def count_batch_packs(data: DataConfig, *, pack_tokens: int, world_size: int) -> int:
-    """Return the packs of a step, a multiple of `world_size`.
-
-    Raises:
-        ConfigError: `batch_packs` is not divisible by `world_size`.
-    """
-    if data.batch_packs is not None:
-        if data.batch_packs % world_size:
-            raise ConfigError(
-                f"data.batch_packs: {data.batch_packs} packs do not divide among {world_size} processes; "
-                f"the nearest that do are {data.batch_packs // world_size * world_size or world_size} and "
-                f"{-(-data.batch_packs // world_size) * world_size}"
-            )
-        return data.batch_packs
-    assert data.batch_tokens is not None
-    return max(1, round(data.batch_tokens / (pack_tokens * world_size))) * world_size
-
-
 def split_cache_limit(limit: int | None, manifest: Manifest) -> dict[Split, int | None]:
     """Split `cache_limit` between the training and validation datasets; each evicts only its own shards.
 
@@ -174,11 +162,8 @@ def split_cache_limit(limit: int | None, manifest: Manifest) -> dict[Split, int 
     """
     if limit is None:
         return {"train": None, "validation": None}
-    sizes = {
-        split: [shard.raw_bytes + shard.bytes for stream in manifest.select(split) for shard in stream.shards]
-        for split in SPLITS
-    }
-    least = {split: 4 * max(sizes[split], default=0) for split in SPLITS}
+    sizes = {split: cached_sizes(manifest.select(split)) for split in SPLITS}
+    least = {split: least_cache_bytes(manifest.select(split)) for split in SPLITS}
     part = min(sum(sizes["validation"]), max(limit // 10, least["validation"]))
     if limit - part < least["train"]:
         raise ConfigError(

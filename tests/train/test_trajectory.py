@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer, lr_multiplier
 
@@ -209,7 +209,7 @@ def test_sixty_steps_equal_the_reference_trainers(dtype: torch.dtype, tolerance:
     first_weights(tmp_path / "first.pth")
     reference = Reference(tmp_path / "first.pth", dtype)
     expected = [reference.step(number, *batch) for number, batch in enumerate(batches())]
-    model = load_model(tmp_path / "first.pth", dtype=dtype)
+    model = read_model(tmp_path / "first.pth", dtype=dtype)
     losses = our_losses(model)
     assert expected[-1] < expected[0] - 1  # it did learn
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < tolerance
