@@ -68,6 +68,7 @@ def test_accelerate_loop_continues_where_it_was_stopped(data: Path, tmp_path: Pa
     assert train(str(data), tmp_path / "parts") == whole
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Streaming's, of each shard that it expands
 def test_plain_streaming_reads_the_documents(data: Path) -> None:
     documents = list(example("plain_streaming").read_documents(data, source="code"))
     assert len(documents) == next(s.documents for s in read_manifest(data).streams if s.source == "code")
