@@ -1,7 +1,7 @@
 """Train a small RWKV-7 with Hugging Face Accelerate, on one process or many.
 
     pip install '.[examples]'
-    accelerate launch --num_processes 2 --cpu examples/accelerate_loop.py DATA_SET runs/accelerate
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py DATA_SET runs/accelerate
 
 The data set divides each step among the processes itself, so it does not go through `accelerator.prepare`. Its state
 is saved with the others, and may be loaded by another number of processes.
@@ -46,9 +46,9 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
             optimizer.step()
             loss = float(sums[0] / sums[1])
             step = dataset.step  # the number of batches so far
-            if step % 10 == 0:
-                accelerator.print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             is_last = step in (len(dataset), stop_at)
+            if is_last or step % 10 == 0:
+                accelerator.print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             if is_last or step % save_every == 0:
                 accelerator.save_state(str(state))
             if is_last:

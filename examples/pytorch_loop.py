@@ -39,9 +39,9 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
             optimizer.step()
             loss = mean.item()
             step = dataset.step  # the number of batches so far
-            if step % 10 == 0:
-                print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             is_last = step in (len(dataset), stop_at)
+            if is_last or step % 10 == 0:
+                print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             if is_last or step % save_every == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "data": dataset.state_dict()}
                 torch.save(state, folder / "new.pt")

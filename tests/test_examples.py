@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
+from tests.fork_server import ForkServer
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -66,6 +69,26 @@ def test_accelerate_loop_continues_where_it_was_stopped(data: Path, tmp_path: Pa
     whole = train(str(data), tmp_path / "whole")
     assert train(str(data), tmp_path / "parts", stop_at=3) != whole
     assert train(str(data), tmp_path / "parts") == whole
+
+
+@pytest.mark.slow
+def test_accelerate_loop_takes_the_same_steps_on_two_processes(
+    data: Path, tmp_path: Path, accelerate: ModuleType, programs: ForkServer
+) -> None:
+    loss = example("accelerate_loop").train(str(data), tmp_path / "one")
+    port, running = str(free_ports(1)[0]), []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "examples" / "accelerate_loop.py"), str(data), str(tmp_path / "two")]
+        with open(tmp_path / f"{rank}.log", "wb") as log:
+            running.append(programs.popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    assert [process.wait(timeout=600) for process in running] == [0, 0], (tmp_path / "0.log").read_text()
+    step, _, found = (tmp_path / "0.log").read_text().strip().splitlines()[-1].partition("  loss ")
+    assert step == "step 6/6"
+    assert float(found) == pytest.approx(loss, abs=2e-3)  # sums over ranks round in another order, for six steps
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Streaming's, of each shard that it expands

@@ -58,20 +58,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             f"evaluation.prompts: texts are sampled at evaluations, but {data.path} has no validation packs; "
             "build it with `validation` above 0, or leave the prompts out"
         )
-    stages = all_stages(data)
-    plan = make_plan(
-        stages,
-        manifest.select("train"),
-        batch_packs=count_batch_packs(
-            batch_tokens=data.batch_tokens,
-            batch_packs=data.batch_packs,
-            pack_tokens=manifest.pack_tokens,
-            world_size=world_size,
-            where="data.",
-        ),
-        seed=config.seed,
-        block_shards=data.shuffle_block_shards,
-    )
+    plan = _plan(config, manifest, world_size=world_size)
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
@@ -90,12 +77,30 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
         identity={
             "data": manifest.fingerprint,
             "tokenizer": manifest.tokenizer.sha256,
-            "mixture": [stage.model_dump(exclude_none=True) for stage in stages],
+            "mixture": [stage.model_dump(exclude_none=True) for stage in all_stages(data)],
             "batch_packs": plan.batch_packs,
             "order": {"version": ORDER_VERSION, "block_shards": data.shuffle_block_shards, "seed": config.seed},
             "model": model.model_dump(exclude=memory_only),
             "optimizer": config.optimizer.model_dump(mode="json"),
         },
+    )
+
+
+def _plan(config: RunConfig, manifest: Manifest, *, world_size: int) -> Plan:
+    data = config.data
+    batch_packs = count_batch_packs(
+        batch_tokens=data.batch_tokens,
+        batch_packs=data.batch_packs,
+        pack_tokens=manifest.pack_tokens,
+        world_size=world_size,
+        where="data.",
+    )
+    return make_plan(
+        all_stages(data),
+        manifest.select("train"),
+        batch_packs=batch_packs,
+        seed=config.seed,
+        block_shards=data.shuffle_block_shards,
     )
 
 
