@@ -3,7 +3,7 @@
 The names in `__all__` are the public interface (docs/python.md); everything else is internal and may change in any
 release. Each is imported when it is used for the first time, so that `import streaming_rwkv` needs no torch.
 
-The data flow, and the direction of imports:
+Data flow, and direction of imports:
 
     prep → streaming_rwkv.{config, shards, tokenizer} ← data ← train → model → ops → kernels/
 
