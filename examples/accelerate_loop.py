@@ -20,7 +20,7 @@ from streaming_rwkv import RWKV7, RWKV7Config, initialize, open_dataset
 
 def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
     """Train for one pass over the data, or up to a step; return the last step's loss in nats per token."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # it would not look for other processes on a CPU
     state, loss = folder / "state", float("nan")
     with open_dataset(
         data,
