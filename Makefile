@@ -29,8 +29,9 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench README.md demo.py train.py
+	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench examples README.md demo.py train.py
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent examples
 	$(BIN)/lint-imports
 
 # Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object

@@ -320,6 +320,8 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a local data set.
 
+        {stream.path: stream.packs for stream in read_manifest("shards").streams}
+
     Raises:
         DataError: there is none (nothing was built, or the build did not finish), or it is not valid.
     """

@@ -195,6 +195,28 @@ def _due_before(time: float, q: Floats, u: Floats) -> Ints:
     return count
 
 
+def count_batch_packs(
+    *, batch_tokens: int | None, batch_packs: int | None, pack_tokens: int, world_size: int, where: str
+) -> int:
+    """Return the packs of a step, a multiple of `world_size`, of which either the tokens or the packs are given.
+
+    Args:
+        where: what the names of the settings begin with in an error, such as 'data.'.
+    Raises:
+        ConfigError: `batch_packs` is not divisible by `world_size`.
+    """
+    if batch_packs is not None:
+        if batch_packs % world_size:
+            raise ConfigError(
+                f"{where}batch_packs: {batch_packs} packs do not divide among {world_size} processes; "
+                f"the nearest that do are {batch_packs // world_size * world_size or world_size} and "
+                f"{-(-batch_packs // world_size) * world_size}"
+            )
+        return batch_packs
+    assert batch_tokens is not None
+    return max(1, round(batch_tokens / (pack_tokens * world_size))) * world_size
+
+
 def make_plan(
     stages: Sequence[StageConfig],
     streams: Sequence[StreamRecord],

@@ -144,6 +144,16 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
         )
 
 
+def cached_sizes(records: Sequence[StreamRecord]) -> list[int]:
+    """Return the bytes that each shard takes in the cache, compressed and expanded."""
+    return [shard.raw_bytes + shard.bytes for record in records for shard in record.shards]
+
+
+def least_cache_bytes(records: Sequence[StreamRecord]) -> int:
+    """Return the smallest limit of a cache of these streams: four of the largest shards, which Streaming requires."""
+    return 4 * max(cached_sizes(records), default=0)
+
+
 def _sizes(location: str, folder: str) -> dict[str, int]:
     try:
         with os.scandir(f"{location}/{folder}") as entries:

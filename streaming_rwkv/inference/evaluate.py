@@ -30,7 +30,7 @@ from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.plot import validation_rows
 from streaming_rwkv.shards import SPLITS, Split
 from streaming_rwkv.tokenizer import load_tokenizer
@@ -182,7 +182,7 @@ def run_tasks(options: argparse.Namespace) -> dict[str, float]:
                 f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"
             )
-        model = load_model(checkpoint).to(device)
+        model = read_model(checkpoint).to(device)
         folder, names = options.task_folder and Path(options.task_folder), options.tasks.split(",")
         return evaluate_tasks(model, tokenizer, names, folder=folder, limit=options.limit, shots=options.shots)
 
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 f"{options.data}: its ids are those of the tokenizer {of_data.name!r}, the checkpoint was trained with "
                 f"{own.name!r}; prepare the data with that tokenizer"
             )
-        model = load_model(checkpoint).to(device)
+        model = read_model(checkpoint).to(device)
         return evaluate(model, shard_set, split=options.split, packs_per_stream=options.packs_per_stream, progress=True)
 
 

@@ -13,8 +13,9 @@ import torch
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
-from streaming_rwkv.inference.sampling import GenerationError, generate
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.inference.sampling import GenerationError
+from streaming_rwkv.inference.text import check_prompt, continue_prompt
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
@@ -61,26 +62,23 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"
             )
-        model = load_model(checkpoint, dtype=dtype).to(device)
+        model = read_model(checkpoint, dtype=dtype).to(device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerationError(
             f"{options.checkpoint}: the model has {model.config.vocab_size} tokens, the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size}; name the one it was trained with by --tokenizer"
         )
-    generator = torch.Generator()
-    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
     sampled: list[int] = []
 
     def counted() -> Iterator[int]:
-        for token in generate(
+        for token in continue_prompt(
             model,
-            [tokenizer.bos_id, *tokenizer.encode(options.prompt).tolist()],
+            tokenizer,
+            options.prompt,
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
-            vocab_size=tokenizer.vocab_size,
-            stop={tokenizer.eos_id},
-            generator=generator,
+            seed=options.seed,
         ):
             sampled.append(token)
             yield token
@@ -97,13 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Check the options before the model is read."""
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(options.prompt[error.start]) & 0xFF  # Python keeps an undecodable byte as a surrogate
-        raise GenerationError(
-            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
-        ) from None
+    check_prompt(options.prompt)
     if options.max_tokens < 0:
         raise GenerationError(f"--max-tokens {options.max_tokens}: expected a whole number, at least 0")
     if options.seed is not None and not -(1 << 63) <= options.seed < 1 << 64:

@@ -72,7 +72,7 @@ _FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
+def read_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
     """Return the model of a checkpoint of any known format, on the CPU.
 
     Args:

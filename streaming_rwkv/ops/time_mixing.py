@@ -45,6 +45,8 @@ def wkv7(
     bfloat16 on a GPU runs in chunks, in fp16 with scales that assume the model's bounds: log_decay ≥ -exp(-0.5), and a
     and b no longer than 1. Beyond some twice of either, results turn into inf and NaN.
 
+        y, state = wkv7(r, log_decay, k, v, a, b, cu_seqlens=torch.tensor([0, 7, 32], dtype=torch.int32))
+
     Args:
         r, log_decay, k, v, a, b: (B, T, H, N), one dtype of float32, bfloat16 and float64; log_decay < 0.
         initial_state: (num_documents, H, N, N) float32, or None for zeros; float64 where the inputs are.

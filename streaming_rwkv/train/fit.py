@@ -9,7 +9,7 @@ import torch
 from composer import Trainer
 
 from streaming_rwkv.console import print_rich
-from streaming_rwkv.data.loader import PackDataset
+from streaming_rwkv.data.steps import StepDataset
 from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.flops import peak_flops
 from streaming_rwkv.train.callbacks.build import RunCallbacks, build_callbacks
@@ -95,7 +95,7 @@ def build_trainer(
     )
 
 
-def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDataset, callbacks: RunCallbacks) -> None:
+def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: StepDataset, callbacks: RunCallbacks) -> None:
     """Continue the trainer's clock, the order of packs and the callbacks' counts after a checkpoint's step."""
     mark = checkpoint.mark
     trainer.state.timestamp = trainer.state.timestamp.copy(

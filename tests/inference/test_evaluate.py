@@ -15,7 +15,7 @@ from streaming_rwkv.inference.evaluate import main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import load_model, write_pth
+from streaming_rwkv.model.weights import read_model, write_pth
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import load_tokenizer
 from tests.conftest import pack_of
@@ -46,7 +46,7 @@ def write_model(path: Path, *, vocab_size: int) -> Path:
 @torch.no_grad()
 def by_document(checkpoint: Path) -> dict[str, float]:
     """nats per target and bits per byte, over all and of one source."""
-    model = load_model(checkpoint)
+    model = read_model(checkpoint)
     sums: Counter[str] = Counter()
     for number, ((source, lower, upper), packs) in enumerate(VALIDATION.items()):
         for i in range(packs):

@@ -18,7 +18,7 @@ from streaming_rwkv.inference.sampling import GenerationError, choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import load_model, write_huggingface, write_pth
+from streaming_rwkv.model.weights import read_model, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -100,7 +100,7 @@ def test_ids_beyond_the_tokenizer_are_not_sampled() -> None:
         model.head.weight[50:] *= 10
     for temperature in (0.0, 1.0):
         highest = [
-            max(sampling.generate(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
+            max(sampling.generate_tokens(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
             for vocab_size in (None, 50)
         ]
         assert highest[1] < 50 <= highest[0]
@@ -109,7 +109,7 @@ def test_ids_beyond_the_tokenizer_are_not_sampled() -> None:
 def test_the_same_seed_generates_the_same_text() -> None:
     model = model_of(50)
     texts = [
-        list(sampling.generate(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
+        list(sampling.generate_tokens(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -117,12 +117,12 @@ def test_the_same_seed_generates_the_same_text() -> None:
 
 def test_a_stop_token_ends_the_text_and_is_not_yielded(memorized: RWKV7, world: Tokenizer) -> None:
     prompt = [world.bos_id, *world.encode("The quick").tolist()]
-    ids = list(sampling.generate(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
+    ids = list(sampling.generate_tokens(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
     assert world.decode(ids) == TEXT.removeprefix("The quick")
 
 
 def test_generating_leaves_gradients_on_for_the_caller() -> None:
-    iterator = sampling.generate(model_of(50), [1], max_tokens=3)
+    iterator = sampling.generate_tokens(model_of(50), [1], max_tokens=3)
     next(iterator)
     assert torch.is_grad_enabled()
 
@@ -138,7 +138,7 @@ def test_generating_leaves_gradients_on_for_the_caller() -> None:
 )
 def test_impossible_settings_are_refused(arguments: dict[str, object], error: str) -> None:
     with pytest.raises(GenerationError, match=error):
-        next(sampling.generate(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
+        next(sampling.generate_tokens(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
 
 
 def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:
@@ -158,9 +158,9 @@ def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: To
     subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, timeout=120)
     their_ids, their_text = json.loads((tmp_path / "out.json").read_text())
 
-    model = load_model(tmp_path / "model.pth")
+    model = read_model(tmp_path / "model.pth")
     tokens = [0, *world.encode(prompt).tolist()]
-    ids = list(sampling.generate(model, tokens, max_tokens=100, temperature=0, stop={0}))
+    ids = list(sampling.generate_tokens(model, tokens, max_tokens=100, temperature=0, stop={0}))
     assert ids == their_ids
     assert "".join(stream_text(world, ids)) == their_text == TEXT.removeprefix(prompt)
 
@@ -285,4 +285,4 @@ def test_an_impossible_argument_is_one_line(
 
 def test_fewer_than_no_tokens_are_refused() -> None:
     with pytest.raises(GenerationError, match="max_tokens -3: expected a whole number, at least 0"):
-        next(sampling.generate(model_of(50), [1], max_tokens=-3))
+        next(sampling.generate_tokens(model_of(50), [1], max_tokens=-3))

@@ -18,7 +18,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import (
     CheckpointError,
-    load_model,
+    read_model,
     read_state,
     write_huggingface,
     write_pth,
@@ -39,7 +39,7 @@ def test_a_round_trip_through_transformers_layout_is_bitwise(
 ) -> None:
     model = random_model().to(dtype)
     write_huggingface(model_state(model), tmp_path / "a", dtype=dtype, layout="transformers")
-    loaded = load_model(tmp_path / "a", dtype=dtype)
+    loaded = read_model(tmp_path / "a", dtype=dtype)
     assert loaded.config == model.config
     assert all(torch.equal(value, model_state(model)[name]) for name, value in model_state(loaded).items())
     write_huggingface(read_state(tmp_path / "a"), tmp_path / "b", dtype=dtype, layout="transformers")

@@ -16,9 +16,9 @@ from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
 from streaming_rwkv.data.mixture import make_plan
 from streaming_rwkv.inference import export
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_model, read_state
+from streaming_rwkv.model.weights import read_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import prepare
@@ -171,8 +171,8 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     their_ids, their_text = json.loads((tmp_path / "out").read_text())
     tokenizer = load_tokenizer(tmp_path / "stage2" / "tokenizer")
     prompt = [tokenizer.bos_id, *tokenizer.encode("abc de").tolist()]
-    model = load_model(tmp_path / "model.pth")
-    ids = list(generate(model, prompt, max_tokens=100, temperature=0, stop={tokenizer.eos_id}))
+    model = read_model(tmp_path / "model.pth")
+    ids = list(generate_tokens(model, prompt, max_tokens=100, temperature=0, stop={tokenizer.eos_id}))
     ours, theirs = ([*found, tokenizer.eos_id][:100] for found in (ids, their_ids))  # its end is a choice too
     compared = clear_choices(model, prompt, ours)
     assert compared >= 5
