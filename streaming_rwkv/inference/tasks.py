@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.inference.scoring import Continuation, log_likelihood, score
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         until = [until] if isinstance(until, str) else until
         tokens: list[int] = []
         text = ""
-        for token in generate(
+        for token in generate_tokens(
             self.model,
             [self.words.bos_id, *self.tok_encode(context)],
             max_tokens=options.get("max_gen_toks", MAX_TOKENS),
