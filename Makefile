@@ -9,6 +9,8 @@ NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
 NEXT_BIN := $(NEXT_VENV)/bin
 NEXT_STAMP := $(NEXT_VENV)/.installed
+# The tested set of versions; `CONSTRAINTS=/dev/null` takes the newest that pyproject.toml admits.
+CONSTRAINTS ?= requirements/constraints.txt
 # setuptools warns at every editable install that imports may find folders of the working directory first.
 EDITABLE := PYTHONWARNINGS=ignore:Editable
 
@@ -17,10 +19,11 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-all test-rest test-next check s3 format clean
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(EDITABLE) $(BIN)/python -m pip install --progress-bar off --quiet --editable '.[dev]'
+	@echo "installing PyTorch and the other requirements into $(VENV): some minutes, 7 GB"
+	@$(EDITABLE) $(BIN)/python -m pip install --progress-bar off --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, print_rich, tolerate_any_encoding
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
@@ -31,7 +31,7 @@ from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import load_model
 from streaming_rwkv.plot import validation_rows
-from streaming_rwkv.shards import SPLITS, Split
+from streaming_rwkv.shards import Split
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
@@ -112,29 +112,9 @@ def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.evaluate`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.evaluate", description="Measure a checkpoint's loss on a data set."
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("data", help="a data set that prep built: a folder, or s3://bucket/prefix")
-    parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument(
-        "--packs-per-stream", type=int, metavar="N", help="evaluate only the first N packs of each stream"
-    )
-    parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, with the names that runs log")
-    options = parser.parse_args(arguments)
-    if options.packs_per_stream is not None and options.packs_per_stream < 1:
-        parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
-    tolerate_any_encoding()
-    try:
-        metrics = run(options)
-    except UserError as error:
-        print_error(error)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Print the metrics of a checkpoint on a data set, and return the exit status."""
+    metrics = measure(options)
     if options.json:
         print(json.dumps(metrics, indent=1))
     else:
@@ -142,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a checkpoint on a data set, after checking that they belong together."""
     device = find_device(options.device)
     if options.cache is not None:
@@ -163,8 +143,10 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 f"{own.name!r}; prepare the data with that tokenizer"
             )
         model = load_model(checkpoint).to(device)
-        return evaluate(model, shard_set, split=options.split, packs_per_stream=options.packs_per_stream, progress=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return evaluate(
+            model,
+            shard_set,
+            split=options.split,
+            packs_per_stream=options.packs_per_stream,
+            progress=sys.stderr.isatty(),
+        )

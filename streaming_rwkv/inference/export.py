@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import shown
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
@@ -61,25 +60,12 @@ def _write_world_for_transformers(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.export`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("out", help="NAME.pth, or a folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
-    options = parser.parse_args(arguments)
-    tolerate_any_encoding()
-    try:
-        out = _local_out(options.out)
-        with local_checkpoint(options.checkpoint) as checkpoint:
-            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
-    except UserError as error:
-        print_error(error)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Export a checkpoint, say where it is, and return the exit status."""
+    out = _local_out(options.out)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
     without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}{without}")
     return 0
@@ -92,7 +78,3 @@ def _local_out(name: str) -> Path:
     if out.suffix != ".pth" and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name NAME.pth, or a folder")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,7 @@ import psutil
 import pytest
 import torch
 
-from streaming_rwkv.inference import evaluate
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from tests.fork_server import ForkedProgram, ForkServer
@@ -317,7 +317,7 @@ def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_wi
 def test_its_last_checkpoint_evaluates_as_the_run_did(
     place: Workplace, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([str(unbroken), str(place.data), "--json"]) == 0
+    assert command_line.evaluate([str(unbroken), str(place.data), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     step, loss = validation_losses(unbroken)[-1]
     assert step == STEPS

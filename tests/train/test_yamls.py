@@ -14,7 +14,7 @@ import torch
 
 from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
-from streaming_rwkv.inference import export
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.sampling import generate
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import load_model, read_state
@@ -155,7 +155,7 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     assert "this run is finished" in run("stage2", *settings)
 
     # What was trained, exported, goes on in BlinkDL's package as it does in ours.
-    assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
+    assert command_line.export([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
     tokenizer_json = tmp_path / "stage2" / "tokenizer" / "tokenizer.json"
     worker = [
         ROOT / "tests" / "inference" / "rwkv_worker.py",
