@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` trains, `make test` proves. Both build .venv first. `make test-all` also
-# runs the tests that take long.
+# runs the tests that take long, `make docs` builds the documentation.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ EDITABLE := PYTHONWARNINGS=ignore:Editable
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-rest test-next check s3 format clean
+.PHONY: demo test test-all test-rest test-next check docs constraints s3 format clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,9 +32,10 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests bench README.md demo.py train.py
+	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench README.md demo.py train.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
 # storage and two processes, alone, for their timing's sake.
@@ -59,6 +60,14 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 	$(NEXT_BIN)/python -m pip install --progress-bar off --quiet --no-deps --requirement requirements/next-no-deps.txt
 	touch $(NEXT_STAMP)
 
+# The documentation as a site, in site/, without the network; warnings, such as broken links, are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Write requirements/constraints.txt from .venv, after the tests have passed with these versions.
+constraints: $(STAMP)
+	$(BIN)/python -m tools.constraints
+
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
 s3: $(STAMP)
 	$(BIN)/python -m tests.s3_server
@@ -68,4 +77,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEXT_VENV) demo-out
+	rm -rf $(VENV) $(NEXT_VENV) demo-out site
