@@ -19,8 +19,8 @@ _DEVICE = "cpu, cuda, cuda:1, … (default: cuda if there is a GPU, otherwise cp
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def generate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.generate") -> int:
-    """Run the command that generates text, and return its exit status."""
+def generate_parser(program: str) -> CommandParser:
+    """Return the parser of the command that generates text."""
     parser = CommandParser(
         prog=program,
         description="Continue a text with a trained model.",
@@ -38,7 +38,12 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
     parser.add_argument("--top-p", type=float, default=0.9, help="probability mass to sample from")
     parser.add_argument("--seed", type=int, help="random seed: the same seed repeats a text (default: random)")
     parser.add_argument("--device", help=_DEVICE)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def generate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.generate") -> int:
+    """Run the command that generates text, and return its exit status."""
+    options = generate_parser(program).parse_args(arguments)
 
     def run() -> int:
         check_exists(options.checkpoint)
@@ -50,8 +55,8 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
     return _status(run)
 
 
-def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.evaluate") -> int:
-    """Run the command that measures a checkpoint's loss, and return its exit status."""
+def evaluate_parser(program: str) -> CommandParser:
+    """Return the parser of the command that measures a checkpoint's loss."""
     parser = CommandParser(
         prog=program,
         description="Measure a checkpoint's loss on a data set.",
@@ -69,6 +74,12 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
     parser.add_argument("--device", help=_DEVICE)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON, with the names that runs log")
+    return parser
+
+
+def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.evaluate") -> int:
+    """Run the command that measures a checkpoint's loss, and return its exit status."""
+    parser = evaluate_parser(program)
     options = parser.parse_args(arguments)
     if options.packs_per_stream is not None and options.packs_per_stream < 1:
         parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
@@ -84,8 +95,8 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     return _status(run)
 
 
-def export(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.export") -> int:
-    """Run the command that writes weights for other programs, and return its exit status."""
+def export_parser(program: str) -> CommandParser:
+    """Return the parser of the command that writes weights for other programs."""
     parser = CommandParser(
         prog=program,
         description="Write a checkpoint's weights for other programs: NAME.pth in BlinkDL's format (rwkv, RWKV-Runner, "
@@ -96,7 +107,12 @@ def export(arguments: Sequence[str] | None = None, *, program: str = "python -m 
     parser.add_argument("out", help="NAME.pth, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
     parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def export(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.export") -> int:
+    """Run the command that writes weights for other programs, and return its exit status."""
+    options = export_parser(program).parse_args(arguments)
 
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
@@ -47,10 +48,8 @@ def _program() -> str:
     return f"python {script}" if script == "train.py" else "python -m streaming_rwkv.train"
 
 
-def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
-    from streaming_rwkv.arguments import CommandParser
-    from streaming_rwkv.console import tolerate_any_encoding
-
+def command_parser(program: str) -> CommandParser:
+    """Return the parser of the command line."""
     parser = CommandParser(
         prog=program,
         description="Train RWKV-7 from packed MDS shards. The same command resumes a run that was stopped.",
@@ -71,6 +70,13 @@ def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
         help="number of processes on this machine, one for each GPU; also processes=N (default: 1, or as many as a "
         "launcher started)",
     )
+    return parser
+
+
+def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
+    from streaming_rwkv.console import tolerate_any_encoding
+
+    parser = command_parser(program)
     is_reporting = is_local_rank_zero()  # one rank of each node reports an error of all ranks
     tolerate_any_encoding()
     try:

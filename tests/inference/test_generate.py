@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import command_line, generate, sampling
+from streaming_rwkv.inference import command_line, sampling
 from streaming_rwkv.inference.generate import stream_text
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.inference.sampling import GenerationError, choose
@@ -248,6 +248,7 @@ def test_an_export_to_an_impossible_place(
 
 @pytest.mark.parametrize("device", ["mps", "nonsense"])
 def test_a_device_that_is_not_here(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.pth").touch()  # the device is checked before the checkpoint is read
     code, _, err = run(tmp_path / "model.pth", "--device", device, capsys=capsys)
     assert code == 1
     assert f"--device {device}: cannot be used here" in err
