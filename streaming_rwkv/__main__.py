@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from streaming_rwkv.arguments import CommandParser, add_version, did_you_mean
 from streaming_rwkv.extras import BASE, exit_if_missing
@@ -31,6 +32,13 @@ RUN_COMMANDS = {
     "plot": "draw the curves of one or more runs",
 }
 COMMANDS = DATA_COMMANDS | RUN_COMMANDS
+
+
+def run() -> NoReturn:
+    """Run the command of the command line, and end this process with its status."""
+    if sys.argv[1:2] == ["train"]:
+        end_with(main)
+    sys.exit(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +91,7 @@ def _run_command(command: str, arguments: list[str]) -> int:
         case "train":
             from streaming_rwkv.train.__main__ import main as train
 
-            end_with(lambda: train(arguments, program=program))
+            return train(arguments, program=program)
         case "generate":
             from streaming_rwkv.inference.command_line import generate
 
@@ -105,4 +113,4 @@ def _run_command(command: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

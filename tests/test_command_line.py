@@ -116,14 +116,9 @@ from streaming_rwkv.__main__ import main
 
 found = []
 for arguments in json.loads(sys.argv[1]):
-    if arguments[0] == "train":
-        from streaming_rwkv.train.__main__ import main as train  # `main` would end this process
-        call, arguments = train, arguments[1:]
-    else:
-        call = main
     with redirect_stderr(io.StringIO()) as said:
         try:
-            status = call(arguments)
+            status = main(arguments)
         except SystemExit as ending:
             status = ending.code
     slow = [name for name in ("torch", "composer", "streaming") if name in sys.modules]
@@ -145,9 +140,7 @@ def test_wrong_paths_are_told_before_torch_is_imported() -> None:
 def test_initial_weights_that_are_missing_are_told_with_their_setting(
     write_data_set: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from streaming_rwkv.train.__main__ import main as train
-
     data = write_data_set(tmp_path / "data", {("web", 1, 32): 4})
     arguments = ["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path}/run", "model.init_from=nowhere"]
-    assert train([str(ROOT / arguments[0]), *arguments[1:]]) == 1
+    assert main(["train", str(ROOT / arguments[0]), *arguments[1:]]) == 1
     assert "error: model.init_from: nowhere: no such file or folder" in capsys.readouterr().err

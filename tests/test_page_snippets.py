@@ -42,7 +42,9 @@ def commands(text: str) -> list[list[str]]:
         for part in re.split(r"&&|\||;", re.sub(r"(^|\s)#.*", "", line)):
             start = re.search(rf"(?:^|[\s'])({'|'.join(map(re.escape, (*OURS, 'make ')))})", part)
             if start and not any(other in part for other in OTHERS):
-                command = part[start.start(1) :].replace("…", "").rstrip(" '" if part.count("'") % 2 else " ")
+                command = part[start.start(1) :].replace("…", "").strip()
+                if command.count("'") % 2:  # within a quoted command, whose end it has
+                    command = command.removesuffix("'")
                 found.append(shlex.split(command))
     return found
 
