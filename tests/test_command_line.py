@@ -76,7 +76,7 @@ def test_the_help_shows_defaults(capsys: pytest.CaptureFixture[str], monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian x.yaml", "'trian' is no command; did you mean 'train'?"),
+        ("trein x.yaml", "'trein' is no command; did you mean 'train'?"),
         ("build x.yaml", "'build' is no command; did you mean 'prepare'?"),
         ("frobnicate", "'frobnicate' is no command\n"),
         ("prepare x.yaml --dryrun", "unrecognized arguments: --dryrun; did you mean '--dry-run'?"),
@@ -95,8 +95,8 @@ def test_wrong_arguments_are_told_with_what_was_meant(
 
 
 def test_prep_suggests_the_nearest_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_status(prep, "verfy", "out") == 2
-    assert "did you mean 'verify'?" in capsys.readouterr().err
+    assert exit_status(prep, "reportt", "out") == 2
+    assert "did you mean 'report'?" in capsys.readouterr().err
 
 
 PATHS = [
