@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from streaming_rwkv.arguments import CommandParser, add_version, did_you_mean
-from streaming_rwkv.extras import BASE, exit_if_missing
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import end_with
 
 PROGRAM = "streaming-rwkv"
@@ -87,6 +87,8 @@ def command_parser() -> CommandParser:
 def _run_command(command: str, arguments: list[str]) -> int:
     program = f"{PROGRAM} {command}"
     exit_if_missing(*BASE, extra="train")
+    if not {"-h", "--help"} & set(arguments):
+        exit_if_missing(*(["matplotlib"] if command == "plot" else TRAIN), extra="train")
     match command:
         case "train":
             from streaming_rwkv.train.__main__ import main as train
@@ -105,7 +107,6 @@ def _run_command(command: str, arguments: list[str]) -> int:
 
             return export(arguments, program=program)
         case "plot":
-            exit_if_missing("matplotlib", extra="train")
             from streaming_rwkv.plot import main as plot
 
             return plot(arguments)

@@ -28,6 +28,15 @@ _BLOCK = re.compile(r"(```.*?```)", re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the pages that mkdocs.yml does not name to the end of the navigation, so that none is left out."""
+    named = re.findall(r"[\w-]+\.md", str(config.nav))
+    others = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name not in named)
+    if others and config.nav is not None:
+        config.nav.append({"More": others})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside docs/, and the source files that pages link to."""
     for source, page in PAGES.items():
