@@ -6,6 +6,7 @@ of the site, one to a source file leads to a copy of it. MkDocs then reports wha
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ PAGES = {
     "bench/README.md": "benchmarks.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+_NAMES = re.compile(r"<!-- names of (\w+) -->")
 _BLOCK = re.compile(r"(```.*?```)", re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
@@ -54,11 +56,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Rewrite the links of a page from the repository's paths to the site's."""
+    """Rewrite the links of a page from the repository's paths to the site's, and list the packages' public names."""
+    markdown = _NAMES.sub(lambda match: public_names(match[1]), markdown)
     return "".join(
         part if part.startswith("```") else _LINK.sub(lambda match: _rewritten(match, page.file.src_uri), part)
         for part in _BLOCK.split(markdown)
     )
+
+
+def public_names(package: str) -> str:
+    """Return a section with the documentation of each name in a package's `__all__`, if it has one."""
+    for node in ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            return "\n".join([f"## `{package}`", "", *(f"::: {package}.{name}" for name in names)])
+    return ""
 
 
 def target_of(path: str, *, page: str) -> str:
