@@ -16,10 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO
+
+from streaming_rwkv.distributed import rank_environment
 
 STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
 POLL_SECONDS = 0.1
@@ -106,21 +108,6 @@ class Ranks:
         elif status < 0:
             print(f"rank {failed} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
         return 128 - status if status < 0 else status
-
-
-def rank_environment(local_rank: int, count: int, *, port: int) -> Mapping[str, str]:
-    """Return the variables that tell a process its rank, as the launcher `composer` sets them."""
-    return {
-        "RANK": str(local_rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(count),
-        "NODE_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    }
 
 
 def free_port() -> int:
