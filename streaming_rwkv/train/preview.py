@@ -19,7 +19,7 @@ from streaming_rwkv.tokenizer import Tokenizer
 from streaming_rwkv.train.prepare import PreparedRun
 
 GB, MB = 1e9, 1e6
-# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/test_preview.py),
+# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/train/test_preview.py),
 # without the states that the kernel saves.
 SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
 INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activation checkpointing keeps

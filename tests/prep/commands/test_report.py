@@ -73,7 +73,7 @@ def test_the_figures_are_the_manifests(finished, tmp_path):
     assert figures["counts"]["corpus"]["rejected"] == {"'text' is not a string": 1}
 
 
-def test_without_a_data_set_or_its_statistics(finished, tmp_path):
+def test_a_report_without_a_data_set_or_its_statistics_is_refused(finished, tmp_path):
     with pytest.raises(DataError, match="no finished data set"):
         write_report(tmp_path)
     (tmp_path / "out" / "statistics.json").unlink()
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_option(finished, tmp_pat
         write_report(tmp_path / "out", to=tmp_path / "corpus" / "a.jsonl")
 
 
-def test_stacks_are_as_high_as_their_values():
+def test_stacked_bars_are_as_high_as_their_values():
     plot = grouped_bars({"a": {"x": 30, "y": 10}}, colors={"x": "red", "y": "blue"}, x_name="", y_name="", height=150)
     assert "height='75.0' fill='red'" in plot  # 100 pixels for 40
     assert "height='25.0' fill='blue'" in plot
@@ -99,7 +99,7 @@ def test_names_are_escaped():
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0, "0"), (999, "999"), (1200, "1.2k"), (3.4e6, "3.4M"), (5e9, "5G")])
-def test_short_numbers(value, shown):
+def test_numbers_are_shortened(value, shown):
     assert short(value) == shown
 
 

@@ -73,7 +73,7 @@ def shown(table) -> str:
     return console.file.getvalue()
 
 
-def test_tables_at_the_end(config, corpus):
+def test_a_finished_build_shows_its_tables(config, corpus):
     manifest = build(config(edges=[5, 10], pack_tokens=20)).manifest
     # 5 inputs in a pack of 20, 10 in another: a quarter and a half.
     streams = shown(stream_table(manifest))
@@ -90,7 +90,7 @@ def test_tables_at_the_end(config, corpus):
     ]
 
 
-def test_table_of_a_dry_run(config, corpus, tmp_path, write_lines):
+def test_a_dry_run_shows_its_counts(config, corpus, tmp_path, write_lines):
     (tmp_path / "corpus" / "b.jsonl").write_text('{"text": 5}\n{"body": ""}\n{"body": ""}\n')
     write_lines(tmp_path / "more" / "a.jsonl", ["0"])
     sources = {name: {"paths": str(tmp_path / name)} for name in ("more", "corpus")}
