@@ -14,8 +14,7 @@ torch nor streaming, and are the only part of this package that `prep` knows.
 from typing import TYPE_CHECKING
 
 from streaming_rwkv.public import import_when_used
-
-__version__ = "0.1.0"
+from streaming_rwkv.version import __version__
 
 __all__ = [
     "RWKV7",
@@ -27,6 +26,7 @@ __all__ = [
     "StepDataset",
     "Tokenizer",
     "UserError",
+    "__version__",
     "generate",
     "initialize",
     "load_model",

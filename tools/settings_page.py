@@ -38,7 +38,7 @@ BOUNDS = {"gt": ">", "ge": "≥", "le": "≤", "min_length": "length ≥"}
 
 
 def sections(config: type[Config], key: str = "") -> Iterator[tuple[str, type[Config]]]:
-    """Configurations below `config`, each with its key."""
+    """Each configuration below `config` with the key that leads there."""
     yield key, config
     for name, field in config.model_fields.items():
         for inner in configs_within(field.annotation):

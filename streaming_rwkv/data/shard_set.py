@@ -29,6 +29,7 @@ from streaming_rwkv.shards import (
     Manifest,
     StreamRecord,
     check_index,
+    missing_file,
     parse_manifest,
     sha256_of_file,
 )
@@ -196,10 +197,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
             else:
                 raise ObjectMissing(remote)
         except ObjectMissing:
-            remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
-            raise DataError(
-                f"{remote}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
-            ) from None
+            raise missing_file(location, name) from None
         except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:

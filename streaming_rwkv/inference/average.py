@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import shown
 from streaming_rwkv.inference.export import DTYPES, local_out, write_export
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.model.marked_files import CheckpointError
@@ -109,35 +107,8 @@ def newest_checkpoints(run: str, count: int) -> Iterator[list[Path]]:
         yield [place.root / step_name(step) for step in steps]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.average`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.average", description="Average the weights of a run's newest checkpoints."
-    )
-    parser.add_argument("run", help="a training run's save folder, or its save_remote on s3://")
-    parser.add_argument("out", help="NAME.pth, NAME.gguf, or a folder for Hugging Face's format")
-    parser.add_argument("--last", type=int, default=8, metavar="N", help="number of checkpoints (default: 8)")
-    parser.add_argument(
-        "--weights", choices=get_args(Scheme), default="equal",
-        help="equal: as a linear decay of the learning rate; 1-sqrt: as a decay by 1 - √(progress), the oldest weighs "
-        "most; linear: the newest weighs most (default: equal)",
-    )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    options = parser.parse_intermixed_args(arguments)
-    if options.last < 1:
-        parser.error(f"--last: found {options.last}, expected 1 or more")
-    tolerate_any_encoding()
-    try:
-        steps = run(options)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"wrote {shown(options.out)}: the average of {len(steps)} checkpoints, {', '.join(steps)}")
-    return 0
-
-
-def run(options: argparse.Namespace) -> list[str]:
-    """Write the average, and return the names of the checkpoints in it."""
+def run(options: argparse.Namespace) -> int:
+    """Write the average, say which checkpoints are in it, and return the exit status."""
     out = local_out(options.out)
     with newest_checkpoints(options.run, options.last) as folders:
         dtype = DTYPES[options.dtype]
@@ -145,8 +116,6 @@ def run(options: argparse.Namespace) -> list[str]:
         rounded = torch.float32 if dtype == torch.float16 else dtype
         state = average(folders, scheme_weights(options.weights, len(folders)), dtype=rounded)
         write_export(state, out, dtype=dtype, tokenizer=find_tokenizer(folders[-1]))
-        return [folder.name for folder in folders]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        names = ", ".join(folder.name for folder in folders)
+        print(f"wrote {shown(options.out)}: the average of {len(folders)} checkpoints, {names}")
+    return 0

@@ -21,18 +21,17 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, print_rich, tolerate_any_encoding
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
-from streaming_rwkv.extras import exit_if_missing
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.plot import validation_rows
-from streaming_rwkv.shards import SPLITS, Split
+from streaming_rwkv.shards import Split
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
@@ -116,41 +115,10 @@ def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.evaluate`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.evaluate",
-        description="Measure a checkpoint's loss on a data set, or its scores on tasks.",
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("data", nargs="?", help="a data set that prep built: a folder, or s3://bucket/prefix")
-    tasks = parser.add_argument_group("standard tasks, instead of or beside a data set (extra: tasks)")
-    tasks.add_argument("--tasks", metavar="NAMES", help="names of lm-evaluation-harness, such as lambada_openai,piqa")
-    tasks.add_argument("--task-folder", metavar="DIR", help="folder with task YAMLs of your own")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
-    tasks.add_argument("--tokenizer", help="for tasks; default: the tokenizer stored with the checkpoint")
-    parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument(
-        "--packs-per-stream", type=int, metavar="N", help="evaluate only the first N packs of each stream"
-    )
-    parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, with the names that runs log")
-    options = parser.parse_args(arguments)
-    if options.packs_per_stream is not None and options.packs_per_stream < 1:
-        parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
-    if options.data is None and options.tasks is None:
-        parser.error("give a data set, or --tasks")
-    if options.tasks is not None:
-        exit_if_missing("lm_eval", extra="tasks")
-    tolerate_any_encoding()
-    try:
-        metrics = run(options) if options.data is not None else {}
-        scores = run_tasks(options) if options.tasks is not None else {}
-    except UserError as error:
-        print_error(error)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Print the metrics of a checkpoint on a data set, on tasks or on both, and return the exit status."""
+    metrics = measure(options) if options.data is not None else {}
+    scores = measure_tasks(options) if options.tasks is not None else {}
     if options.json:
         print(json.dumps(metrics | scores, indent=1))
         return 0
@@ -170,7 +138,7 @@ def task_table(scores: Mapping[str, float]) -> Table:
     return table
 
 
-def run_tasks(options: argparse.Namespace) -> dict[str, float]:
+def measure_tasks(options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a checkpoint on standard tasks."""
     from streaming_rwkv.inference.tasks import evaluate_tasks  # the harness is an extra, and takes seconds to import
 
@@ -187,7 +155,7 @@ def run_tasks(options: argparse.Namespace) -> dict[str, float]:
         return evaluate_tasks(model, tokenizer, names, folder=folder, limit=options.limit, shots=options.shots)
 
 
-def run(options: argparse.Namespace) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a checkpoint on a data set, after checking that they belong together."""
     device = find_device(options.device)
     if options.cache is not None:
@@ -208,8 +176,10 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 f"{own.name!r}; prepare the data with that tokenizer"
             )
         model = read_model(checkpoint).to(device)
-        return evaluate(model, shard_set, split=options.split, packs_per_stream=options.packs_per_stream, progress=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return evaluate(
+            model,
+            shard_set,
+            split=options.split,
+            packs_per_stream=options.packs_per_stream,
+            progress=sys.stderr.isatty(),
+        )

@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import shown
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -97,30 +95,12 @@ def _write_world_for_transformers(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.export`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("out", help="NAME.pth, NAME.gguf, or a folder")
-    parser.add_argument(
-        "--layout", choices=get_args(Layout), default="fla",
-        help="names of a folder's weights: those of fla, which llama.cpp, vLLM and SGLang read too, or those of "
-        "transformers' own RWKV-7 (default: fla)",
-    )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
-    options = parser.parse_args(arguments)
-    tolerate_any_encoding()
-    try:
-        out = local_out(options.out)
-        with local_checkpoint(options.checkpoint) as checkpoint:
-            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
-    except UserError as error:
-        print_error(error)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Export a checkpoint, say where it is, and return the exit status."""
+    out = local_out(options.out)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
     without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}{without}")
     return 0
@@ -138,7 +118,3 @@ def local_out(name: str) -> Path:
     if out.suffix not in FILE_SUFFIXES and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(main())

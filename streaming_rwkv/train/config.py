@@ -265,7 +265,7 @@ class LogConfig(Config):
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
     progress_bar: bool = False
-    """Show Composer's progress bar instead of lines on the console."""
+    """Show Composer's progress bar instead of lines; only on a terminal."""
 
 
 class SpikeConfig(Config):

@@ -20,7 +20,7 @@ from streaming_rwkv.train.checkpoints.record import Checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, sharding
 from streaming_rwkv.train.datasets import RunDatasets, build_datasets
-from streaming_rwkv.train.loggers import RunLoggers, build_loggers
+from streaming_rwkv.train.loggers import RunLoggers, build_loggers, omit_settings, shows_progress_bar
 from streaming_rwkv.train.microbatch import choose_microbatch
 from streaming_rwkv.train.network import build_model
 from streaming_rwkv.train.startup import CheckedRun
@@ -47,6 +47,7 @@ def fit(run: CheckedRun) -> int:
     trainer = build_trainer(
         run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch
     )
+    omit_settings(trainer.logger.destinations)
     loggers.log_settings()
     average_gradients(model.network)
     if run.checkpoint is not None:
@@ -87,7 +88,7 @@ def build_trainer(
         seed=config.seed,
         dist_timeout=run.timeout_seconds,
         parallelism_config={"fsdp": sharding()} if world_size() > 1 else None,
-        progress_bar=config.log.progress_bar,
+        progress_bar=shows_progress_bar(config.log),
         spin_dataloaders=False,
         # Composer's own checkpoints and autoresume are not used: see train/checkpoints/.
         save_folder=None,

@@ -127,6 +127,8 @@ def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
     """Choose this rank's device, and connect the ranks of the run with each other."""
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
+    # Composer's own use of its attribute.
+    warnings.filterwarnings("ignore", message="The _fsdp_wrap attribute will be removed", category=DeprecationWarning)
     if device_name == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "device: found gpu, but torch sees no CUDA device; leave it out to train on the CPU, or fix the driver, "

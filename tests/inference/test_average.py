@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import average as program
-from streaming_rwkv.inference.average import average, newest_checkpoints, scheme_weights
+from streaming_rwkv.inference import command_line
+from streaming_rwkv.inference.average import Scheme, average, newest_checkpoints, scheme_weights
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
@@ -44,12 +44,12 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("1-sqrt", [0.5, 2**-0.5 - 0.5, 0.75**0.5 - 2**-0.5, 1 - 0.75**0.5]),
     ],
 )
-def test_the_weights_of_four_checkpoints(scheme: program.Scheme, expected: list[float]) -> None:
+def test_the_weights_of_four_checkpoints(scheme: Scheme, expected: list[float]) -> None:
     assert scheme_weights(scheme, 4) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("scheme", ["equal", "linear", "1-sqrt"])
-def test_an_average_is_that_of_float64_rounded_once(scheme: program.Scheme, a_run: Path) -> None:
+def test_an_average_is_that_of_float64_rounded_once(scheme: Scheme, a_run: Path) -> None:
     weights = scheme_weights(scheme, 3)
     with newest_checkpoints(str(a_run), 3) as folders:
         assert [folder.name for folder in folders] == ["step-00000002", "step-00000003", "step-00000004"]
@@ -62,14 +62,14 @@ def test_an_average_is_that_of_float64_rounded_once(scheme: program.Scheme, a_ru
 
 
 def test_the_average_of_one_checkpoint_is_that_checkpoint(a_run: Path, tmp_path: Path) -> None:
-    assert program.main([str(a_run), str(tmp_path / "out.pth"), "--last", "1", "--dtype", "float32"]) == 0
+    assert command_line.average([str(a_run), str(tmp_path / "out.pth"), "--last", "1", "--dtype", "float32"]) == 0
     expected = read_state(a_run / "checkpoints" / "step-00000004")
     found = read_state(tmp_path / "out.pth")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_the_command_names_what_it_averaged(a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main([str(a_run), "--last", "2", "--weights", "linear", str(tmp_path / "hf")]) == 0
+    assert command_line.average([str(a_run), "--last", "2", "--weights", "linear", str(tmp_path / "hf")]) == 0
     assert capsys.readouterr().out.endswith("hf: the average of 2 checkpoints, step-00000003, step-00000004\n")
     states = [read_state(a_run / "checkpoints" / f"step-{step:08}") for step in (3, 4)]
     expected = states[0]["emb.weight"].double() * (1 / 3) + states[1]["emb.weight"].double() * (2 / 3)
@@ -77,9 +77,9 @@ def test_the_command_names_what_it_averaged(a_run: Path, tmp_path: Path, capsys:
 
 
 def test_too_few_checkpoints_are_counted(a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main([str(a_run), str(tmp_path / "out.pth")]) == 1
+    assert command_line.average([str(a_run), str(tmp_path / "out.pth")]) == 1
     assert "--last 8: the run has 4 checkpoints (step-00000001, " in capsys.readouterr().err
-    assert program.main([str(tmp_path), str(tmp_path / "out.pth")]) == 1
+    assert command_line.average([str(tmp_path), str(tmp_path / "out.pth")]) == 1
     assert "not a run: it has no folder 'checkpoints'" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import export, generate, sampling
+from streaming_rwkv.inference import command_line, sampling
 from streaming_rwkv.inference.generate import stream_text
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.inference.sampling import GenerationError, choose
@@ -169,7 +169,7 @@ def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: To
 
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = generate.main([str(argument) for argument in arguments])
+    code = command_line.generate([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -186,14 +186,14 @@ def test_an_exported_folder_is_complete_in_itself(
     memorized: RWKV7, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pth(model_state(memorized), tmp_path / "model.pth")
-    assert export.main([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
+    assert command_line.export([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'hf'}\n"
     code, out, _ = run(tmp_path / "hf", "The quick", "--temperature", 0, capsys=capsys)
     assert (code, out) == (0, TEXT.removeprefix("The quick") + "\n")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 0)
 
-    assert export.main([str(tmp_path / "hf"), str(tmp_path / "back.pth")]) == 0
+    assert command_line.export([str(tmp_path / "hf"), str(tmp_path / "back.pth")]) == 0
     before, after = torch.load(tmp_path / "model.pth"), torch.load(tmp_path / "back.pth")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -242,13 +242,14 @@ def test_an_export_to_an_impossible_place_is_refused(
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     (tmp_path / "file").touch()
     (tmp_path / "d.pth").mkdir()
-    assert export.main(["model.pth", out]) == 1
+    assert command_line.export(["model.pth", out]) == 1
     assert error in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.pth", "file", "model.pth"]
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense"])
 def test_a_missing_device_is_refused(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.pth").touch()  # the device is checked before the checkpoint is read
     code, _, err = run(tmp_path / "model.pth", "--device", device, capsys=capsys)
     assert code == 1
     assert f"--device {device}: cannot be used here" in err
@@ -256,9 +257,9 @@ def test_a_missing_device_is_refused(device: str, tmp_path: Path, capsys: pytest
 
 def test_an_export_without_a_tokenizer_names_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
-    assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
+    assert command_line.export([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
     assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
-    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
+    assert command_line.export([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import export
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import open_store
@@ -110,7 +110,7 @@ def test_a_run_whose_machine_is_lost_resumes_from_the_bucket_alone(
         "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "tokenizer"
     }  # fmt: skip
 
-    assert export.main([f"{s3_place}/run", str(tmp_path / "model.pth"), "--dtype", "float32"]) == 0
+    assert command_line.export([f"{s3_place}/run", str(tmp_path / "model.pth"), "--dtype", "float32"]) == 0
     exported, expected = read_state(tmp_path / "model.pth"), last_weights(tmp_path / "quiet")
     assert all(torch.equal(exported[name], expected[name].squeeze()) for name in ("emb.weight", "head.weight"))
 

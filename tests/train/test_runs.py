@@ -29,7 +29,7 @@ import psutil
 import pytest
 import torch
 
-from streaming_rwkv.inference import evaluate
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from tests.fork_server import ForkedProgram, ForkServer
@@ -317,7 +317,7 @@ def test_two_processes_killed_repeatedly_end_like_the_unbroken_run(place: Workpl
 def test_the_last_checkpoint_evaluates_as_the_run_did(
     place: Workplace, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([str(unbroken), str(place.data), "--json"]) == 0
+    assert command_line.evaluate([str(unbroken), str(place.data), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     step, loss = validation_losses(unbroken)[-1]
     assert step == STEPS
@@ -366,7 +366,8 @@ def test_a_run_asked_to_stop_saves_and_resumes_with_another_world_size(place: Wo
             os.kill(frozen.pid, signal.SIGCONT)
             status, output = run.finish()
         assert status == 143, output
-        assert f"stopped at step {step} of 30 on request; rerun the same command to resume" in output
+        stopping = output.index("stopping: finishing this step and writing a checkpoint; press Ctrl-C again")
+        assert stopping < output.index(f"stopped at step {step} of 30 on request; rerun the same command to resume")
         assert newest_step(folder) == step
     status, output = place.train(folder)
     assert status == 0, output
@@ -380,6 +381,16 @@ def test_a_run_asked_to_stop_saves_and_resumes_with_another_world_size(place: Wo
         for path in (folder, unbroken)
     )
     assert consumed == expected_consumed
+
+
+def test_the_program_trains_on_two_processes_as_composer_does(place: Workplace, unbroken_with_two: Path) -> None:
+    folder = place.folder / "program"
+    program = [sys.executable, "-m", "streaming_rwkv", "train", "yamls/tiny_cpu.yaml", "processes=2"]
+    settings = [f"data.path={place.data}", f"save_folder={folder}", *SETTINGS]
+    done = place.programs.run([*program, *settings], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(folder, unbroken_with_two)
+    assert "Press Ctrl-C to exit immediately" not in done.stdout
 
 
 def changed_manifest(data: Path, to: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
 from streaming_rwkv.data.mixture import make_plan
-from streaming_rwkv.inference import export
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_model, read_state
@@ -157,7 +157,7 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     assert "this run is finished" in run("stage2", *settings)
 
     # The trained model, exported, continues a text in BlinkDL's package as it does in ours.
-    assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
+    assert command_line.export([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
     tokenizer_json = tmp_path / "stage2" / "tokenizer" / "tokenizer.json"
     worker = [
         ROOT / "tests" / "inference" / "rwkv_worker.py",

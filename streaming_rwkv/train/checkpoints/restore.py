@@ -26,7 +26,7 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import fsync, temporary_path
 from streaming_rwkv.location import checked_location, is_remote
-from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, check_exists
 from streaming_rwkv.model.weights import is_weights_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import Store, open_store
@@ -272,11 +272,7 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
         StorageError: the store cannot be read, or sends damaged objects.
     """
     if not is_remote(location):
-        if not Path(location).exists():
-            raise CheckpointError(
-                f"{location}: no such file or folder; give a run's save folder, one of its checkpoints, a .pth, or a "
-                "Hugging Face folder"
-            )
+        check_exists(location)
         yield _find_local(Path(location))
         return
     with _run_of(location) as (store, step), TemporaryDirectory(prefix="checkpoint-") as temporary:
