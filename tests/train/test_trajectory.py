@@ -218,5 +218,6 @@ def test_sixty_steps_equal_the_reference_trainers(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, reference.weights[name], rtol=0, atol=1e-8, msg=name)
     # In float32 single weights differ more than the loss does: with eps 1e-18 a step of AdamW is as large for a
-    # gradient that is rounding noise as for any other.
-    assert distance(load_model(tmp_path / "first.pth", dtype=torch.float32)) < 1e-5
+    # gradient that is rounding noise as for any other. Rounding moves the loss by 6e-6 at most where this was written;
+    # another processor rounds in another order.
+    assert distance(load_model(tmp_path / "first.pth", dtype=torch.float32)) < 3e-5
