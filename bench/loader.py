@@ -5,10 +5,10 @@
 
 In the same run, one after another, all from shards that are stored expanded on the local disk:
 
-    ours        PackDataset and collate: order, checks, cu_seqlens, targets; int64, ready for the model
+    ours          PackDataset and collate: order, checks, cu_seqlens, targets; int64, ready for the model
     open_dataset  the same through the Python interface
-    streaming   StreamingDataset as it comes, shuffled, and a collate that only joins the tokens, as int64
-    litdata     litdata's StreamingDataset with TokensLoader, shuffled, in blocks of the mean pack; its default collate
+    streaming     StreamingDataset as it comes, shuffled, and a collate that only joins the tokens, as int64
+    litdata       litdata's StreamingDataset with TokensLoader, shuffled, in blocks of the mean pack; default collate
 
 Each is read once before it is timed. A figure is the tokens of a run's batches but the first, over the time from the
 first to the last; the median of `--repeats`. Time to the first batch is from opening the manifest, with imports done.
