@@ -240,15 +240,7 @@ def make_plan(
             "data.path: the data set has no packs to train on, all of them are for validation; build it from more "
             "documents, or with a smaller `validation`"
         )
-    orders = [
-        stream_order(
-            [shard.packs for shard in stream.shards],
-            key=f"{seed}/{stream.path}",
-            block_shards=block_shards,
-            share=share,
-        )
-        for stream in streams
-    ]
+    orders = _orders(streams, seed=seed, block_shards=block_shards, share=share)
     packs = np.array([order.packs for order in orders], np.int64)
     parts = packs / np.array([stream.packs for stream in streams])
     targets = parts * np.array([stream.targets for stream in streams], np.float64)
@@ -278,6 +270,18 @@ def make_plan(
         position = position + _given(rates, offsets, steps * batch_packs)
         first_step += steps
     return Plan(streams=streams, batch_packs=batch_packs, stages=resolved, orders=orders, end=position)
+
+
+def _orders(streams: Sequence[StreamRecord], *, seed: int, block_shards: int, share: float) -> list[Order]:
+    return [
+        stream_order(
+            [shard.packs for shard in stream.shards],
+            key=f"{seed}/{stream.path}",
+            block_shards=block_shards,
+            share=share,
+        )
+        for stream in streams
+    ]
 
 
 def _given(rates: Floats, offsets: Floats, slots: int) -> Ints:

@@ -67,7 +67,6 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     model = resolve_model(config.model, manifest.tokenizer, shape)
     total_tokens = round(float(plan.expected_targets().sum()))
     lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=total_tokens)  # raises if the schedule does not fit
-    memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
     return PreparedRun(
         config=config,
         shard_set=shard_set,
@@ -75,22 +74,29 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
         model=model,
         total_tokens=total_tokens,
         cache_limits=limits,
-        identity={
-            "data": manifest.fingerprint,
-            "tokenizer": manifest.tokenizer.sha256,
-            "mixture": [stage.model_dump(exclude_none=True) for stage in all_stages(data)],
-            "batch_packs": plan.batch_packs,
-            "order": {
-                "version": ORDER_VERSION,
-                "block_shards": data.shuffle_block_shards,
-                "seed": config.seed,
-                **({"fraction": data.fraction} if data.fraction != 1 else {}),
-            },
-            "model": model.model_dump(exclude=memory_only),
-            "optimizer": config.optimizer.model_dump(mode="json"),
-            **({"skip_steps": [list(steps) for steps in data.skip_steps]} if data.skip_steps else {}),
-        },
+        identity=_identity(config, manifest=manifest, plan=plan, model=model),
     )
+
+
+def _identity(config: RunConfig, *, manifest: Manifest, plan: Plan, model: RWKV7Config) -> dict[str, Any]:
+    """Return the settings that decide the steps of a run; a part that is not used is left out, as in older marks."""
+    data = config.data
+    memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
+    return {
+        "data": manifest.fingerprint,
+        "tokenizer": manifest.tokenizer.sha256,
+        "mixture": [stage.model_dump(exclude_none=True) for stage in all_stages(data)],
+        "batch_packs": plan.batch_packs,
+        "order": {
+            "version": ORDER_VERSION,
+            "block_shards": data.shuffle_block_shards,
+            "seed": config.seed,
+            **({"fraction": data.fraction} if data.fraction != 1 else {}),
+        },
+        "model": model.model_dump(exclude=memory_only),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        **({"skip_steps": [list(steps) for steps in data.skip_steps]} if data.skip_steps else {}),
+    }
 
 
 def _plan(config: RunConfig, manifest: Manifest, *, world_size: int) -> Plan:

@@ -98,11 +98,16 @@ def check_same_settings(
         lines = [
             f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
         ]
-        advice = "Set the value back" if branching else "Give the run another `save_folder`, set the value back"
+        names = ",".join(differing)
+        advice = (
+            f"Set the value back, or, if the change is meant, say checkpoint.allow_changed=[{names}]"
+            if branching
+            else "Give the run another `save_folder`, set the value back, or, if the change is meant, say "
+            f"checkpoint.allow_changed=[{names}]"
+        )
         raise CheckpointError(
             f"{where}: made by a run with other settings; steps already taken would not be those of this "
-            "run.\n  " + "\n  ".join(lines) + f"\n{advice}, or, if the change is meant, say "
-            f"checkpoint.allow_changed=[{','.join(differing)}]"
+            "run.\n  " + "\n  ".join(lines) + f"\n{advice}"
         )
 
 
