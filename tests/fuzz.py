@@ -665,9 +665,9 @@ def run_cases(name: str, folder: Path, *, first: int = 0, count: int) -> Outcome
             outcome.counts["refused"] += 1
             if not str(error).strip():
                 outcome.escapes[number] = "a UserError without a text"
-        except BaseException as error:  # panics of Rust are none
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt:  # stopped by hand
+            break
+        except BaseException as error:  # noqa: BLE001  # a panic of Rust is no Exception
             where = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
             ours = [place for place in where if "/prep/" in place or "/streaming_rwkv/" in place]
             outcome.escapes[number] = f"{type(error).__name__}: {str(error)[:200]} at {(ours or where)[-1]}"
