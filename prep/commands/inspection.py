@@ -46,7 +46,7 @@ def shown_pieces(data_set: DataSet, manifest: Manifest, streams: list[StreamReco
     for stream in streams:
         for number, pack in enumerate(_packs(data_set, stream)):
             where = f"{data_set.location}/{stream.path}, pack {number}"
-            check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
+            check_pack(pack, stream=stream, manifest=manifest, where=where)
             bounds = offsets_of(pack["lengths"])
             for piece in range(len(pack["lengths"])):
                 tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]
