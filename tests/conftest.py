@@ -22,9 +22,9 @@ from streaming_rwkv.shards import (
     stream_path,
 )
 from tests.fork_server import ForkServer
-from tests.s3_server import S3Server, running
 from tests.small_data import PACK_TOKENS, VOCAB_SIZE, pack_of, save_tokenizer
 from tests.source_counts import counts_of
+from tools.s3_server import S3Server, running
 
 # Neither a new random input nor a busy machine must fail a change; --hypothesis-profile=default searches on.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -1,7 +1,7 @@
 """Export of weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
 
-An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a
-Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`).
+An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers), one that ends with .gguf
+in llama.cpp's; any other OUT is a Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`, or transformers' own).
 """
 
 from __future__ import annotations
@@ -9,39 +9,73 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import shown
+from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
-from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
+from streaming_rwkv.model.gguf import write_gguf
+from streaming_rwkv.model.state import infer_config
+from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FILE_SUFFIXES = (".pth", ".gguf")
 
 
-def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+def export(
+    checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+) -> None:
     """Write the weights of any checkpoint that `read_state` reads, and into a folder also the tokenizer.
 
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
     """
-    state = read_state(checkpoint)
+    write_export(read_state(checkpoint), out, dtype=dtype, tokenizer=tokenizer, layout=layout)
+
+
+def write_export(
+    state: Mapping[str, Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout = "fla",
+) -> None:
+    """Write weights to a file or folder: see `export`."""
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
+    if out.suffix == ".gguf":
+        _write_gguf(state, out, dtype=dtype, tokenizer=tokenizer)
+        return
     if tokenizer is None:
-        write_huggingface(state, out, dtype=dtype)
+        write_huggingface(state, out, dtype=dtype, layout=layout)
     else:
         tokenizer.save(out)
         if tokenizer.kind == "rwkv-world":
             _write_world_for_transformers(out)
-        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, layout=layout)
+
+
+def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        raise GgufError(f"{out}: a .gguf holds its tokenizer, and none is stored with the checkpoint; give --tokenizer")
+    config = infer_config(state, where=str(out))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise GgufError(
+            f"{out}: the model has {config.vocab_size} tokens, the tokenizer {tokenizer.name!r} "
+            f"{tokenizer.vocab_size}; name the one it was trained with by --tokenizer"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(state, config, out, dtype=dtype, vocabulary=gguf_vocabulary(tokenizer), name=out.stem)
 
 
 def _write_world_for_transformers(folder: Path) -> None:
@@ -61,38 +95,26 @@ def _write_world_for_transformers(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.export`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("out", help="NAME.pth, or a folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
-    options = parser.parse_args(arguments)
-    tolerate_any_encoding()
-    try:
-        out = _local_out(options.out)
-        with local_checkpoint(options.checkpoint) as checkpoint:
-            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
-    except UserError as error:
-        print_error(error)
-        return 1
-    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none is stored with it"
+def run(options: argparse.Namespace) -> int:
+    """Export a checkpoint, say where it is, and return the exit status."""
+    out = local_out(options.out)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
+    without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}{without}")
     return 0
 
 
-def _local_out(name: str) -> Path:
+def local_out(name: str) -> Path:
+    """Return the path to write to.
+
+    Raises:
+        UserError: not on this machine, or of the other kind than what is written: a file, or a folder.
+    """
     out = Path(checked_local(name, remedy="give a local path, and copy the export from there"))
-    if out.suffix == ".pth" and out.is_dir():
-        raise UserError(f"{out}: is a folder, but a .pth is one file; use another name")
-    if out.suffix != ".pth" and out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name NAME.pth, or a folder")
+    if out.suffix in FILE_SUFFIXES and out.is_dir():
+        raise UserError(f"{out}: is a folder, but a {out.suffix} is one file; use another name")
+    if out.suffix not in FILE_SUFFIXES and out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(main())
