@@ -520,7 +520,7 @@ def weights(folder: Path) -> Case:
     from safetensors.torch import save
 
     from streaming_rwkv.model.state import model_state
-    from streaming_rwkv.model.weights import load_model
+    from streaming_rwkv.model.weights import read_model
 
     state = model_state(_small_model())
     written = io.BytesIO()
@@ -547,7 +547,7 @@ def weights(folder: Path) -> Case:
                 torch.save(_mutated_state(state, rng), written)
                 content = written.getvalue()
         (folder / name).write_bytes(content)
-        return load_model(folder / name)
+        return read_model(folder / name)
 
     return case
 
@@ -555,7 +555,7 @@ def weights(folder: Path) -> Case:
 @fuzzed
 def huggingface(folder: Path) -> Case:
     from streaming_rwkv.model.state import model_state
-    from streaming_rwkv.model.weights import load_model, write_huggingface
+    from streaming_rwkv.model.weights import read_model, write_huggingface
 
     place = folder / "model"
     write_huggingface(model_state(_small_model()), place)
@@ -569,7 +569,7 @@ def huggingface(folder: Path) -> Case:
         index.unlink(missing_ok=True)
         if not is_config:
             index.write_bytes(mutated_json(listed, rng))
-        return load_model(place)
+        return read_model(place)
 
     return case
 
@@ -582,7 +582,7 @@ def sharded(folder: Path) -> Case:
     from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
     from streaming_rwkv.model.state import model_state
-    from streaming_rwkv.model.weights import load_model
+    from streaming_rwkv.model.weights import read_model
 
     place = folder / "checkpoint"
     with warnings.catch_warnings():
@@ -623,7 +623,7 @@ def sharded(folder: Path) -> Case:
                 (place / ".metadata").write_bytes(mutated_metadata(rng))
             case _:
                 data.write_bytes(mutated_bytes(files[data.name], rng))
-        return load_model(place)
+        return read_model(place)
 
     return case
 

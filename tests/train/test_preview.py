@@ -75,8 +75,10 @@ def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeyp
     out = capsys.readouterr().out
     tokens, targets = (batches[0][name][0].tolist() for name in ("tokens", "targets"))
     last = int(batches[0]["cu_seqlens"][1]) - 1
-    for token, target in ((tokens[0], targets[0]), (tokens[last], targets[last])):  # id n reads 'wn'
-        assert f"{token} 'w{token}' → {target} 'w{target}'" in out
+    assert f"0 ⟨bos⟩ → {targets[0]} 'w{targets[0]}'" in out  # id n reads 'wn'
+    end = "⟨eos⟩" if targets[last] == 0 else f"'w{targets[last]}'"
+    assert f"{tokens[last]} 'w{tokens[last]}' → {targets[last]} {end}" in out
+    assert tokens[0] == 0
     assert f"0 … {last}" in out
 
 
