@@ -18,7 +18,7 @@ from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import write_pth
+from streaming_rwkv.model.weights import read_state, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -149,5 +149,5 @@ def test_the_command_writes_transformers_layout(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").is_file()
     assert torch.equal(
         torch.load(tmp_path / "place" / "model.pth")["emb.weight"],
-        program.read_state(out)["emb.weight"],
+        read_state(out)["emb.weight"],
     )
