@@ -70,7 +70,10 @@ class SafeReader(FileSystemReader):
             ValueError: it places a tensor outside the files of the folder.
         """
         with open(Path(self.path) / INDEX_NAME, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
+            try:
+                metadata = _IndexUnpickler(file).load()
+            except (AttributeError, ImportError, LookupError, MemoryError, OverflowError, TypeError) as error:
+                raise pickle.UnpicklingError(f"damaged ({type(error).__name__}: {error})") from None
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not the index of a checkpoint")
         _check_places(metadata, Path(self.path))
