@@ -1,4 +1,4 @@
-"""The command line: `python -m prep build|upload|inspect|verify|report|convert|train-tokenizer`."""
+"""The command line: `python -m prep build|show|upload|inspect|verify|report|convert|train-tokenizer`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def _add_build(commands: _Commands) -> None:
     build = commands.add_parser("build", help="build a data set, or resume an unfinished build")
     build.add_argument("config", help="yamls/prep/NAME.yaml")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. out=/data/set workers=8")
+    _add_grouping(build)
     build.add_argument("--dry-run", action="store_true", help="count documents and tokens, write nothing")
     build.add_argument(
         "--accept-changes",
@@ -102,7 +103,17 @@ def _add_build(commands: _Commands) -> None:
     )
 
 
+def _add_grouping(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--by", choices=["source", "bucket"], default="source", help="the rows of the table (default: source)"
+    )
+
+
 def _add_commands_on_data_sets(commands: _Commands) -> None:
+    show = commands.add_parser("show", help="print the tables of a finished data set")
+    show.add_argument("out", type=_location, help=_DATA_SET)
+    _add_grouping(show)
+
     upload = commands.add_parser(
         "upload", help="copy a finished data set to object storage, or resume an unfinished copy"
     )
@@ -158,6 +169,8 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "build":
             from prep.commands.build import run
+        case "show":
+            from prep.commands.show import run
         case "upload":
             from prep.commands.upload import run
         case "inspect":

@@ -34,6 +34,7 @@ from prep.execution.work_folder import (
     switch_to_reference,
     uses_reference,
 )
+from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from prep.stages.assembly import ShardUploads, assemble, publish_locally
 from prep.stages.audit import AuditError, report_handler, warn_of_reference
@@ -70,9 +71,10 @@ def build(
         UserError: anything that its text says how to fix; finished work is kept.
     """
     observer = observer or Observer()
-    tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     check_folder_is_no_input(config)
     files = find_sources(config.sources)
+    observer.inputs(files, config)
+    tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     state = build_state(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
         manifest, _ = _find_earlier(state, store, accept_changes=accept_changes)
@@ -81,6 +83,7 @@ def build(
                 with locked(config.work_folder):
                     _clear(config)
             return BuildResult(manifest=manifest, was_finished=True)
+        check_text_keys(config.sources, files)
         units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
         context = BuildContext(
             config=config,

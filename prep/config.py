@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
@@ -58,6 +58,12 @@ class SourceConfig(Config):
 
 class PrepConfig(LoadedConfig):
     """One data set."""
+
+    mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
+        frozenset({"save_folder", "data", "model", "optimizer"}),
+        "this is a training YAML, not a recipe of a data set; train with `composer train.py {path}`, or give a recipe "
+        "such as yamls/prep/demo.yaml",
+    )
 
     out: str
     """The data set's folder, or s3://bucket/path."""

@@ -5,7 +5,7 @@ This module imports no torch, streaming or composer, so a misspelt key is report
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -242,6 +242,12 @@ class LogConfig(Config):
 
 class RunConfig(LoadedConfig):
     """All settings of a run."""
+
+    mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
+        frozenset({"out", "sources", "tokenizer", "pack_tokens", "edges"}),
+        "this is a recipe of a data set, not a training YAML; build it with `python -m prep build {path}`, then train "
+        "with a YAML such as yamls/tiny_cpu.yaml and data.path=",
+    )
 
     save_folder: str
     """Folder for checkpoints, metrics and logs; a run that is started again with the same folder resumes."""
