@@ -58,6 +58,9 @@ def test_a_dry_run_shows_the_mixture_the_costs_and_a_batch(config, capsys):
     assert "2, each with 2 packs of a step, 2 in a microbatch" in out
     assert "2 kept" in out
     assert "Batch of step 0: 4 packs" in out
+    assert re.search(r"time +│ about \d:\d\d:\d\d, at 30% of products of matrices here", out)
+    assert re.search(r"disk +│ about [\d.]+ kB for the cache of shards, ", out)
+    assert out.endswith("next: the same command without --dry-run\n")
 
 
 def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeypatch):
@@ -137,8 +140,9 @@ def test_a_microbatch_larger_than_a_process_has_packs_is_said_not_to_be_taken(co
 
 def test_a_gpu_that_is_not_here_is_refused(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([str(config), "device=gpu"]) == 1
-    assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert main([str(config), "device=gpu", *more]) == 1
+        assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
 
 
 def test_one_small_checkpoint_is_one_of_some_megabytes_and_the_memory_says_what_of(config, capsys, monkeypatch):

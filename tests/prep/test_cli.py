@@ -90,7 +90,7 @@ def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypat
         (["build", "{recipe}", "seed"], "error: command line: 'seed' is not an override; write key=value"),
         (
             ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
-            "sources.corpus: no 'body' in the first 3 records of {folder}/corpus/a.jsonl; their keys are 'text'; name the",
+            "sources.corpus: no 'body' in the first 3 records of {folder}/corpus/a.jsonl; their keys are 'text'",
         ),
         (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `compo"),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),

@@ -28,8 +28,8 @@ def test_a_key_that_no_record_has_is_told_before_any_source_is_read(sources, con
     with pytest.raises(UserError) as caught:
         command(config(sources=sources))
     assert str(caught.value) == (
-        f"sources.z: no 'text' in the first 3 records of {tmp_path}/z/b.jsonl; their keys are 'content', 'id'; name the "
-        "right key with `sources.z.text`, or remove the source"
+        f"sources.z: no 'text' in the first 3 records of {tmp_path}/z/b.jsonl; their keys are 'content', 'id'; name "
+        "the right key with `sources.z.text`, or remove the source"
     )
 
 
