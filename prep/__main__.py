@@ -125,8 +125,14 @@ def _add_commands_on_data_sets(commands: _Commands) -> None:
     inspect.add_argument("--split", default="train", choices=["train", "validation"])
     inspect.add_argument("--source", help="show only this source")
     inspect.add_argument("--bucket", help="show only this bucket, e.g. 1-256")
-    inspect.add_argument("--skip", type=_at_least(0), default=0, help="the number of pieces to skip")
-    inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show")
+    inspect.add_argument("--seed", type=_at_least(0), default=0, help="choose other documents at random (default: 0)")
+    inspect.add_argument("--in-order", action="store_true", help="show documents as they are stored, not at random")
+    inspect.add_argument("--grep", metavar="TEXT", help="search all documents for a text, in upper or lower case")
+    inspect.add_argument("--ids", action="store_true", help="show the token ids, too")
+    inspect.add_argument(
+        "--skip", type=_at_least(0), default=0, help="the number of pieces to skip (default: 0); in the stored order"
+    )
+    inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show (default: 10)")
 
     verify = commands.add_parser("verify", help="check every shard against the manifest")
     verify.add_argument("out", type=_location, help=_DATA_SET)

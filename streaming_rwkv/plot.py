@@ -53,8 +53,8 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     tables = [("Runs", summary(history))]
     if overlay and len(history.runs) > 1:
         tables.append(("Differences", differences(history.runs)))
-    tables += [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
-    to.write_text(plot_page(plot, tables), encoding="utf-8")
+    last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
+    to.write_text(plot_page(plot, before=tables, after=last), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -106,7 +106,7 @@ function legend(series, hidden, changed) {
 }
 
 // Stacked columns: labels, and parts of {name, color, values}; `share` stretches each column to 100 %.
-function columns(holder, { labels, parts, xName, yName, share = false, edges = [], height = 230 }) {
+function columns(holder, { labels, shownLabels = labels, parts, xName, yName, share = false, edges = [], height = 230 }) {
   const draw = (width) => {
     const totals = labels.map((_, at) => parts.reduce((sum, part) => sum + (part.values[at] || 0), 0));
     const highest = share ? 1 : Math.max(1, ...totals);
@@ -114,7 +114,10 @@ function columns(holder, { labels, parts, xName, yName, share = false, edges = [
     const step = (width - EDGE.left - EDGE.right) / Math.max(1, labels.length);
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
     frame(svg, width, height, { y, yTicks: ticks(0, highest, 5, !share), yName, xName });
-    const every = Math.ceil((Math.max(...labels.map((label) => label.length)) * 6.6 + 8) / step);
+    const shown = shownLabels.filter(Boolean);
+    const room = Math.max(0, ...shown.map((label) => label.length)) * 6.6 + 8;
+    const every = Math.ceil(room / (step * (labels.length / Math.max(1, shown.length))));
+    let place = 0;
     labels.forEach((label, at) => {
       let base = 0;
       const left = EDGE.left + at * step;
@@ -127,9 +130,9 @@ function columns(holder, { labels, parts, xName, yName, share = false, edges = [
         }
         base += value;
       }
-      if (at % every === 0) {
-        const place = { x: left + step / 2, y: height - EDGE.bottom + 15, "text-anchor": "middle" };
-        svg.append(element("text", place, label));
+      if (shownLabels[at] && place++ % every === 0) {
+        const under = { x: left + step / 2, y: height - EDGE.bottom + 15, "text-anchor": "middle" };
+        svg.append(element("text", under, shownLabels[at]));
       }
       const cover = { x: left, y: EDGE.top, width: step, height: height - EDGE.top - EDGE.bottom, fill: "transparent" };
       const enter = () => {

@@ -97,6 +97,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             )  # fmt: skip
             label = None
     axes.set_yscale(panel.scale)
+    if panel.scale == "log":
+        from matplotlib.ticker import EngFormatter, NullFormatter
+
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))  # the default is mathematics, which is not parsed here
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(panel.unit)
     if panel.from_zero:
         axes.set_ylim(bottom=0)

@@ -13,13 +13,17 @@ from streaming_rwkv.plotting.runs import Floats
 _DIGITS = 6
 
 
-def plot_page(plot: Plot, tables: list[tuple[str, list[list[str]]]]) -> str:
+Tables = list[tuple[str, list[list[str]]]]
+"""Headings, and rows of which the first has the names of the columns."""
+
+
+def plot_page(plot: Plot, *, before: Tables, after: Tables) -> str:
     """Return one HTML file without references to other files.
 
     Args:
-        tables: headings, and rows of which the first are the names of the columns.
+        before: tables above the curves.
+        after: tables below them.
     """
-    shown = "".join(f"<section><h2>{html.escape(title)}</h2>{_table(rows)}</section>" for title, rows in tables)
     data = {
         "end": plot.end,
         "marks": [{"x": at, "label": label, "run": is_run} for at, label, is_run in plot.marks],
@@ -29,8 +33,14 @@ def plot_page(plot: Plot, tables: list[tuple[str, list[list[str]]]]) -> str:
         "<p class='controls'><label><input type='checkbox' id='log'> logarithmic losses</label> "
         "<label>smooth the training loss <input type='range' id='smooth' min='0' max='100' value='0'></label></p>"
     )
-    body = f"<h1>{html.escape(plot.title)}</h1>{shown}{controls}<div class='panels' id='panels'></div>"
+    panels = f"{controls}<div class='panels' id='panels'></div>"
+    last = f"<div class='panels'>{_sections(after)}</div>"
+    body = f"<h1>{html.escape(plot.title)}</h1>{_sections(before)}{panels}{last}"
     return render(plot.title, body, data, scripts=["charts.js", "plot.js"])
+
+
+def _sections(tables: Tables) -> str:
+    return "".join(f"<section><h2>{html.escape(title)}</h2>{_table(rows)}</section>" for title, rows in tables)
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

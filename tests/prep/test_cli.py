@@ -47,6 +47,24 @@ def test_build_verify_inspect(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[:8] == again.splitlines()[1:9]
 
 
+def test_inspect_draws_searches_and_shows_ids(recipe, tmp_path, capsys):
+    assert main(["build", recipe]) == 0
+    capsys.readouterr()
+
+    def shown(*options: str) -> str:
+        assert main(["inspect", str(tmp_path / "out"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert sorted(shown().splitlines()) == sorted(shown("--in-order").splitlines())
+    assert shown("--seed", "3") == shown("--seed", "3")
+    found = shown("--grep", "HELLO", "--ids").splitlines()
+    assert found[1] == "⟨bos⟩hello world⟨eos⟩"
+    assert found[2].startswith("ids 0 ")
+    assert len(found) == 3
+    assert main(["inspect", str(tmp_path / "out"), "--grep", "nowhere"]) == 0
+    assert "no document has 'nowhere'" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_a_table(recipe, tmp_path, capsys):
     assert main(["build", recipe, "--dry-run"]) == 0
     shown = capsys.readouterr().out
