@@ -33,7 +33,7 @@ def shown(text: str, *, lines: bool = False) -> str:
 def shown_bytes(count: float) -> str:
     """Return a number of bytes with a unit of 1,000: 850 bytes, 4.1 MB, 1.25 TB."""
     for limit, unit, digits in ((1e12, "TB", 2), (1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
-        if count >= limit * (0.1 if unit == "GB" else 1):
+        if count >= limit:
             return f"{count / limit:.{digits}f} {unit}"
     return f"{count:.0f} bytes"
 

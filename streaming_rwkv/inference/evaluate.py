@@ -163,7 +163,13 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 f"{own.name!r}; prepare the data with that tokenizer"
             )
         model = load_model(checkpoint).to(device)
-        return evaluate(model, shard_set, split=options.split, packs_per_stream=options.packs_per_stream, progress=True)
+        return evaluate(
+            model,
+            shard_set,
+            split=options.split,
+            packs_per_stream=options.packs_per_stream,
+            progress=sys.stderr.isatty(),
+        )
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
         print(shown(part, lines=True) if on_terminal else part, end="", flush=True)
     seconds = time.monotonic() - start
     print(flush=True)
-    print(f"{len(sampled)} tokens in {seconds:.1f} s", file=sys.stderr)
+    rate = f", {len(sampled) / seconds:.1f} tokens/s" if sampled and seconds > 0 else ""
+    print(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", file=sys.stderr)
     return 0
 
 

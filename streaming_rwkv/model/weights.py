@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -452,7 +453,9 @@ def write_huggingface(
         value = value.flatten() if their_name.endswith(_FLAT) else value
         weights[their_name] = value.contiguous().clone()
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
     values = {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",

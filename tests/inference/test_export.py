@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference.export import export
+from streaming_rwkv.inference.export import export, main
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.weights import model_state, write_pth
 from streaming_rwkv.tokenizer import load_tokenizer
@@ -74,3 +76,35 @@ def test_transformers_gives_world_ids_from_an_exported_folder(folder: Path, tmp_
 
 def test_an_exported_folder_is_still_the_world_tokenizer_here(folder: Path) -> None:
     assert load_tokenizer(folder).record() == load_tokenizer("rwkv-world").record()
+
+
+def test_all_files_have_the_mode_of_any_new_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    expected = stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in os.listdir(folder)} == dict.fromkeys(
+        os.listdir(folder), expected
+    )
+
+
+def test_a_folder_says_what_it_is_and_how_it_is_loaded(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "1 layers of 64, vocabulary 65,536, weights in bfloat16" in card
+    assert 'AutoTokenizer.from_pretrained(".", trust_remote_code=True)' in card
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 0)
+
+
+@pytest.mark.parametrize(("name", "found"), [("hf", "hf/model.safetensors"), ("w2.pth", "w2.pth")])
+def test_an_export_is_replaced_only_on_request(
+    folder: Path, tmp_path: Path, name: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder.parent / "w.pth"), str(tmp_path / name)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "MB, bfloat16" in shown
+    assert "load it with: " in shown
+    assert main(arguments) == 1
+    expected = f"error: {tmp_path / found}: exists already; name another place, or replace it with --overwrite\n"
+    assert capsys.readouterr().err == expected
+    assert main([*arguments, "--overwrite"]) == 0

@@ -186,7 +186,7 @@ def test_an_exported_folder_is_complete_in_itself(
 ) -> None:
     write_pth(model_state(memorized), tmp_path / "model.pth")
     assert export.main([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'hf'}\n"
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'hf'}: ")
     code, out, _ = run(tmp_path / "hf", "The quick", "--temperature", 0, capsys=capsys)
     assert (code, out) == (0, TEXT.removeprefix("The quick") + "\n")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -257,7 +257,7 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.Ca
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
     assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
     assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
-    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
+    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 
 
