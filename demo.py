@@ -24,7 +24,7 @@ import numpy as np
 
 from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.filesystem import atomic_file
-from streaming_rwkv.shards import piece_bounds, read_manifest
+from streaming_rwkv.shards import offsets_of, read_manifest
 
 HERE = Path(__file__).parent
 OUT = Path("demo-out")
@@ -63,7 +63,7 @@ def unigram_entropy(shards: Path) -> float:
         for pack in itertools.chain.from_iterable(
             read_shard(shards / stream.path / s.basename, s) for s in stream.shards
         ):
-            targets = np.delete(pack["tokens"], piece_bounds(pack["lengths"])[:-1])  # all except each piece's first
+            targets = np.delete(pack["tokens"], offsets_of(pack["lengths"])[:-1])  # all except each piece's first
             counts += np.bincount(targets, minlength=len(counts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -51,7 +51,7 @@ def check(device: torch.device) -> None:
 
 
 def measure(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, the median of some."""
+    """Return the median seconds of a call."""
     times = []
     for _ in range(REPEATS):
         if device.type == "cuda":

@@ -108,7 +108,7 @@ def sizes(*, rehearse: bool, vocab_size: int) -> list[Size]:
 
 
 def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
-    """About `packs` packs of random tokens, by buckets of 256, in the shares that real documents have."""
+    """Write about `packs` packs of random tokens, by buckets of 256, in the shares that real documents have."""
     tokenizer = load_tokenizer("rwkv-world")
     tokenizer.save(folder / TOKENIZER_FOLDER)
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
 
 
 def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: str) -> list[dict[str, Any]]:
-    """Start, kill after the first checkpoint, start again; the lines of metrics of both, in order."""
+    """Start, kill after the first checkpoint, and start again; return the lines of metrics of both, in order."""
     batch_packs = size.batch_packs * processes
     mean_fill = 0.95  # of first-fit packs; the number of steps need not be exact
     command = [
@@ -186,7 +186,9 @@ def train(size: Size, data: Path, save_folder: Path, *, processes: int, device: 
         sys.exit(f"{size.name}: the second start ended with {status}:\n{log.read_text()[-3000:]}")
     lines = metrics_of(save_folder)
     if lines[: len(before)] != before or [line["step"] for line in lines] != list(range(1, lines[-1]["step"] + 1)):
-        sys.exit(f"{size.name}: the resumed run does not go on from step {size.checkpoint_steps}; nothing is reported")
+        sys.exit(
+            f"{size.name}: the resumed run does not continue from step {size.checkpoint_steps}; nothing is reported"
+        )
     return lines
 
 
@@ -197,7 +199,7 @@ def metrics_of(save_folder: Path) -> list[dict[str, Any]]:
 
 
 def tokens_per_second(lines: list[dict[str, Any]], *, resumed_at: int) -> float:
-    """The median over windows, without the first after each start: kernels are compiled and caches filled in it."""
+    """Return the median over windows, without the first after each start, in which kernels are compiled."""
     rates = {
         line["step"]: line["throughput/tokens_per_second"] for line in lines if "throughput/tokens_per_second" in line
     }
@@ -208,7 +210,7 @@ def tokens_per_second(lines: list[dict[str, Any]], *, resumed_at: int) -> float:
 
 
 def microbatch(size: Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens (1, T), targets (1, T), cu_seqlens: documents as they come."""
+    """Return tokens (1, T), targets (1, T) and cu_seqlens of documents of all lengths."""
     lengths = natural_lengths(size.microbatch_packs * size.pack_tokens, seed=1)
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randint(1, size.model.vocab_size, (1, sum(lengths) + 1), generator=generator, device=device)
@@ -237,7 +239,7 @@ def model_ms(size: Size, device: torch.device, *, rounds: int) -> float:
 
 
 def op_ms(size: Size, device: torch.device, *, rounds: int) -> float:
-    """One layer's op, forward and backward, on inputs as the model gives them."""
+    """Time one layer's op, forward and backward, on inputs as in the model."""
     tokens, _, cu_seqlens = microbatch(size, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
@@ -255,7 +257,7 @@ def op_ms(size: Size, device: torch.device, *, rounds: int) -> float:
 
 
 def fla_ms(size: Size, device: torch.device, *, rounds: int) -> float:
-    """flash-linear-attention's model of the same shape on the same documents."""
+    """Time flash-linear-attention's model of the same shape on the same documents."""
     module = importlib.import_module("fla.models.rwkv7")
     config = size.model
     theirs = module.RWKV7Config(
@@ -277,7 +279,7 @@ def fla_ms(size: Size, device: torch.device, *, rounds: int) -> float:
 
 
 def attempt(measure: Callable[[], float]) -> tuple[float | None, str]:
-    """The figure, or why there is none: other people's models fail in other people's ways."""
+    """Return the figure, or the reason that there is none: other projects' models fail in their own ways."""
     try:
         return measure(), ""
     except ImportError as error:

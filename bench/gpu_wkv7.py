@@ -4,11 +4,11 @@
     python bench/gpu_wkv7.py --rehearse    the whole script on the CPU, small: to try it, its figures mean nothing
     python bench/gpu_wkv7.py --only-time   after a run that passed the checks; {date}-wkv7-time-{device}.json
 
-32,768 tokens of 64 heads in bfloat16, as 8 rows of 4096, as one document, as packs of short documents, and as documents
-come: in chunks on tensor cores (ours), and by the sequential kernel that serves float32 (ours, step by step). The floor
-is the time to read the inputs and write the outputs once, at the rate at which this GPU copies memory: 14 bytes per
-channel and token forward, 26 more backward. Every row is written as soon as it is measured. Public kernels are timed
-where they are installed and agree with ours:
+32,768 tokens of 64 heads in bfloat16, as 8 rows of 4096, as one document, as packs of short documents, and as
+documents of all lengths: in chunks on tensor cores (ours), and by the sequential kernel that serves float32 (ours, step
+by step). The floor is the time to read the inputs and write the outputs once, at the rate at which this GPU copies
+memory: 14 bytes per channel and token forward, 26 more backward. Every row is written as soon as it is measured. Public
+kernels are timed where they are installed and agree with ours:
 
     pip install flash-linear-attention          (fla)
     pip install --pre flashrwkv2                (needs torch 2.11, a CUDA toolkit and ninja)
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 def natural_lengths(tokens: int, seed: int = 0) -> list[int]:
-    """Pieces of documents as they come, cut at LONGEST_PIECE, `tokens` in all."""
+    """Return lengths of pieces of documents of all lengths, cut at LONGEST_PIECE, `tokens` in all."""
     generator = torch.Generator().manual_seed(seed)
     lengths: list[int] = []
     while (room := tokens - sum(lengths)) > 0:
@@ -157,7 +157,7 @@ def document_of(case: Case, index: int) -> Case:
 
 
 def check(layout: str, lengths: list[int], heads: int, device: torch.device) -> dict[str, float]:
-    """The largest error of each result over three documents of a pack; whatever is wrong ends the script."""
+    """Return the largest error of each result over three documents of a pack; a wrong result ends the script."""
     case = make_case(lengths, heads=heads, dtype=torch.bfloat16, device=device)
     found, again = run(wkv7, case), run(wkv7, case)
     if different := [name for name in found if not torch.equal(found[name], again[name])]:
@@ -184,7 +184,7 @@ def check(layout: str, lengths: list[int], heads: int, device: torch.device) -> 
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, *, rounds: int) -> float:
-    """The median of `rounds` runs, after two that do not count."""
+    """Return the median of `rounds` runs, after two that do not count."""
     times = []
     for n in range(rounds + 2):
         if device.type == "cuda":
@@ -204,7 +204,7 @@ def milliseconds(work: Callable[[], Any], device: torch.device, *, rounds: int) 
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Return the bytes per second, read and written, of a large copy."""
     source = torch.empty(1 << (30 if device.type == "cuda" else 24), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / (milliseconds(lambda: target.copy_(source), device, rounds=10) * 1e-3)

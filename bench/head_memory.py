@@ -4,8 +4,8 @@
     python bench/head_memory.py --tokens 1024                # the whole model
 
 Each form runs in a process of its own: forward and backward in float32 with activation checkpointing, on weights that
-do not matter. The figure is the process's peak resident size, and how far it lies above weights and gradients. The C
-library is told to give freed tensors back at once; what it keeps otherwise (a gigabyte here) is no one's need.
+do not matter. The figure is the process's peak resident size, and its distance from the size of weights and gradients.
+The C library is told to return freed tensors at once; otherwise it would keep about a gigabyte that nothing uses.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 The loop is a run without Composer, whose start alone takes ten seconds: the plan, a forked loader worker, the model,
 AdamW, and checkpoints by `train.checkpoints`. Every process gets SIGKILL, and is waited for before the next start.
-What is compared: the packs of every step, and the final weights bit for bit.
+The packs of every step and the final weights are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoints.local import load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.checkpoints.restore import restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import OptimizerConfig
@@ -51,7 +52,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_corpus(folder: Path) -> PrepConfig:
-    """A corpus and its tokenizer; what is returned builds a data set of them."""
+    """Write a corpus and its tokenizer, and return the recipe of a data set of them."""
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(300)]
     for source in ("web", "code"):
@@ -70,7 +71,7 @@ def make_corpus(folder: Path) -> PrepConfig:
 def train(
     data: str | Path, folder: Path, *, log: Path, store: Store | None = None, cache_limit: int | None = None
 ) -> None:
-    """One start of the loop: from the newest checkpoint, here or in `store`, to the end."""
+    """Train from the newest checkpoint, on this machine or in `store`, to the end."""
     torch.set_num_threads(1)
     shard_set = open_shard_set(data, cache=folder / "cache", splits=("train",), timeout_seconds=30, fetch=True)
     stages = [
@@ -112,8 +113,9 @@ def train(
             if step % 5 == 0 or step == plan.steps:
                 if mirror and not mirror.settle():
                     raise mirror.error()
+                progress = Progress(step=step, tokens=0, samples=0, slots=step * BATCH_PACKS, seconds=0, consumed={})
                 path = save_checkpoint(
-                    folder / "checkpoints", step=step, model=model, optimizer=optimizer, mark={}, keep=2
+                    folder / "checkpoints", model=model, optimizer=optimizer, progress=progress, run={}, keep=2
                 )
                 if mirror:
                     mirror.begin(path)
@@ -136,9 +138,9 @@ def start(data: Path, folder: Path) -> int:
 
 
 def kill_all(group: int) -> int:
-    """SIGKILL to the loop's group; its loader workers, in groups of their own, die with it. Returns how many went.
+    """Kill the loop's group; its loader workers, in groups of their own, die with it. Return the number of processes.
 
-    All of them, orphans too, are ours to wait for: none is left when this returns.
+    This process waits for all of them, orphans too: none is left when this returns.
     """
     os.killpg(group, signal.SIGKILL)
     count = 0

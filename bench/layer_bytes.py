@@ -43,7 +43,7 @@ class Cost(NamedTuple):
     launches: dict[str, int]
 
     def total(self) -> tuple[float, int]:
-        """Without matrix products and WKV-7."""
+        """Return bytes and launches without matrix products and WKV-7."""
         kinds = [kind for kind in self.launches if kind not in ("matrix products", "wkv7")]
         return sum(self.bytes[kind] for kind in kinds), sum(self.launches[kind] for kind in kinds)
 
@@ -89,7 +89,7 @@ class _Counter(TorchDispatchMode):
 
 
 def layer_cost(*, fused: bool, hidden_size: int, tokens: int) -> LayerCost:
-    """The cost of one layer."""
+    """Measure the cost of one layer."""
     two, three = (_counts(fused, hidden_size, tokens, layers) for layers in (2, 3))
     unit = tokens * hidden_size
 

@@ -3,7 +3,7 @@
     python bench/loader.py                            # a data set of its own: 4000 packs of about 8192 tokens, uint32
     python bench/loader.py --data DATA_SET --workers 2
 
-In the same run, one after another, all from shards that lie expanded on the local disk:
+In the same run, one after another, all from shards that are stored expanded on the local disk:
 
     ours        PackDataset and collate: order, checks, cu_seqlens, targets; int64, ready for the model
     streaming   StreamingDataset as it comes, shuffled, and a collate that only joins the tokens, as int64
@@ -115,7 +115,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
 
 @contextmanager
 def opened(data: Path, cache: Path, *, batch_packs: int, passes: float, start: int = 0) -> Iterator[PackDataset]:
-    """Our data set at step `start`; afterwards its lock and shared memory are given back."""
+    """Open our data set at step `start`; afterwards release its lock and shared memory."""
     shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     plan = make_plan([StageConfig(passes=passes)], records, batch_packs=batch_packs, seed=1, block_shards=4)
@@ -138,7 +138,7 @@ def opened(data: Path, cache: Path, *, batch_packs: int, passes: float, start: i
 
 
 def rate(batches: Iterable[Any], tokens_of: Callable[[Any], int]) -> float:
-    """Tokens per second from the first batch to the last."""
+    """Return tokens per second from the first batch to the last."""
     iterator = iter(batches)
     next(iterator)
     began, tokens = time.perf_counter(), 0
@@ -155,7 +155,7 @@ def our_rates(data: Path, folder: Path, *, batch_packs: int, workers: int, repea
 
 
 def first_batch_seconds(data: Path, folder: Path, *, batch_packs: int, workers: int, resume: bool) -> float:
-    """From nothing but the data (or, to resume, with a cache) to a batch in the training process."""
+    """Return the seconds to a batch in the training process, with the data alone or, to resume, with a cache."""
     cache = folder / ("ours" if resume else "fresh")
     began = time.perf_counter()
     with opened(data, cache, batch_packs=batch_packs, passes=100, start=12_345 if resume else 0) as dataset:

@@ -1,4 +1,4 @@
-// How many float multiply-adds a second these cores do when nothing else limits them: the unit of bench/wkv7_cpu.py.
+// The float multiply-adds per second that these cores do when nothing else limits them: the unit of bench/wkv7_cpu.py.
 
 #include <chrono>
 #include <thread>
@@ -35,7 +35,7 @@ double rate(long rounds) {
 
 }  // namespace
 
-// Of so many threads together, over a third of a millisecond: short enough to find the cores free on a busy machine.
+// The rate of all threads together, over a third of a millisecond: short enough to find the cores free on a busy machine.
 extern "C" double multiply_adds_per_second(int threads) {
     constexpr long ROUNDS = 1 << 17;
     std::vector<double> rates(threads);

@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Of this file's own folder nothing is to be imported: its name would hide the package.
+# Nothing is imported from this file's own folder: its name would hide the package.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 from prep.config import SourceConfig  # noqa: E402
@@ -43,14 +43,14 @@ from streaming_rwkv.tokenizer import load_tokenizer  # noqa: E402
 
 HERE = Path(__file__).parent
 FILE_BYTES = 16_000_000
-# Measured elsewhere, on two cores and another corpus. What we re-state, and is much slower than that, is no baseline.
+# Measured elsewhere, on two cores and another corpus. A re-stated program that is much slower is no baseline.
 KNOWN_MB_PER_SECOND = {"datatrove": 3.3, "llm_foundry": 2.3, "rwkvinllama": 0.24}
 RESTATED = ("llm_foundry", "rwkvinllama")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One command on one input."""
+    """The measurement of one command on one input."""
 
     name: str
     input: str
@@ -113,7 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json")
     parser.add_argument("--work", default="/tmp/bench-prep")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1, help="the best of so many runs counts")
+    parser.add_argument("--repeats", type=int, default=1, help="the number of runs; the best one counts")
     parser.add_argument("--part-megabytes", type=float, default=12)
     parser.add_argument("--peers-python", default=".venv-peers/bin/python")
     parser.add_argument("--only", nargs="+", default=["prep", *KNOWN_MB_PER_SECOND])
@@ -125,7 +125,7 @@ def _options() -> argparse.Namespace:
 
 
 def prepare_inputs(corpus: str, folder: Path, *, part_bytes: float) -> Path:
-    """{parquet,jsonl}/{all,part,tiny}/SOURCE/NNN.*, once."""
+    """Write {parquet,jsonl}/{all,part,tiny}/SOURCE/NNN.*, once."""
     if (folder / "done").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -206,7 +206,7 @@ def _peer(script: str, python: str) -> Command:
 
 
 def _run(command: Command, folder: Path, out: Path, options: argparse.Namespace) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, peak bytes of all processes together) of a whole command on a fresh output folder."""
+    """Measure (seconds, CPU seconds, peak bytes of all processes) of a whole command on a fresh output folder."""
     cache = out.with_suffix(".cache")  # what `datasets` keeps would let the next run skip its work
     for left in (out, cache):
         shutil.rmtree(left, ignore_errors=True)

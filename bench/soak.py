@@ -7,8 +7,8 @@ the training loop of bench/kills.py with its data, its checkpoints and its logs 
 client gets SIGKILL, all its processes, and every third time loses its disk; at others the server gets SIGKILL and
 starts again some seconds later. A client that stops with an error is started again, as a person would do.
 
-What is compared, round for round, with one that nothing was done to: every object of the data set, the packs of every
-step, and the final weights, here and as they lie in the bucket, bit for bit.
+Each round is compared with an undisturbed one: every object of the data set, the packs of every step, and the final
+weights, on this machine and in the bucket, bit for bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FAULTS = [
 
 @dataclass(kw_only=True)
 class World:
-    """Server, proxy, and what was done to them and to the client."""
+    """Server and proxy, with counts of what was done to them and to the client."""
 
     server: S3Server
     proxy: FaultProxy
@@ -77,7 +77,7 @@ class World:
             self.server_back = now + self.rng.uniform(0, 4)
 
     def calm(self) -> None:
-        """No faults, and the server runs."""
+        """End all faults, and start the server if it is down."""
         self.proxy.clear()
         if self.server_back:
             self.server.start()
@@ -96,7 +96,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def start(work: Callable[[], object], output: Path) -> psutil.Process:
-    """Do `work` in a process of its own, which ends with 0 if it came to its end."""
+    """Run `work` in a process of its own, which exits with 0 if it completed."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -117,7 +117,7 @@ def start(work: Callable[[], object], output: Path) -> psutil.Process:
 
 
 def kill(process: psutil.Process) -> int:
-    """SIGKILL to the client and all its workers; returns how many those were, once none is left."""
+    """Kill the client and all its workers; return their number once none is left."""
     processes = [process, *process.children(recursive=True)]
     for each in processes:
         each.kill()
@@ -180,7 +180,7 @@ def litter(root: Path) -> list[str]:
 
 
 def assert_same_objects(location: str, data: Path) -> None:
-    """The data set in the bucket is the local one, object for object and byte for byte."""
+    """Check that the data set in the bucket is the local one, object for object and byte for byte."""
     with closing(open_store(location)) as store:
         local = {
             path.relative_to(data).as_posix(): path
@@ -194,7 +194,7 @@ def assert_same_objects(location: str, data: Path) -> None:
 
 
 def assert_whole_in_bucket(remote: str, quiet: Path, empty: Path, *, step: int) -> None:
-    """An empty machine finds the final weights, and nothing unfinished lies beside them."""
+    """Check that an empty machine finds the final weights, and no unfinished files beside them."""
     empty.mkdir()
     with closing(open_store(remote)) as store:
         restore(store, empty)

@@ -42,7 +42,9 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where files and the server's volumes lie; the temporary folder if not given")
+    parser.add_argument(
+        "--folder", help="the folder of files and of the server's volumes; by default the temporary folder"
+    )
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="bench-storage-", dir=options.folder) as folder,
@@ -58,7 +60,7 @@ def main() -> int:
 
 
 def write_files(folder: Path, *, count: int, size: int) -> list[Path]:
-    """Random bytes, as incompressible as shards."""
+    """Write random bytes, as incompressible as shards."""
     folder.mkdir()
     draw = random.Random(0)
     for number in range(count):
@@ -69,7 +71,7 @@ def write_files(folder: Path, *, count: int, size: int) -> list[Path]:
 def measure(
     server: S3Server, store: Store, files: list[Path], hashes: dict[str, str], *, rounds: int, scratch: Path
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds by direction and program."""
+    """Return seconds by direction and program."""
     rclone = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
     ups: dict[str, Callable[[], None]] = {
         "ours": lambda: upload_ours(store, "ours", files, hashes),
@@ -103,7 +105,7 @@ def measure(
 
 
 def upload_ours(store: Store, prefix: str, files: list[Path], hashes: dict[str, str]) -> None:
-    """As `prep build` and `prep upload` do it."""
+    """Upload as `prep build` and `prep upload` do."""
     with Transfers(store) as transfers:
         for file in files:
             transfers.put(file, f"{prefix}/{file.name}", sha256=hashes[file.name])
@@ -111,14 +113,14 @@ def upload_ours(store: Store, prefix: str, files: list[Path], hashes: dict[str, 
 
 
 def download_ours(store: Store, prefix: str, hashes: dict[str, str], scratch: Path) -> None:
-    """As `prep verify` does it: each file checked, some ahead, none kept."""
+    """Download as `prep verify` does: each file checked, some ahead, none kept."""
     place = RemoteDataSet(store=store, folder=scratch)
     for _ in place.files([(f"{prefix}/{name}", sha256) for name, sha256 in hashes.items()]):
         pass
 
 
 def download_training(store: Store, prefix: str, files: list[Path]) -> None:
-    """As streams do it, in several loader workers."""
+    """Download as streams do, in several loader workers."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         sizes = {f"{prefix}/{file.name}": file.stat().st_size for file in files}
         for content in pool.map(lambda name: store.get_bytes(name, most=sizes[name]), sizes):
@@ -126,7 +128,7 @@ def download_training(store: Store, prefix: str, files: list[Path]) -> None:
 
 
 def upload_boto3(server: S3Server, prefix: str, files: list[Path]) -> None:
-    """Files and parts in parallel: the transfer manager's own threads, on as many files as ours."""
+    """Upload files and parts in parallel: the transfer manager's own threads, on as many files as ours."""
     with server.client() as client, ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda file: client.upload_file(str(file), "bench", f"{prefix}/{file.name}"), files))
 

@@ -4,9 +4,10 @@
 
 The floor is the time in which these cores, at the rate measured in the same run, do 19·N² multiply-adds per token and
 head (5 forward, 14 backward). Rate and times are each the best of all rounds, which interleave; the rate is taken over
-a fraction of a millisecond, so that a busy machine makes the kernel look worse, never better. Beside it stands what the
-vendor's code makes of the same cores: torch.mm of large matrices, and torch.bmm of products as a chunk of 16 tokens has
-them, with nothing to compute before, between or after. Results are checked first; a wrong one is not timed.
+a fraction of a millisecond, so that a busy machine makes the kernel look worse, never better. Beside it are the
+rates that the vendor's code reaches on the same cores: torch.mm of large matrices, and torch.bmm of the products of a
+chunk of 16 tokens, with nothing to compute before, between or after. Results are checked first; a wrong one is not
+timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
 
 
 def wkv7_chunked(*inputs: Tensor, initial_state: Tensor, cu_seqlens: Tensor, chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """The usual way to have WKV-7 in PyTorch: dense products over chunks of tokens, all documents side by side.
+    """Compute WKV-7 as is usual in PyTorch: dense products over chunks of tokens, all documents in parallel.
 
     float32; documents of one length, a multiple of `chunk`; decays as the model has them, since it divides by up to
     `chunk` of them. Shapes: D documents, H heads, C chunks, L = chunk, N head size.
@@ -66,7 +67,7 @@ def wkv7_chunked(*inputs: Tensor, initial_state: Tensor, cu_seqlens: Tensor, chu
 
 
 def seconds(op: Callable[..., tuple[Tensor, Tensor]], case: Case) -> float:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     started = time.perf_counter()
     run(op, case)
     return time.perf_counter() - started

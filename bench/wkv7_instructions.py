@@ -54,7 +54,7 @@ class Code(NamedTuple):
     loops: list[tuple[int, int]]  # first and last instruction
 
     def innermost(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Loops within [start, stop) that do matrix products and hold no other such loop."""
+        """Return loops within [start, stop) with matrix products and no other such loop inside."""
         inside = [(a, b) for a, b in self.loops if start <= a and b < stop and self.count("HMMA", a, b + 1)]
         return [x for x in inside if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in inside)]
 
@@ -100,7 +100,7 @@ def disassemble(cubin: bytes) -> dict[str, Code]:
 
 
 def instructions_per_chunk(name: str, code: Code) -> dict[str, float]:
-    """By phase. Barriers part the phases; within the last ones, loops over chunks do."""
+    """Count instructions per chunk by phase: barriers separate phases, and in the last ones loops over chunks do."""
     barriers = code.places("BAR.SYNC")
     phases = next(phases for key, phases in PHASES.items() if name.endswith(key))
     if name.endswith("gradients"):
@@ -123,7 +123,7 @@ def blocks_per_multiprocessor(kernel: cuda.Kernel, registers: int, architecture:
 
 
 def resources(log: str) -> dict[str, tuple[int, int]]:
-    """Registers and bytes spilled, by kernel, as ptxas says it."""
+    """Return registers and bytes spilled, by kernel, from ptxas' log."""
     found = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, flags=re.DOTALL
     )

@@ -166,7 +166,7 @@ def _add_train_tokenizer(commands: _Commands) -> None:
         "--most-bytes",
         type=_at_least(1),
         default=1 << 28,
-        help="the most bytes of text to train on, spread evenly over the sources",
+        help="largest number of bytes of text to train on, spread evenly over the sources",
     )
 
 

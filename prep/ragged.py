@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,3 @@ def gather(values: NDArray[T], starts: NDArray[np.int64], lengths: NDArray[np.in
     views = pa.Array.from_buffers(pa.large_list_view(child.type), len(starts), buffers, children=[child])
     flat = views.flatten()
     return np.frombuffer(flat.buffers()[1], values.dtype, len(flat), offset=flat.offset * values.itemsize)
-
-
-def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """Return (N + 1,) the begin of each run in their concatenation, and the end of the last."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

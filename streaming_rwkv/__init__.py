@@ -1,6 +1,6 @@
 """streaming-rwkv: pre-train RWKV-7 from packed, length-bucketed MDS shards.
 
-The way of the data, and of the imports:
+Data flow, and direction of imports:
 
     prep → streaming_rwkv.{config, shards, tokenizer} ← data ← train → model → ops → kernels/
 

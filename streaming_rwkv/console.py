@@ -13,7 +13,7 @@ LOG_COLUMNS = 160
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
 _C1 = {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
-# Embeddings, overrides and isolates reorder what stands beside them; the marks of ordinary Arabic and Hebrew do not.
+# Embeddings, overrides and isolates reorder the text beside them; the marks of ordinary Arabic and Hebrew do not.
 _BIDIRECTIONAL = {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 _LINE = _PICTURES | _C1 | _BIDIRECTIONAL | {0x2028: "\\u2028", 0x2029: "\\u2029"}
 _LINES = {code: shown for code, shown in _LINE.items() if code not in (ord("\n"), ord("\t"))}

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_NAME = ".lock"
+LONGEST_NAME_BYTES = 255  # on Linux's file systems
 _LOCK_POLL_SECONDS = 0.01
 
 # Errors of `flock` on file systems without locks: Lustre without `-o flock`, some NFS and FUSE mounts.
@@ -42,6 +43,16 @@ def temporary_path(path: Path) -> Path:
     write at a time.
     """
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Return True for a name that a folder can have for a file in it.
+
+    Readers append names that they find in manifests, indexes and marks to their own folder or prefix: `../` or an
+    absolute path would lead outside.
+    """
+    is_outside = name in ("", ".", "..") or any(character in name for character in "/\\\0")
+    return not is_outside and len(name.encode(errors="replace")) <= LONGEST_NAME_BYTES
 
 
 def is_temporary(path: Path) -> bool:

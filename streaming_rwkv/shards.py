@@ -35,13 +35,14 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
-from streaming_rwkv.filesystem import read_regular_file
+from streaming_rwkv.filesystem import is_plain_name, read_regular_file
 
 FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, statistics, or a tokenizer's file
 TOKENIZER_FOLDER = "tokenizer"
+LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -105,8 +106,7 @@ class ShardRecord(Config):
     @field_validator("basename")
     @classmethod
     def _plain(cls, name: str) -> str:
-        # A reader appends this to its cache folder: `../` or an absolute path would write outside it.
-        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if not is_plain_name(name):
             raise ValueError(f"found {name!r}, expected a plain file name without folders")
         return name
 
@@ -167,6 +167,32 @@ class StreamRecord(Config):
     @property
     def targets_per_pack(self) -> float:
         return self.targets / self.packs
+
+
+def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
+    """Refuse an index with which StreamingDataset would read or write anything but the manifest's shards.
+
+    Raises:
+        DataError: other columns or encodings (such as pickles), other files or sizes, or names outside the folder.
+    """
+    try:
+        for entry in json.loads(content)["shards"]:
+            found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+            if found != columns(vocab_size) or entry["format"] != "mds" or entry["version"] != 2:
+                raise DataError(f"{where}: columns {found} are not the contract's; the shards were not written by prep")
+            if not str(entry["compression"]).startswith("zstd"):
+                raise DataError(f"{where}: compression {entry['compression']!r}; prep writes zstd")
+            name = entry["raw_data"]["basename"]
+            if name != entry["zip_data"]["basename"].removesuffix(".zstd") or not is_plain_name(name):
+                raise DataError(f"{where}: raw file name {name!r} is not that of its compressed form")
+        found_shards = shard_records(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{where}: not an MDS index of prep's ({type(error).__name__}: {error})") from None
+    if found_shards != record.shards:
+        raise DataError(f"{where}: does not list the manifest's shards; the data set was changed or damaged")
+    oversized = [shard.basename for shard in record.shards if shard.raw_bytes >= LARGEST_SHARD_BYTES]
+    if oversized:
+        raise DataError(f"{where}: {oversized[0]} claims to expand to more than {LARGEST_SHARD_BYTES} bytes")
 
 
 class TokenizerRecord(Config):
@@ -334,9 +360,11 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
-def piece_bounds(lengths: NDArray[np.uint32] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the (P + 1,) offsets of the pieces within `tokens`."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
+    """Return (N + 1,) the offset of each of N runs in their concatenation, such as pieces in `tokens`, and its end."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+    return offsets
 
 
 def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, vocab_size: int, where: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizer
 
 VOCABULARY_NAME = "rwkv_vocab_v20230424.txt"
-END = "<|endoftext|>"  # id 0, which stands for no text
+END = "<|endoftext|>"  # id 0, which has no text
 
 
 class RWKVWorldTokenizer(PreTrainedTokenizer):

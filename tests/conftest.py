@@ -156,7 +156,7 @@ def programs() -> Iterator[ForkServer]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One SeaweedFS for all tests, with the bucket `tests`. Who kills it starts it again."""
+    """One SeaweedFS for all tests, with the bucket `tests`. A test that kills it starts it again."""
     with running(tmp_path_factory.mktemp("s3")) as server:
         server.create_bucket("tests")
         yield server
@@ -164,7 +164,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_place(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """s3://tests/… where nothing lies yet; the environment leads there."""
+    """An empty place in the bucket `tests`, as s3://tests/…; the environment has its server's address and keys."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://tests/{uuid.uuid4().hex}"

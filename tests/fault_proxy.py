@@ -37,7 +37,7 @@ Kind = Literal[
     "flip",  # one bit of the answer's body
     "slow",  # a byte of the body a second, endlessly
     "silent",  # the request is taken, and nothing ever comes back
-    "late",  # a fifth of a second before the request goes on to the server
+    "late",  # a fifth of a second before the request is sent to the server
     "reset upload",  # the connection breaks in the middle of the request's body
     "flip upload",  # one bit of the request's body, which then reaches the server
     "lose answer",  # the server does what it was asked to, and the connection breaks before it can say so
@@ -48,19 +48,19 @@ HOP_BY_HOP = {"connection", "keep-alive", "expect", "transfer-encoding", "conten
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens to requests of `method` whose path (with its query) matches `path`."""
+    """A fault of requests of `method` whose path (with its query) matches `path`."""
 
     kind: Kind
     status: int = 503
-    """Of the kind `status`."""
+    """The status, for the kind `status`."""
     method: str = "GET|PUT|POST|HEAD|DELETE"
     path: str = ""
     skip: int = 0
-    """Let so many pass first."""
+    """The number of requests that pass first."""
     times: int | None = None
-    """Strike so many times; by default for ever."""
+    """The number of requests that fail; by default all."""
     seconds: float | None = None
-    """Strike so long, from the rule's beginning."""
+    """The seconds that the fault lasts, from the beginning of the rule."""
     chance: float = 1.0
 
     @property
@@ -128,7 +128,7 @@ class FaultProxy:
         return json.loads(self._process.stdout.readline())
 
 
-# What follows runs in the proxy's own process.
+# The code below runs in the proxy's own process.
 
 
 class Broken(Exception):

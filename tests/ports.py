@@ -10,7 +10,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-# One byte of it for each port. Where it lies is decided at import: tests change TMPDIR.
+# One byte of it for each port. Its location is decided at import: tests change TMPDIR.
 _LOCKS = Path(tempfile.gettempdir()) / f"test-ports-{os.getuid()}"
 _ours: set[int] = set()  # a process's own locks do not keep it from locking again
 

@@ -26,7 +26,7 @@ from tests.ports import free_ports
 
 ACCESS_KEY = "test-access-key"
 PUBLIC_BUCKET = "public"
-"""Once it is made, anybody may list and read it, without credentials."""
+"""A bucket that anybody may list and read, without credentials, once it is made."""
 SECRET_KEY = "test-secret-key-that-no-log-may-show"
 _SECONDS_TO_START = 60
 _LIBC = ctypes.CDLL(None)  # not between fork and exec, where another thread's lock may never be released
@@ -34,7 +34,7 @@ _LIBC = ctypes.CDLL(None)  # not between fork and exec, where another thread's l
 
 @dataclass(kw_only=True)
 class S3Server:
-    """A SeaweedFS whose data outlive its process: what a machine is that crashes and boots again."""
+    """A SeaweedFS whose data outlive its process, like a machine that crashes and boots again."""
 
     folder: Path
     sockets: Path
@@ -48,7 +48,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What our programs, Streaming's and Composer's read."""
+        """The environment variables that our programs, Streaming's and Composer's read."""
         return {
             "S3_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -141,7 +141,7 @@ class S3Server:
         return (self.folder / "log").read_text(errors="replace")
 
     def _answers(self) -> bool:
-        """Whether S3 answers, and its master knows the volumes: an upload before that would wait."""
+        """Return True if S3 answers and its master knows the volumes: an upload before that would wait."""
         master = f"http://127.0.0.1:{self.ports['master.port']}/dir/status"
         try:
             with urllib.request.urlopen(master, timeout=2) as answer:

@@ -43,6 +43,48 @@ def test_the_import_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """The project's modules that each module imports, also within functions and for types alone."""
+    sources = {module_name(path): path for path in OURS}
+    found: dict[str, set[str]] = {}
+    for module, path in sources.items():
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom | ast.Import)
+        ]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                below = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in sources else node.module for name in below}
+        found[module] = (names & set(sources)) - {module}
+    return found
+
+
+DEEPEST_IMPORTS_OF_PREP = 7  # imports that follow one another
+
+
+def test_imports_have_no_cycle_and_those_of_prep_are_shallow() -> None:
+    imports = imports_of_modules()
+    depths: dict[str, int] = {}
+
+    def depth(module: str, importers: tuple[str, ...]) -> int:
+        assert module not in importers, " → ".join((*importers, module))
+        if module not in depths:
+            below = {name: depth(name, (*importers, module)) for name in sorted(imports[module])}
+            package = module.partition(".")[0]
+            depths[module] = max((1 + steps for name, steps in below.items() if name.startswith(package)), default=0)
+        return depths[module]
+
+    for module in imports:
+        depth(module, ())
+    assert max(value for module, value in depths.items() if module.startswith("prep")) <= DEEPEST_IMPORTS_OF_PREP
+
+
 def test_kernels_is_a_folder_of_sources_not_a_package() -> None:
     """Hugging Face's package `kernels` has that import name."""
     assert not list((ROOT / "kernels").rglob("*.py"))
@@ -91,7 +133,7 @@ def test_modules_of_training_have_one_responsibility() -> None:
     [
         (r"get_rank|LOCAL_RANK|(?<!ray\.)is_initialized", {"streaming_rwkv/distributed.py"}),
         (r"os\.replace|os\.fsync|fcntl\.flock", {"streaming_rwkv/filesystem.py"}),
-        # Of a checkpoint's folder, the name decides whether it is one: these modules own the names.
+        # A folder is a checkpoint by its name: these modules own the names.
         (
             r"\.rename\(",
             {
@@ -101,6 +143,7 @@ def test_modules_of_training_have_one_responsibility() -> None:
             },
         ),
         (r"unittest", set()),
+        (r"(?m)^ *(from|import) streaming\b(?!\.base\.util)", {"streaming_rwkv/data/streaming_compat.py"}),
     ],
 )
 def test_one_module_answers_for_all(pattern: str, modules: set[str]) -> None:

@@ -56,7 +56,7 @@ def errors(path: Path, *overrides: str) -> list[str]:
     return str(caught.value).replace(str(path), path.name).splitlines()
 
 
-def test_a_file_and_its_overrides(path: Path) -> None:
+def test_a_file_is_read_with_its_overrides(path: Path) -> None:
     config = load_config(Run, path, overrides=["seed=4", "data.workers=0", "data.streams.1.proportion=0.25"])
     assert config == Run(seed=4, data=Data(streams=[Stream(path="a"), Stream(path="b", proportion=0.25)], workers=0))
 
@@ -100,7 +100,7 @@ def test_an_unknown_key_in_the_file_is_named_with_the_file(path: Path) -> None:
         ("seed=10", "run.yaml"),
     ],
 )
-def test_what_does_not_go_together_is_said_of_where_one_of_it_was_given(path: Path, override: str, place: str) -> None:
+def test_a_conflict_of_settings_is_reported_where_one_of_them_was_given(path: Path, override: str, place: str) -> None:
     in_file = 10 if place == "run.yaml" else 2
     path.write_text(YAML + f"  workers: {in_file}\n")
     (line,) = errors(path, override)
@@ -160,7 +160,7 @@ def test_an_empty_file_misses_what_is_required(path: Path) -> None:
     assert errors(path) == ["run.yaml: data: required, but not given"]
 
 
-def test_a_reference_to_nothing_is_an_error_of_ours(path: Path) -> None:
+def test_an_interpolation_of_a_missing_key_is_a_configuration_error(path: Path) -> None:
     path.write_text(YAML.replace("seed: 3", "seed: ${nowhere}"))
     assert errors(path)[0].startswith("run.yaml: ")
 

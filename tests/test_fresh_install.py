@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = ("pyproject.toml", "README.md", "LICENSE", "train.py", "prep", "streaming_rwkv", "kernels")
-# What a requirement is imported as, where that is not its own name.
+# The name under which a requirement is imported, if it is another one.
 MODULES = {
     "cuda-bindings": "cuda.bindings",
     "cuda-core": "cuda.core",

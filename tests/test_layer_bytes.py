@@ -1,4 +1,4 @@
-"""What a layer moves, launches and keeps outside matrix products and WKV-7 stays within bounds."""
+"""A layer's bytes moved, launches and saved bytes, outside matrix products and WKV-7, stay within bounds."""
 
 from __future__ import annotations
 

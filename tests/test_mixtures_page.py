@@ -23,7 +23,7 @@ def stream(source: str, lower: int, upper: int) -> StreamRecord:
     )  # fmt: skip
 
 
-def test_the_page_has_its_examples():
+def test_the_page_has_examples():
     assert len(EXAMPLES) == 2
 
 

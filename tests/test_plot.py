@@ -48,13 +48,13 @@ def evaluation(step: int, loss: float) -> dict[str, Any]:
     }
 
 
-def test_values_stand_over_the_tokens_after_their_step(tmp_path: Path) -> None:
+def test_values_are_plotted_over_the_tokens_after_their_step(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [*steps(3), evaluation(2, 5.0), evaluation(5, 4.0)]))
     assert [part.tolist() for part in run.series("loss/train/total")] == [[100, 200, 300], [8, 4, 8 / 3]]
     assert [part.tolist() for part in run.series("validation/loss/all")] == [[200, 500], [5, 4]]
 
 
-def test_a_run_goes_on_where_the_one_before_it_ended(tmp_path: Path) -> None:
+def test_a_run_continues_where_the_one_before_it_ended(tmp_path: Path) -> None:
     first = write_run(tmp_path / "stage1", steps(4))
     second = write_run(tmp_path / "stage2", steps(6, stage_of=lambda step: (step - 1) // 2))
     history = History(runs=[read_run(first), read_run(second)])
@@ -145,7 +145,7 @@ def test_a_name_with_dollars_is_text_not_mathematics(tmp_path: Path) -> None:
     assert "lr_$x^$_{}" in (tmp_path / "plot.html").read_text(encoding="utf-8")
 
 
-def test_a_run_without_evaluations_is_drawn(tmp_path: Path) -> None:
+def test_a_run_without_evaluations_is_plotted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps(1))
     write_plot([run], to=tmp_path / "run.html")
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
@@ -175,7 +175,7 @@ def test_a_perplexity_has_four_digits(value: float, shown: str) -> None:
         ('garbage\n{"step": 1, "time/token": 0}\n', "line 1 is no line of metrics: 'garbage'"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(
+def test_a_run_that_cannot_be_plotted_is_refused(
     content: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(content)

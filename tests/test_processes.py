@@ -85,7 +85,7 @@ def test_a_rank_asks_before_it_imports_what_takes_seconds() -> None:
     assert done.stderr == "set()\n"
 
 
-def test_without_the_call_it_would_live_on() -> None:
+def test_without_the_call_the_process_would_outlive_its_parent() -> None:
     child = orphan("")
     time.sleep(0.5)
     assert is_alive(child)
@@ -127,13 +127,13 @@ def test_a_process_that_never_had_an_output_ends_too() -> None:
     assert done.returncode == 3
 
 
-def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
+def test_a_signal_during_the_end_of_a_process_is_harmless() -> None:
     body = """
     import os, signal
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=time.sleep, args=[60]).start()
     def signal_the_end():
-        threading.main_thread().join()  # `threading._shutdown` lets it go on
+        threading.main_thread().join()  # `threading._shutdown` lets it continue
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=signal_the_end).start()
     return 3
@@ -142,7 +142,7 @@ def test_a_signal_while_it_ends_does_not_take_it_apart() -> None:
     assert done.returncode == 3
 
 
-def test_processes_end_whatever_gloo_still_does() -> None:
+def test_processes_end_while_gloo_is_still_busy() -> None:
     command = [sys.executable, "-m", "tests.ending_worker", "15"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)

@@ -62,7 +62,7 @@ def test_other_buckets_keep_their_credentials(corpus: str, s3_place: str, monkey
 
 
 @pytest.mark.parametrize("value", ["a,b/c", "*", "https://a.example"])
-def test_what_is_no_list_of_buckets_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_malformed_list_of_buckets_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("S3_REQUESTER_PAYS_BUCKETS", value)
     with pytest.raises(StorageError, match=r"S3_REQUESTER_PAYS_BUCKETS: (found|https)"):
         open_store("s3://bucket/x")
@@ -92,7 +92,7 @@ def seen(s3_place: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[s
         server.shutdown()
 
 
-def test_headers_by_bucket(seen: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_read_for_each_bucket(seen: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_PUBLIC_BUCKETS", "anybodys")
     monkeypatch.setenv("S3_REQUESTER_PAYS_BUCKETS", "arxiv,other")
     for bucket in ("mine", "anybodys", "arxiv"):

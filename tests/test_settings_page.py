@@ -41,7 +41,7 @@ BOUNDS = {"gt": ">", "ge": "≥", "le": "≤", "min_length": "length ≥"}
 
 
 def sections(config: type[Config], key: str = "") -> Iterator[tuple[str, type[Config]]]:
-    """Each configuration below `config` with the key that leads there."""
+    """Configurations below `config`, each with its key."""
     yield key, config
     for name, field in config.model_fields.items():
         for inner in configs_within(field.annotation):
@@ -98,7 +98,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def test_the_page_is_what_the_classes_say() -> None:
+def test_the_page_is_generated_from_the_classes() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m tests.test_settings_page`"
 
 

@@ -20,8 +20,8 @@ from streaming_rwkv.shards import (
     bucket_bounds,
     check_pack,
     columns,
+    offsets_of,
     parse_manifest,
-    piece_bounds,
     read_manifest,
     sha256_of_file,
     stream_path,
@@ -84,7 +84,7 @@ def test_ids_are_stored_in_the_narrowest_type_that_holds_them():
     assert columns(128256)["tokens"] == "ndarray:uint32"
 
 
-def test_a_streams_folder():
+def test_a_stream_has_a_folder_by_split_source_and_bucket():
     assert stream_path("train", "c4", "1-256") == "train/c4/1-256"
     assert manifest().streams[0].path == "train/c4/1-256"
 
@@ -169,8 +169,11 @@ def test_counts_balance():
     assert counts(targets_cut=4).imbalance() == "100 targets read, 99 accounted for"
 
 
-def test_piece_bounds():
-    assert piece_bounds(np.array([2, 5, 3], np.uint32)).tolist() == [0, 2, 7, 10]
+@pytest.mark.parametrize("lengths", [np.array([2, 0, 5, 3], np.uint32), [2, 0, 5, 3]])
+def test_offsets_of_lengths(lengths):
+    assert offsets_of(lengths).tolist() == [0, 2, 2, 7, 10]
+    assert offsets_of(lengths).dtype == np.int64
+    assert offsets_of(lengths[:0]).tolist() == [0]
 
 
 def test_the_hash_of_a_file(tmp_path):

@@ -17,17 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from streaming_rwkv.shards import TokenizerRecord
 from streaming_rwkv.tokenizer import (
     RECORD_NAME,
-    WORLD_VOCABULARY,
     HuggingFaceTokenizer,
-    WorldTokenizer,
-    load_tokenizer,
-)
-from streaming_rwkv.tokenizer_json import (
     TextError,
     TokenizerError,
-    llama3_definition,
-    read_tiktoken,
-    tiktoken_definition,
+    WorldTokenizer,
+    load_tokenizer,
 )
 
 HARD_TEXTS = [
@@ -117,13 +111,13 @@ def test_no_texts_are_an_empty_batch(tokenizer):
     assert len(tokenizer.encode_batch([])) == 0
 
 
-def test_fast_ids_are_the_references(tokenizer):
+def test_fast_ids_equal_those_of_the_reference(tokenizer):
     batch = tokenizer.encode_batch(HARD_TEXTS)
     for index, ids in enumerate(tokenizer.encode_reference(HARD_TEXTS)):
         np.testing.assert_array_equal(batch[index], ids)
 
 
-def test_bos_and_eos_stand_for_no_text(tokenizer):
+def test_bos_and_eos_have_no_text(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "hello"
 
@@ -153,78 +147,6 @@ def test_an_unreadable_record_names_itself(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / RECORD_NAME).write_text("{}")
     with pytest.raises(TokenizerError, match=r"record\.json: not a tokenizer record"):
-        load_tokenizer(tmp_path)
-
-
-# --- RWKV World ---
-
-
-def test_world_is_blinkdls_vocabulary(world):
-    assert (world.kind, world.vocab_size, world.bos_id, world.eos_id) == ("rwkv-world", 65536, 0, 0)
-    # The ids that BlinkDL's own tokenizer gives for this sentence, from its README.
-    sentence = "Today is a beautiful day. 今天是美好的一天。"
-    ids = [33520, 4600, 332, 59219, 21509, 47, 33, 10381, 11639, 13091, 15597, 11685, 14734, 10250, 11639, 10080]
-    assert world.encode(sentence).tolist() == ids
-
-
-def test_world_bytes_are_the_ids_after_zero(world):
-    assert world.encode("\x00\x01a").tolist() == [1, 2, 98]
-
-
-def test_a_broken_world_vocabulary_names_the_line(tmp_path):
-    (tmp_path / WORLD_VOCABULARY).write_text("1 'a' 1\n2 'bc' 7\n")
-    with pytest.raises(TokenizerError, match=r":2: found \"2 'bc' 7\", expected `id repr length`"):
-        load_tokenizer(tmp_path).load()
-
-
-def world_lines() -> list[str]:
-    """Return the lines of a vocabulary of single bytes and two more tokens."""
-    return [f"{byte + 1} {(chr(byte) if byte < 128 else bytes([byte]))!r} 1" for byte in range(256)] + [
-        "257 'ab' 2",
-        "258 '中' 3",
-    ]
-
-
-def write_world(folder: Path, lines: list[str]) -> Path:
-    (folder / WORLD_VOCABULARY).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return folder
-
-
-def test_a_world_vocabulary_of_ones_own(tmp_path):
-    tokenizer = load_tokenizer(write_world(tmp_path, world_lines()))
-    assert tokenizer.encode("aab中").tolist() == [98, 257, 258]
-    assert tokenizer.encode_reference(["aab中"])[0].tolist() == [98, 257, 258]
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "0 lines, and 256 of the 256 single bytes are not tokens"),
-        (world_lines()[:100], r"100 lines, and 156 of the 256 single bytes are not tokens \(the first is 0x64\)"),
-        (world_lines()[:97] + world_lines()[98:], r"1 of the 256 single bytes are not tokens \(the first is 0x61\)"),
-        ([*world_lines(), "-1 'xyz' 3"], r":259: found \"-1 'xyz' 3\", expected an id from 1 to 65535"),
-        ([*world_lines(), "0 'xyz' 3"], "expected an id from 1 to 65535"),
-        ([*world_lines(), "65536 'xyz' 3"], "expected an id from 1 to 65535"),
-        ([*world_lines(), "300 '' 0"], "expected a token that is not empty"),
-        ([*world_lines(), "257 'xyz' 3"], "expected an id of its own: 257 is b'ab' already"),
-        ([*world_lines(), "300 'ab' 2"], "expected a token of its own: b'ab' is id 257 already"),
-        ([*world_lines(), "300 " + "(" * 100_000 + " 3"], "expected `id repr length`"),
-    ],
-)
-def test_a_world_vocabulary_by_which_not_every_text_can_be_written_is_refused(tmp_path, lines, message):
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(write_world(tmp_path, lines))
-
-
-def test_a_world_vocabulary_that_the_fast_library_cannot_read(tmp_path):
-    lines = [f"{byte + 1} {bytes([byte])!r} 1" for byte in range(256)]  # as bytes, where BlinkDL's file has texts
-    with pytest.raises(TokenizerError, match="pyrwkv_tokenizer cannot read it"):
-        load_tokenizer(write_world(tmp_path, lines)).load()
-
-
-def test_a_world_vocabulary_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / WORLD_VOCABULARY).write_bytes(b"1 '\xff' 1\n")
-    with pytest.raises(TokenizerError, match="not UTF-8"):
         load_tokenizer(tmp_path)
 
 
@@ -392,7 +314,7 @@ def test_the_saved_folder_loads_with_transformers(hugging_face, tmp_path):
     assert theirs.eos_token_id == hugging_face.eos_id
 
 
-def test_what_fastokens_lacks_falls_back_and_says_so(tmp_path, caplog):
+def test_a_definition_that_fastokens_lacks_is_encoded_by_the_reference_with_a_warning(tmp_path, caplog):
     """WordPiece: a normalizer changes the text, and bytes are divided in proportion."""
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
     made.normalizer = normalizers.Lowercase()
@@ -408,7 +330,7 @@ def test_what_fastokens_lacks_falls_back_and_says_so(tmp_path, caplog):
     assert not supported, "fastokens learned WordPiece: choose another model for this test"
 
 
-def test_sentencepiece_marks_and_bytes_count_as_the_text_they_stand_for(tmp_path):
+def test_sentencepiece_marks_and_bytes_count_as_the_text_that_they_encode(tmp_path):
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁he", -1.0), ("llo", -1.0), ("<0xE5>", -9.0)]
     made = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -436,78 +358,10 @@ def test_an_unreadable_tokenizer_json_names_itself(tmp_path, content, message):
         load_tokenizer(tmp_path)
 
 
-GOOD = {
-    "model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"]},
-    "added_tokens": [
-        {"id": 0, "content": "</s>", "special": True}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    ],
-}
-
-
-def changed(field: str, value: object) -> dict[str, object]:
-    """Return GOOD with another value at `field`, a path such as model.vocab."""
-    definition = json.loads(json.dumps(GOOD))
-    place = definition
-    *path, last = field.split(".")
-    for key in path:
-        place = place[int(key)] if isinstance(place, list) else place[key]
-    place[last] = value
-    return definition
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("added_tokens", None, "added_tokens: found None, expected a list"),
-        ("added_tokens", {"a": 1}, "added_tokens: found {'a': 1}, expected a list"),
-        ("added_tokens", ["</s>"], r'added_tokens\[0\]: found \'</s>\', expected a mapping with "id" and "content"'),
-        ("added_tokens", [{"content": "</s>"}], r"added_tokens\[0\]\.id: found None, expected a number"),
-        ("added_tokens", [{"id": True, "content": "</s>"}], r"added_tokens\[0\]\.id: found True, expected a number"),
-        ("added_tokens", [{"id": 0, "content": 7}], r"added_tokens\[0\]\.content: found 7, expected a text"),
-        ("added_tokens.0.special", "yes", r"added_tokens\[0\]\.special: found 'yes', expected true or false"),
-        (
-            "added_tokens",
-            [{"id": 2**31, "content": "</s>"}],
-            r"added_tokens\[0\]\.id: found 2147483648, expected an id",
-        ),
-        ("added_tokens", [{"id": -1, "content": "</s>"}], r"added_tokens\[0\]\.id: found -1, expected an id from 0"),
-        ("added_tokens", [{"id": 1, "content": "</s>"}], r"added_tokens\[0\]\.id: id 1 belongs to 'a' and to '</s>'"),
-        (
-            "added_tokens",
-            [{"id": 9, "content": "</s>"}],
-            r"added_tokens\[0\]\.id: found 9, expected 0, the id of '</s>'",
-        ),
-        ("model.vocab", None, "model.vocab: found None, expected a mapping"),
-        ("model.vocab", "abc", "model.vocab: found 'abc', expected a mapping"),
-        ("model.vocab", {"</s>": "0"}, r"model\.vocab\['</s>'\]: found '0', expected an id"),
-        ("model.vocab", {"</s>": 0, "a": 0}, r"model\.vocab\['a'\]: id 0 belongs to '</s>' and to 'a'"),
-        ("model.vocab", {"</s>": 2**62}, r"model\.vocab\['</s>'\]: found 4611686018427387904, expected an id"),
-        ("model.vocab", ["</s>"], r"model\.vocab\[0\]: found '</s>', expected \[token, score\]"),
-        ("model.merges", 3, "model.merges: found 3, expected a list"),
-        ("model.merges", {"a": "b"}, "model.merges: found {'a': 'b'}, expected a list"),
-        ("model.merges", [["a", "b", "c"]], r"model\.merges\[0\]: found \['a', 'b', 'c'\], expected"),
-        ("model.merges", [["a", "b"], "a b"], r"model\.merges\[1\]: found 'a b', expected .* the same in all"),
-        ("decoder", [], r"decoder: found \[\], expected a mapping"),
-        ("decoder", {"type": "Sequence", "decoders": ["x"]}, "decoder.decoders: found"),
-        ("model", [], "no Hugging Face tokenizer: it has no 'model'"),
-    ],
-)
-def test_a_malformed_tokenizer_json_names_the_field(tmp_path, field, value, message):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, value)))
-    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {message}"):
-        load_tokenizer(tmp_path, eos_token="</s>")
-
-
-def test_the_form_that_malformed_ones_differ_from_is_fine(tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(GOOD))
-    assert load_tokenizer(tmp_path, eos_token="</s>").encode("abba").tolist() == [3, 2, 1]
-
-
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("content", ["[]", "3", '"</s>"', "null", "{", "[" * 5000])
 def test_malformed_files_beside_a_tokenizer_name_themselves(tmp_path, name, content):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(GOOD))
+    save(byte_level(), tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(TokenizerError, match=name):
         load_tokenizer(tmp_path, eos_token="</s>")
@@ -533,7 +387,7 @@ def test_a_folder_without_a_tokenizer_says_what_it_looked_for(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_path_that_is_not_there_is_no_hub_name(tmp_path):
+def test_a_missing_path_is_not_taken_for_a_hub_name(tmp_path):
     with pytest.raises(TokenizerError, match="no such file or folder"):
         load_tokenizer(tmp_path / "nowhere")
 
@@ -544,8 +398,7 @@ def test_hub_names_come_from_the_cache_and_its_absence_is_explained(tmp_path):
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     program = """
-from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.tokenizer_json import TokenizerError
+from streaming_rwkv.tokenizer import TokenizerError, load_tokenizer
 print(load_tokenizer("some/model").record().name)
 for name in ("some/other", "tok"):
     try:
@@ -577,8 +430,7 @@ def test_code_of_a_hub_repository_is_neither_run_nor_asked_about(tmp_path, answe
     (snapshot / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}))
     (snapshot / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: ...\nclass Config: ...\n")
     program = """
-from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.tokenizer_json import TokenizerError
+from streaming_rwkv.tokenizer import TokenizerError, load_tokenizer
 try:
     load_tokenizer("some/model")
 except TokenizerError as error:
@@ -597,54 +449,6 @@ except TokenizerError as error:
     assert "trust_remote_code" not in done.stderr
 
 
-# --- tiktoken files ---
-
-
-def naive_tiktoken(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's definition: join the adjacent pair of the lowest rank until there is none."""
-    parts = [bytes([byte]) for byte in word]
-    while True:
-        pairs = [(ranks[parts[i] + parts[i + 1]], i) for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in ranks]
-        if not pairs:
-            return [ranks[part] for part in parts]
-        _, at = min(pairs)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-def test_a_converted_tiktoken_vocabulary_gives_tiktokens_ids(tmp_path):
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in (b"ab", b"bc", b"abc", b"cd", b"abcd", b"aab", b"dd", "月".encode()[:2], "月".encode()):
-        ranks[token] = len(ranks)
-    definition = tiktoken_definition(ranks, pattern=r"\S+|\s+", special=["<eos>"])
-    tokenizer = HuggingFaceTokenizer(definition, name="t", bos_token=None, eos_token="<eos>", where="t")
-
-    @settings(max_examples=200, deadline=None)
-    @given(st.text(alphabet="abcd月", max_size=12))
-    def check(word):
-        whole = [ranks[word.encode()]] if word.encode() in ranks else naive_tiktoken(word.encode(), ranks)
-        assert tokenizer.encode(word).tolist() == (whole if word else [])
-        assert tokenizer.encode_reference([word])[0].tolist() == (whole if word else [])
-
-    check()
-    assert tokenizer.eos_id == len(ranks)
-
-
-def test_a_tiktoken_file_is_read(tmp_path):
-    (tmp_path / "tokenizer.model").write_text("YQ== 0\nYmM= 1\n")
-    assert read_tiktoken(tmp_path / "tokenizer.model") == {b"a": 0, b"bc": 1}
-
-
-def test_a_sentencepiece_model_is_told_apart(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model:\d: no tiktoken file.*SentencePiece"):
-        load_tokenizer(tmp_path)
-
-
-def test_only_llama3s_number_of_ranks_is_converted():
-    with pytest.raises(TokenizerError, match="256 ranks, only Llama 3's with 128000"):
-        llama3_definition({bytes([byte]): byte for byte in range(256)})
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", RECORD_NAME])
 def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
     if name not in ("tokenizer.json", "tokenizer.model"):
@@ -655,7 +459,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, name):
         load_tokenizer(tmp_path)
 
 
-def test_a_device_is_no_tokenizer_json(tmp_path):
+def test_a_device_is_refused_as_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.json").symlink_to("/dev/zero")
     with pytest.raises(TokenizerError, match=r"found no tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -86,6 +86,6 @@ def source_strings() -> str:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_a_quoted_message_is_one_of_the_sources(message: str) -> None:
+def test_a_quoted_message_occurs_in_the_sources(message: str) -> None:
     assert message in PAGE
     assert message in source_strings()

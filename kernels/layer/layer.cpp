@@ -83,7 +83,7 @@ inline vec load_or_zero(const T* p, int64_t offset) {
 
 inline void add_to(float* p, vec x) { store(p, load(p) + x); }
 
-// What a value is once it has been stored as T.
+// The value that x has after it was stored as T.
 template <class T>
 inline vec rounded(vec x) {
     T stored[LANES];

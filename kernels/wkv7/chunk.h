@@ -6,7 +6,7 @@
 //     begin_forward(), forward_chunk()   one warp, 16 value rows (or 32): S after the chunk, M, Y
 //     begin_backward(), backward_chunk() the same for E before the chunk, dM, dV
 //
-// Tiles are 16 rows of 64 halves, squares 16 rows of 16; both lie swizzled, so that no access of a warp meets itself in
+// Tiles are 16 rows of 64 halves, squares 16 rows of 16; both are swizzled, so that no access of a warp meets itself in
 // a bank. Names follow the README: R, A, B, K for R̃, Ã, B̃, K̃; E for the gradient of S.
 
 #pragma once
@@ -46,7 +46,7 @@ __device__ inline int pair() { return lane() % 4 * 2; }       // its first colum
 __device__ inline Address in_tile(int row, int segment) { return row * 128 + ((segment ^ row) & 7) * 16; }
 __device__ inline Address in_square(int row, int segment) { return row * 32 + ((segment ^ row >> 2) & 1) * 16; }
 
-// What this lane gives ldmatrix for 16 columns of a tile, or a square. Its four matrices are the quarters of 16 × 16,
+// The address that this lane gives ldmatrix for 16 columns of a tile, or a square. Its four matrices are the quarters of 16 × 16,
 // taken down first or across first, and transposed or not:
 //
 //                  plain                        transposed
@@ -102,7 +102,7 @@ __device__ inline float power_of_two(int exponent) {  // -126 … 127
     return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
 }
 __device__ inline float nearest_power_of_two(int exponent) { return power_of_two(clamp(exponent, -126, 127)); }
-// Of the largest among a warp's non-negative numbers: 2^exponent ≤ x < 2^(exponent + 1).
+// The exponent of the largest among a warp's non-negative numbers: 2^exponent ≤ x < 2^(exponent + 1).
 __device__ inline int exponent_of_largest(float x) {
     return clamp(static_cast<int>(__reduce_max_sync(ALL, __float_as_uint(x)) >> 23) - 127, -CLAMP, CLAMP);
 }
@@ -313,7 +313,7 @@ __device__ inline void prepare(Address chunk, Address small, Address rest) {
 
 // --- 16 value rows ---
 
-// Of S or E: 16 values × 64 keys, as accumulators. Lane l has rows l / 4 and l / 4 + 8.
+// 16 values × 64 keys of S or E, as accumulators. Lane l has rows l / 4 and l / 4 + 8.
 struct Rows {
     Sums at[8];
 };

@@ -57,13 +57,13 @@ template <class S>
 __device__ inline void copy_group(const Chain& chain, int64 group, Address to) {
     constexpr int SEGMENTS = N * 2 / 16, ROWS = S::COPY_THREADS / SEGMENTS;  // at a time
     const int row = threadIdx.x / SEGMENTS, segment = threadIdx.x % SEGMENTS;
-    // Of the last tensor, V or dY, a block needs the columns of its rows alone.
+    // A block needs only the columns of its rows of the last tensor, V or dY.
     const bool rows_of_this_part = segment / (SEGMENTS / S::PARTS) == chain.part;
     const int64 first = chain.document.start + group * S::CHUNKS * CHUNK + row;
     const int64 safe = (chain.document.start * chain.heads + chain.head) * N;
     int64 offset = (first * chain.heads + chain.head) * N + segment * 8;
     const Address tile = to + in_tile(row, segment);
-    static_assert(ROWS == 8 || ROWS == 16, "rows that lie alike in their tiles");
+    static_assert(ROWS == 8 || ROWS == 16, "rows at the same place in their tiles");
     if (S::COPY_THREADS == S::THREADS || threadIdx.x < S::COPY_THREADS)
 #pragma unroll
         for (int n = 0; n < S::CHUNKS * CHUNK; n += ROWS) {
@@ -173,7 +173,7 @@ __device__ inline void run_chain(const Chain& chain, const float* initial, float
         if (has_rows && final) store_rows(final, s[i], first_tile + i);
 }
 
-// Of a block: the chain it follows, longest document first, or a head's padding.
+// The chain that a block follows, longest document first, or a head's padding.
 template <class S>
 __device__ inline Chain chain_of_block(int64 tokens, int64 heads, int64 documents, const int* cu_seqlens,
                                        const int* order) {

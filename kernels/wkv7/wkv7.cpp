@@ -67,7 +67,7 @@ void for_each_unit(const Wkv7Call& c, F f) {
     const auto length = [&](int64_t d) { return c.cu_seqlens[d + 1] - c.cu_seqlens[d]; };
     // Longest first, so that no thread is left alone with a long one at the end.
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
-    // Heads lie side by side in memory: alone, each would have the caches fetch its neighbours for nothing.
+    // Heads are adjacent in memory: alone, each would make the caches fetch its neighbours for nothing.
     int64_t group = GROUP;
     while (group > 1 && (c.heads % group || c.documents * c.heads / group < (group > 2 ? 2 : 1) * c.threads)) group /= 2;
     const int64_t groups = c.heads / group, units = c.documents * groups;
@@ -140,7 +140,7 @@ struct Token {
 
 // One step of either recurrence, for WIDTH value rows of S [key][value]:
 //     S ← S diag(1 + decay) + x pᵀ + y qᵀ, then S m and S n.
-// Values lie along the lanes, so that no sum runs across them and p, q, m, n are numbers to broadcast. The products
+// Values are along the lanes, so that no sum runs across them and p, q, m, n are numbers to broadcast. The products
 // that the next step starts from ride on the pass that makes S. `meanwhile` is called QUARTERS times.
 constexpr int QUARTERS = 4;
 
@@ -326,8 +326,8 @@ struct Backward {
         Pair db_dk[N];             // [key][token]
         Row across[N];             // a state [key][value]
     };
-    // What memory does while something is computed, row by row: it brings a segment of a head that will be next, and
-    // takes the results of the chunk before.
+    // Memory traffic during computation, row by row: a segment of a head that will be next is fetched, and the results
+    // of the chunk before are stored.
     struct Background {
         Fetch<T, 7, 2> fetch;  // inputs and dy; removed, and the token's share of the saved state
         struct {
@@ -508,7 +508,7 @@ struct Backward {
         }
     }
 
-    // What tokens s ≤ t of one chunk owe each other, as the recurrences themselves: that of the state times dy_t or
+    // Contributions of tokens s ≤ t of one chunk to each other, as the recurrences themselves: that of the state times dy_t or
     // dremoved_t, from the product with the state before the chunk, and that of the gradient times removed_s or v_s,
     // from the product with the gradient after it. Some tokens at a time, for some keys: what registers hold.
     static constexpr int TOGETHER = DOWN / 2, KEYS = 2 * LANES;

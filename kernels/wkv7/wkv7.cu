@@ -74,7 +74,7 @@ __device__ inline void fetch_ahead(const void* p) {  // to the second-level cach
 #endif
 }
 
-// What a block works on.
+// The tokens that a block works on.
 struct Span {
     int64 document, head, start, stop;  // document == documents: the padding after the last one
 };

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.console import shown
-from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, piece_bounds
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, offsets_of
 from streaming_rwkv.tokenizer import Tokenizer
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
@@ -113,7 +113,7 @@ def _pieces(
     where: str,
 ) -> Iterator[ShownPiece]:
     check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
-    bounds = piece_bounds(pack["lengths"])
+    bounds = offsets_of(pack["lengths"])
     for piece in range(len(pack["lengths"])):
         tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]
         start = int(pack["starts"][piece])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +16,9 @@ from streaming_rwkv.shards import (
     DataError,
     Manifest,
     StreamRecord,
+    check_index,
     check_pack,
-    piece_bounds,
+    offsets_of,
     read_manifest,
     read_small_file,
 )
@@ -88,9 +88,9 @@ def _verify_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -
 def _verify_stream(data_set: DataSet, stream: StreamRecord, manifest: Manifest) -> None:
     folder = f"{data_set.location}/{stream.path}"
     for index in data_set.files([(f"{stream.path}/{INDEX_NAME}", stream.index_sha256)]):
-        indexed = [shard["zip_data"]["basename"] for shard in json.loads(read_small_file(index))["shards"]]
-        if indexed != [shard.basename for shard in stream.shards]:
-            raise DataError(f"{folder}/{INDEX_NAME}: names other shards than the manifest; restore it, or build again")
+        check_index(
+            read_small_file(index), stream, vocab_size=manifest.tokenizer.vocab_size, where=f"{folder}/{INDEX_NAME}"
+        )
     found: Counter[str] = Counter()
     names = [(f"{stream.path}/{shard.basename}", shard.sha256) for shard in stream.shards]
     for shard, file in zip(stream.shards, data_set.files(names), strict=True):
@@ -105,7 +105,7 @@ def _verify_stream(data_set: DataSet, stream: StreamRecord, manifest: Manifest) 
             if int(pack["tokens"].max()) >= manifest.tokenizer.vocab_size:
                 raise DataError(f"{where}: an id beyond the vocabulary; build again")
             begins = pack["starts"] == 0
-            if (pack["tokens"][piece_bounds(pack["lengths"])[:-1]][begins] != manifest.tokenizer.bos_id).any():
+            if (pack["tokens"][offsets_of(pack["lengths"])[:-1]][begins] != manifest.tokenizer.bos_id).any():
                 raise DataError(f"{where}: a document does not begin with bos; build again")
             found.update(
                 packs=1,

@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from prep.execution.task_store import FileRecord, WorkError
-from prep.ragged import offsets_of
+from streaming_rwkv.shards import offsets_of
 
 PIECES_NAME = "pieces.bin"
 HASHES_NAME = "hashes.bin"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.ragged import gather, offsets_of
+from prep.ragged import gather
+from streaming_rwkv.shards import offsets_of
 from streaming_rwkv.tokenizer import TokenBatch
 
 
@@ -54,7 +55,7 @@ def cut(inputs: NDArray[np.int64], *, largest: int, truncate: bool = False) -> P
     """
     counts = np.ones_like(inputs) if truncate else -(-inputs // largest)
     documents = np.repeat(np.arange(len(inputs)), counts)
-    first = np.cumsum(counts) - counts
+    first = offsets_of(counts)[:-1]
     starts = (np.arange(len(documents)) - first[documents]) * largest
     return Pieces(documents=documents, starts=starts, inputs=np.minimum(inputs[documents] - starts, largest))
 

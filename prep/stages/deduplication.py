@@ -19,8 +19,8 @@ from prep.execution.observer import Observer
 from prep.execution.steps import run_step
 from prep.execution.task_store import DoneRecord, done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.execution.tasks import Report, Run
-from prep.ragged import offsets_of
 from prep.stages.records import UnitRecord
+from streaming_rwkv.shards import offsets_of
 
 _DOCUMENTS_PER_RANGE = 1 << 21  # about 100 MB while they are sorted
 _PLACES_AT_ONCE = 1 << 20

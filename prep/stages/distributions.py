@@ -25,7 +25,7 @@ class Statistics(Config):
     fill_bins: int
     sources: dict[str, SourceStatistics]
     fill: dict[str, list[int]]
-    """By stream: packs by how full they are, in `fill_bins` equal steps."""
+    """Return the number of packs by how full they are, in `fill_bins` equal steps, for each stream."""
 
 
 def statistics_bytes(units: Sequence[UnitRecord], windows: Iterable[PackedWindow]) -> bytes:

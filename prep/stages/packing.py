@@ -22,10 +22,10 @@ from prep.execution.context import BuildContext, unit_task
 from prep.execution.intermediate import COLUMNS, DUPLICATES_TASK, PIECES_NAME, Block, Duplicates, read_block
 from prep.execution.task_store import done_folder, finish, hash_file, load_done, temporary_task_folder
 from prep.execution.tasks import Report
-from prep.ragged import gather, offsets_of
+from prep.ragged import gather
 from prep.stages.best_fit import assign_best_fit
 from prep.stages.records import FILL_BINS, UnitRecord, Window, WindowRecord
-from streaming_rwkv.shards import columns
+from streaming_rwkv.shards import columns, offsets_of
 
 _GATHER_TOKENS = 1 << 20
 

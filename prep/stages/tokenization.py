@@ -34,13 +34,13 @@ from prep.execution.work_folder import mark_audited
 from prep.inputs.faults import FILTERED, TRANSFORMED_AWAY, InputError
 from prep.inputs.files import Unit
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
-from prep.ragged import gather, offsets_of
+from prep.ragged import gather
 from prep.stages import buckets
 from prep.stages.audit import sample_for_audit
 from prep.stages.records import UnitRecord
 from prep.stages.unit_counts import TokenizedChunk, UnitCounter
-from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
-from streaming_rwkv.tokenizer_json import TextError
+from streaming_rwkv.shards import offsets_of
+from streaming_rwkv.tokenizer import TextError, TokenBatch, Tokenizer
 
 HOLDS_SPECIAL = "text encodes to bos or eos"
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from prep.document import LineCounts, Rejection, add_counts
 from prep.execution.intermediate import Block, SortedPieces
 from prep.inputs.files import Unit
-from prep.ragged import offsets_of
 from prep.stages.records import LENGTHS_PER_DOUBLING, StreamCount, UnitRecord
+from streaming_rwkv.shards import offsets_of
 
 
 @dataclass(frozen=True, kw_only=True)

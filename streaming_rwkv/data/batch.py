@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streaming_rwkv.ops.layer_reference import IGNORED
-from streaming_rwkv.shards import piece_bounds
+from streaming_rwkv.shards import offsets_of
 
 NO_STREAM = -1  # stream of a blank pack, which fills up a rank's last evaluation batch and is not counted
 
@@ -70,11 +70,11 @@ def finish(joined: Joined) -> Batch:
     """Return inputs and targets: a piece of m stored tokens has m - 1 inputs, and the m - 1 tokens that follow them."""
     lengths = joined.lengths.astype(np.int64)
     inputs = np.ones(len(joined.tokens), bool)
-    inputs[np.cumsum(lengths) - 1] = False  # the last stored token of a piece is only a target
+    inputs[offsets_of(lengths)[1:] - 1] = False  # the last stored token of a piece is only a target
     tokens = joined.tokens[inputs].astype(np.int64)
     targets = joined.tokens[1:][inputs[:-1]].astype(np.int64)
-    cu_seqlens = piece_bounds(lengths - 1)
-    pack_starts = cu_seqlens[piece_bounds(joined.pieces)]
+    cu_seqlens = offsets_of(lengths - 1)
+    pack_starts = cu_seqlens[offsets_of(joined.pieces)]
     ignored = 0
     for pack in np.flatnonzero(joined.streams == NO_STREAM):
         targets[pack_starts[pack] : pack_starts[pack + 1]] = IGNORED

@@ -32,7 +32,7 @@ from streaming_rwkv.data.workers import (
     remember_workers,
     stop_signals_blocked,
 )
-from streaming_rwkv.shards import DataError, StreamRecord, check_pack, token_dtype
+from streaming_rwkv.shards import DataError, StreamRecord, check_pack, offsets_of, token_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def evaluation_batches(packs: list[int], *, batch_packs: int, per_stream: int | 
 
     Blank packs fill up the last batch.
     """
-    first = np.cumsum([0, *packs])
+    first = offsets_of(packs)
     chosen = [first[i] + np.arange(min(n, per_stream or n)) for i, n in enumerate(packs)]
     ids = np.concatenate(chosen).astype(np.int64)
     num_batches = -(-len(ids) // batch_packs)

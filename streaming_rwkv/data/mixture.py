@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from streaming_rwkv.config import Config, ConfigError
 from streaming_rwkv.data.order import Ints, StreamOrder, fraction
 from streaming_rwkv.quantities import PositiveCount
-from streaming_rwkv.shards import StreamRecord
+from streaming_rwkv.shards import StreamRecord, offsets_of
 
 Floats = NDArray[np.float64]
 ORDER_VERSION = 2  # raised when the same configuration would give another order; checkpoints carry it
@@ -120,8 +120,7 @@ class Plan:
     @property
     def first_pack(self) -> Ints:
         """Return the (S,) global ids of the streams' first packs; StreamingDataset numbers all packs consecutively."""
-        packs = np.array([stream.packs for stream in self.streams], np.int64)
-        return np.cumsum(packs) - packs
+        return offsets_of([stream.packs for stream in self.streams])[:-1]
 
     def resumed_at(self, *, step: int, slots: int) -> Plan:
         """Return this plan for a run that has used `slots` of it in `step` steps, whatever their batch sizes were.
@@ -182,7 +181,7 @@ def due_order(rates: Floats, offsets: Floats, *, start: int, stop: int) -> Slots
     low = _due_before(max(0.0, float(start - len(active) - 1)), q, u)
     high = _due_before(float(stop + len(active) + 1), q, u)
     stream = np.repeat(np.arange(len(active)), high - low)
-    first = np.cumsum(high - low) - (high - low)
+    first = offsets_of(high - low)[:-1]
     number = np.arange(len(stream)) - np.repeat(first, high - low) + np.repeat(low, high - low)
     order = np.lexsort((stream, (number + u[stream]) / q[stream]))
     order = order[start - int(low.sum()) :][: stop - start]

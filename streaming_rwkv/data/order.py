@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming_rwkv.shards import offsets_of
+
 Ints = NDArray[np.int64]
 
 
@@ -45,7 +47,7 @@ class StreamOrder:
 
     def __init__(self, packs_per_shard: list[int], *, key: str, block_shards: int) -> None:
         self.packs_per_shard = np.asarray(packs_per_shard, np.int64)
-        self.first_pack = np.cumsum(self.packs_per_shard) - self.packs_per_shard
+        self.first_pack = offsets_of(self.packs_per_shard)[:-1]
         self.packs = int(self.packs_per_shard.sum())
         self.key = key
         self.block_shards = block_shards
@@ -58,7 +60,7 @@ class StreamOrder:
         shards = permutation(len(self.packs_per_shard), key=f"{self.key}/pass {pass_number}/shards")
         blocks = [shards[i : i + self.block_shards] for i in range(0, len(shards), self.block_shards)]
         sizes = [int(self.packs_per_shard[block].sum()) for block in blocks]
-        return blocks, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        return blocks, offsets_of(sizes)
 
     def _compute_block(self, pass_number: int, block: int) -> Ints:
         shards = self._layout(pass_number)[0][block]

@@ -9,7 +9,6 @@ then the run stops with an error that names it.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -29,17 +28,15 @@ from streaming_rwkv.shards import (
     DataError,
     Manifest,
     StreamRecord,
-    columns,
+    check_index,
     parse_manifest,
     sha256_of_file,
-    shard_records,
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
 SHOWN_SHARDS = 3
 
 
@@ -210,33 +207,6 @@ def _check_index(content: bytes, record: StreamRecord, manifest: Manifest, *, wh
     if hashlib.sha256(content).hexdigest() != record.index_sha256:
         raise DataError(f"{where}: does not have the hash that the manifest gives; the data set was changed or damaged")
     check_index(content, record, vocab_size=manifest.tokenizer.vocab_size, where=where)
-
-
-def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
-    """Refuse an index with which StreamingDataset would read or write anything but the manifest's shards.
-
-    Raises:
-        DataError: other columns or encodings (such as pickles), other files or sizes, or names outside the folder.
-    """
-    try:
-        entries = json.loads(content)["shards"]
-        for entry in entries:
-            found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-            if found != columns(vocab_size) or entry["format"] != "mds" or entry["version"] != 2:
-                raise DataError(f"{where}: columns {found} are not the contract's; the shards were not written by prep")
-            if not str(entry["compression"]).startswith("zstd"):
-                raise DataError(f"{where}: compression {entry['compression']!r}; prep writes zstd")
-            raw = entry["raw_data"]
-            if raw["basename"] != entry["zip_data"]["basename"].removesuffix(".zstd") or "/" in raw["basename"]:
-                raise DataError(f"{where}: raw file name {raw['basename']!r} is not that of its compressed form")
-        found_shards = shard_records(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: not an MDS index of prep's ({type(error).__name__}: {error})") from None
-    if found_shards != record.shards:
-        raise DataError(f"{where}: does not list the manifest's shards; the data set was changed or damaged")
-    oversized = [shard.basename for shard in record.shards if shard.raw_bytes >= LARGEST_SHARD_BYTES]
-    if oversized:
-        raise DataError(f"{where}: {oversized[0]} claims to expand to more than {LARGEST_SHARD_BYTES} bytes")
 
 
 def _remove_unfinished_files(cache: Path) -> None:

@@ -21,7 +21,8 @@ from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.flops import parameter_count
-from streaming_rwkv.model.weights import infer_config, read_state, write_huggingface, write_pth
+from streaming_rwkv.model.state import infer_config
+from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
-from streaming_rwkv.filesystem import read_regular_file
+from streaming_rwkv.filesystem import is_plain_name, read_regular_file
 from streaming_rwkv.shards import sha256_of_file
 
 FORMAT = "streaming-rwkv-checkpoint/2"
@@ -47,9 +48,7 @@ class MarkedFiles(Config):
     @classmethod
     def _plain_names(cls, files: dict[str, MarkedFile]) -> dict[str, MarkedFile]:
         for name in files:
-            # Readers join this with a folder or a prefix: `../` or an absolute path would lead outside.
-            is_outside = name in ("", ".", "..") or any(character in name for character in "/\\\0")
-            if is_outside or len(name.encode(errors="replace")) > 255:
+            if not is_plain_name(name):
                 raise ValueError(f"names a file outside its folder, {name[:80]!r}; expected a plain file name")
         return files
 
@@ -57,14 +56,13 @@ class MarkedFiles(Config):
 MarkT = TypeVar("MarkT", bound=MarkedFiles)
 
 
-def read_files(folder: Path) -> dict[str, Any]:
-    """Return the size and sha256 of each file in a checkpoint's completion mark.
+def read_files(folder: Path) -> dict[str, MarkedFile]:
+    """Return the files in a checkpoint's completion mark, by name.
 
     Raises:
         CheckpointError: no mark, not a regular file, or not one that can be relied on.
     """
-    files: dict[str, Any] = parse_as(MarkedFiles, read_mark_bytes(folder), where=str(folder / MARK_NAME))["files"]
-    return files
+    return parse_as(MarkedFiles, read_mark_bytes(folder), where=str(folder / MARK_NAME)).files
 
 
 def read_mark_bytes(folder: Path) -> bytes:
@@ -84,8 +82,8 @@ def read_mark_bytes(folder: Path) -> bytes:
         raise CheckpointError(str(error)) from None
 
 
-def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> dict[str, Any]:
-    """Check the content of a completion mark and return its values.
+def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> MarkT:
+    """Return a completion mark from its content, with the fields of `mark_type`.
 
     Raises:
         CheckpointError: not JSON, of another format, or with a field that is missing, unknown or wrong.
@@ -98,12 +96,12 @@ def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> dict[str,
     if not isinstance(mark, dict) or mark.get("format") not in FORMATS:
         raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
     try:
-        return validate(mark_type, mark, where=where).model_dump(exclude_unset=True)
+        return validate(mark_type, mark, where=where)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
 
-def check_files(folder: Path, files: dict[str, Any]) -> None:
+def check_files(folder: Path, files: Mapping[str, MarkedFile]) -> None:
     """Compare the files of a checkpoint with its mark, by size first.
 
     Raises:
@@ -112,11 +110,11 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
     for name, record in files.items():
         if (problem := find_file_problem(folder / name, record)) is not None:
             raise ValueError(problem)
-        if sha256_of_file(folder / name) != record["sha256"]:
+        if sha256_of_file(folder / name) != record.sha256:
             raise ValueError(f"{name} is not what was written")
 
 
-def find_file_problem(file: Path, record: dict[str, Any]) -> str | None:
+def find_file_problem(file: Path, record: MarkedFile) -> str | None:
     """Return the problem of a file that can be found without reading it, or None."""
     try:
         status = file.stat()
@@ -126,6 +124,6 @@ def find_file_problem(file: Path, record: dict[str, Any]) -> str | None:
         return f"{file.name} cannot be read ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return f"{file.name} is not a regular file"
-    if status.st_size != record["bytes"]:
-        return f"{file.name} has {status.st_size} bytes instead of {record['bytes']}"
+    if status.st_size != record.bytes:
+        return f"{file.name} has {status.st_size} bytes instead of {record.bytes}"
     return None

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
+from streaming_rwkv.filesystem import is_plain_name
 from streaming_rwkv.model.marked_files import MARK_NAME, check_files, read_files
 
 INDEX_NAME = ".metadata"
@@ -88,7 +89,7 @@ def _check_places(metadata: Metadata, folder: Path) -> None:
         if not isinstance(place, _StorageInfo):
             raise ValueError(f"{INDEX_NAME}: the place of {index} is a {type(place).__name__}")
         name, offset, length = place.relative_path, place.offset, place.length
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        if not isinstance(name, str) or not is_plain_name(name):
             raise ValueError(f"{INDEX_NAME}: names the file {name!r}, expected one in this folder")
         if name not in sizes:
             if not (folder / name).is_file():

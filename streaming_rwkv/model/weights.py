@@ -28,15 +28,29 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.filesystem import atomic_file
-from streaming_rwkv.model.config import RWKV7Config
+from streaming_rwkv.model.huggingface_names import (
+    FLAT,
+    LAYER_NORM_EPS,
+    check_group_norm,
+    from_huggingface_name,
+    is_transposed,
+    to_huggingface_name,
+)
 from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
-from streaming_rwkv.model.rwkv7 import GROUP_NORM_EPS, RWKV7
+from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
-
-State = dict[str, Tensor]
+from streaming_rwkv.model.state import (
+    UNUSED,
+    State,
+    check_fits,
+    converted_to,
+    expected_shapes,
+    infer_config,
+    load_state,
+    some_names,
+)
 
 _VECTOR = re.compile(r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav]0|k_[ka])|ffn\.x_k)")
-_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
 _CONFIG_NAME = "config.json"
 _SAFETENSORS_NAME = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -48,7 +62,6 @@ _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
-_LAYER_NORM_EPS = 1e-5  # torch's default, used by every RWKV model
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
@@ -63,139 +76,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **option
     """
     state = read_state(path)
     config = infer_config(state, where=str(path))
-    _check_fits(state, _expected_shapes(config), where=str(path))  # before a model of that size is built
+    check_fits(state, expected_shapes(config), where=str(path))  # before a model of that size is built
     with torch.device("meta"):
         model = RWKV7(config.model_copy(update=options))
     model = model.to(dtype).to_empty(device="cpu")
     load_state(model, state, where=str(path))
     return model
-
-
-def _expected_shapes(config: RWKV7Config) -> dict[str, torch.Size]:
-    """Return each parameter's shape, from a model of two layers: all layers after the first have the same shapes."""
-    with torch.device("meta"):
-        small = RWKV7(config.model_copy(update={"num_layers": min(2, config.num_layers)}))
-    shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
-    second = {name.split(".", 2)[2]: shape for name, shape in shapes.items() if name.startswith("blocks.1.")}
-    for layer in range(2, config.num_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in second.items()}
-    return shapes
-
-
-@torch.no_grad()
-def load_state(model: RWKV7, state: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy `state` into `model`, in place, rounding to its type. The model is on the CPU and not sharded yet.
-
-    Raises:
-        CheckpointError: a parameter is missing, unknown, of another shape, or not finite in the state or the model.
-    """
-    parameters = dict(model.named_parameters())
-    _check_fits(state, {name: parameter.shape for name, parameter in parameters.items()}, where=where)
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
-        _check_finite(parameter, state[name], where=f"{where}: {name}")
-
-
-def _check_fits(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, where: str) -> None:
-    unknown = sorted(name for name in state if name not in shapes and not _UNUSED.fullmatch(name))
-    missing = sorted(name for name in shapes if name not in state)
-    if unknown or missing:
-        problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model does not have"
-        raise CheckpointError(
-            f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown); found a model of "
-            f"{len(_layers(state))} layers, this one has {len(_layers(shapes))}"
-        )
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise CheckpointError(
-                f"{where}: {name} is {tuple(state[name].shape)}, this model's is {tuple(shape)}; give the model "
-                "the checkpoint's shape, or leave the shape out where it is inferred"
-            )
-
-
-def _is_finite(value: Tensor) -> bool:
-    # The extremes are NaN if any element is; a large matrix is not copied.
-    return not value.numel() or all(bool(extreme.isfinite()) for extreme in value.aminmax())
-
-
-def _check_finite(value: Tensor, source: Tensor, *, where: str) -> None:
-    """Refuse values that are not finite; `value` is `source` converted to another type."""
-    if _is_finite(value):
-        return
-    kind = str(value.dtype).removeprefix("torch.")
-    if _is_finite(source):
-        raise CheckpointError(
-            f"{where}: the largest of its values is {float(source.abs().max()):g}, too large for {kind}, whose largest "
-            f"is {torch.finfo(value.dtype).max:g}; take bfloat16 or float32"
-        )
-    raise CheckpointError(
-        f"{where}: has values that are not finite: the training that wrote it has diverged, or the file is damaged; "
-        "take an older checkpoint, or copy it again"
-    )
-
-
-def _converted(name: str, value: Tensor, dtype: torch.dtype, *, where: str) -> Tensor:
-    """Return a tensor on the CPU in another type. Raises `CheckpointError` if a value is not finite there."""
-    converted = value.detach().to("cpu", dtype)
-    _check_finite(converted, value, where=f"{where}: {name}")
-    return converted
-
-
-def model_state(model: RWKV7) -> State:
-    """Return the state of a model that is not sharded; the tensors are its parameters, not copies."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
-    """Return the shape of the model with these weights: released RWKV-7 models follow several rank formulas.
-
-    Raises:
-        CheckpointError: not an RWKV-7 model.
-    """
-
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in state:
-            raise CheckpointError(f"{where}: not an RWKV-7 model, it has no {name}; found {_some_names(state)}")
-        if state[name].ndim != dimensions:
-            raise CheckpointError(f"{where}: {name} is {tuple(state[name].shape)}, expected {dimensions} dimensions")
-        return state[name].shape
-
-    vocab_size, hidden_size = shape("emb.weight", 2)
-    layers = _layers(state)
-    if layers != list(range(len(layers))):
-        missing = next(number for number, layer in enumerate([*layers, -1]) if layer != number)
-        raise CheckpointError(
-            f"{where}: has weights of {len(layers)} layers up to blocks.{layers[-1]}, but none of blocks.{missing}; "
-            "layers are numbered from 0 without a gap: copy it again from its source"
-        )
-    fields = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_layers": len(layers),
-        "head_size": shape("blocks.0.att.r_k", 2)[1],
-        "ffn_size": shape("blocks.0.ffn.key.weight", 2)[0],
-        "decay_rank": shape("blocks.0.att.w1", 2)[1],
-        "a_rank": shape("blocks.0.att.a1", 2)[1],
-        "gate_rank": shape("blocks.0.att.g1", 2)[1],
-    }
-    # Layer 0 needs no value residual, and early files have none for it.
-    value_lora = "blocks.1.att.v1" if fields["num_layers"] > 1 else "blocks.0.att.v1"
-    if fields["num_layers"] > 1 or value_lora in state:
-        fields["v_rank"] = shape(value_lora, 2)[1]
-    try:
-        return RWKV7Config(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not an RWKV-7 model: {error}") from None
-
-
-def _layers(state: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of the layers that have weights, in ascending order."""
-    found = (re.match(r"blocks\.(0|[1-9]\d{0,8})\.", name) for name in state)
-    return sorted({int(match[1]) for match in found if match})
-
-
-def _some_names(state: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(str, state))[:3]) or "nothing"
 
 
 # Reading
@@ -327,11 +213,11 @@ def _of_model(weights: Mapping[str, Any], *, where: Path) -> State:
     weights = {_WRAPPED.sub("", name): value for name, value in weights.items()}
     prefixes = [name.removesuffix("emb.weight") for name in weights if name.endswith("emb.weight")]
     if not prefixes:
-        raise CheckpointError(f"{where}: not an RWKV-7 model, it has no emb.weight; found {_some_names(weights)}")
+        raise CheckpointError(f"{where}: not an RWKV-7 model, it has no emb.weight; found {some_names(weights)}")
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{where}: not an RWKV-7 model, it has {len(prefixes)} weights called emb.weight, expected one; found "
-            f"{_some_names(dict.fromkeys(prefix + 'emb.weight' for prefix in prefixes))}"
+            f"{some_names(dict.fromkeys(prefix + 'emb.weight' for prefix in prefixes))}"
         )
     return {name.removeprefix(prefixes[0]): value for name, value in weights.items() if name.startswith(prefixes[0])}
 
@@ -345,7 +231,7 @@ def _read_huggingface(folder: Path) -> State:
     if not isinstance(head_size, int):
         raise CheckpointError(f"{folder}/{_CONFIG_NAME}: head_dim is {head_size!r}, expected a number")
     expected = {
-        "norm_eps": _LAYER_NORM_EPS,
+        "norm_eps": LAYER_NORM_EPS,
         "norm_bias": True,
         "norm_first": True,
         "hidden_act": "sqrelu",
@@ -354,7 +240,7 @@ def _read_huggingface(folder: Path) -> State:
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise CheckpointError(f"{folder}/{_CONFIG_NAME}: {key} is {config[key]!r}, BlinkDL's RWKV-7 has {value!r}")
-    _check_group_norm(head_size, where=f"{folder}/{_CONFIG_NAME}: head_dim")
+    check_group_norm(head_size, where=f"{folder}/{_CONFIG_NAME}: head_dim")
     if (folder / _SAFETENSORS_INDEX).is_file():
         weight_map = _read_json(folder / _SAFETENSORS_INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -370,7 +256,7 @@ def _read_huggingface(folder: Path) -> State:
             own_name = from_huggingface_name(name)
             if own_name is None:
                 raise CheckpointError(f"{folder}/{file}: unknown parameter {name}")
-            state[own_name] = value.T if _is_transposed(name) else value
+            state[own_name] = value.T if is_transposed(name) else value
     if config.get("tie_word_embeddings") and "emb.weight" in state:
         head = state.setdefault("head.weight", state["emb.weight"])
         if not torch.equal(head, state["emb.weight"]):
@@ -391,14 +277,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_group_norm(head_size: int, *, where: str) -> None:
-    # There the GroupNorm's epsilon is head_dim · norm_eps; BlinkDL's is 64e-5 for every head size.
-    if abs(head_size * _LAYER_NORM_EPS - GROUP_NORM_EPS) > 1e-9:
-        raise CheckpointError(
-            f"{where}: found {head_size}; Hugging Face implementations agree with BlinkDL's for head size 64 alone"
-        )
-
-
 # Writing
 
 
@@ -413,7 +291,7 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
     """
     path = Path(path)
     config = infer_config(state, where=str(path))
-    complete = {name: _converted(name, value, dtype, where=str(path)).contiguous() for name, value in state.items()}
+    complete = {name: converted_to(name, value, dtype, where=str(path)).contiguous() for name, value in state.items()}
     width, rank = config.hidden_size, config.v_rank
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
@@ -441,16 +319,16 @@ def write_huggingface(
     """
     folder = Path(folder)
     config = infer_config(state, where=str(folder))
-    _check_group_norm(config.head_size, where=f"{folder}: head size")
+    check_group_norm(config.head_size, where=f"{folder}: head size")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, value in state.items():
-        if _UNUSED.fullmatch(name):
+        if UNUSED.fullmatch(name):
             continue
         their_name = to_huggingface_name(name)
-        value = _converted(name, value, dtype, where=str(folder))
-        value = value.T if _is_transposed(their_name) else value
-        value = value.flatten() if their_name.endswith(_FLAT) else value
+        value = converted_to(name, value, dtype, where=str(folder))
+        value = value.T if is_transposed(their_name) else value
+        value = value.flatten() if their_name.endswith(FLAT) else value
         weights[their_name] = value.contiguous().clone()
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
@@ -474,7 +352,7 @@ def write_huggingface(
         "hidden_act": "sqrelu",
         "norm_first": True,
         "norm_bias": True,
-        "norm_eps": _LAYER_NORM_EPS,
+        "norm_eps": LAYER_NORM_EPS,
         "tie_word_embeddings": False,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -482,54 +360,3 @@ def write_huggingface(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
-
-
-# Names: ours (BlinkDL's) ↔ fla's and rwkv7_hf's
-
-_OUTER_NAMES = {
-    "emb.weight": "model.embeddings.weight",
-    "ln_out.weight": "model.norm.weight",
-    "ln_out.bias": "model.norm.bias",
-    "head.weight": "lm_head.weight",
-}
-_LORA_NAMES = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
-_BLOCK_NAMES = {
-    **{f"{ours}.{end}": f"{theirs}.{end}"
-       for ours, theirs in {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm", "att.ln_x": "attn.g_norm"}.items()
-       for end in ("weight", "bias")},
-    **{f"att.{ours}.weight": f"attn.{theirs}.weight"
-       for ours, theirs in {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}.items()},
-    **{f"att.{letter}{part}": f"attn.{letter}_lora.lora.{end}"
-       for letter in "wavg" for part, end in _LORA_NAMES.items() if (letter, part) != ("g", "0")},
-    **{f"att.{name}": f"attn.{name}" for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k")},
-    **{f"ffn.{name}": f"ffn.{name}" for name in ("x_k", "key.weight", "value.weight")},
-}  # fmt: skip
-_FROM_OUTER = {theirs: ours for ours, theirs in _OUTER_NAMES.items()}
-_FROM_BLOCK = {theirs: ours for ours, theirs in _BLOCK_NAMES.items()}
-_FLAT = ("lora.2.bias", ".k_k", ".k_a", "ffn.x_k")  # (C,) there, (1, 1, C) here
-
-
-def to_huggingface_name(name: str) -> str:
-    """Return Hugging Face's name of a parameter: "blocks.3.att.w1" → "model.layers.3.attn.w_lora.lora.0.weight".
-
-    Raises:
-        KeyError: our models have no parameter of this name.
-    """
-    if not name.startswith("blocks."):
-        return _OUTER_NAMES[name]
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{_BLOCK_NAMES[rest]}"
-
-
-def from_huggingface_name(name: str) -> str | None:
-    """Invert `to_huggingface_name`; return None for a name that it never returns."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    if not found:
-        return _FROM_OUTER.get(name)
-    rest = _FROM_BLOCK.get(found[2])
-    return None if rest is None else f"blocks.{found[1]}.{rest}"
-
-
-def _is_transposed(huggingface_name: str) -> bool:
-    """LoRA factors multiply from the right here, and are `Linear` weights there."""
-    return "_lora.lora." in huggingface_name and huggingface_name.endswith(".weight")

@@ -1,4 +1,4 @@
-"""Kernels, compiled at their first use and kept on disk: where the sources lie, the cache, the system's C++ compiler.
+"""Kernels, compiled at their first use and kept on disk: the folder of sources, the cache, the system's C++ compiler.
 
 Nothing here runs at import. A cached file's name is a hash of all that decides its content. Its sha256 is stored beside
 it and checked before it is loaded, and it is code: it is loaded only from a folder that no other user can write to.

@@ -135,7 +135,7 @@ def _kernel(r: Tensor) -> Any:
 
 
 def _cuda_kernel(r: Tensor) -> Any:
-    """In chunks for bfloat16, if the GPU has tensor cores for it (A100 or newer); else step by step."""
+    """Compute in chunks for bfloat16 if the GPU has tensor cores for it (A100 or newer), otherwise step by step."""
     if r.dtype != torch.bfloat16:
         return cuda
     older = (

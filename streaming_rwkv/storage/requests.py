@@ -249,7 +249,7 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
         case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
             return _Problem(text=f"cannot connect; {_ADDRESS_REMEDY}", may_pass=True, unreachable=True)
         case _Stalled() | boto.ReadTimeoutError():
-            return _Problem(text=f"timed out, since the server stands still; {_ADDRESS_REMEDY}", may_pass=True)
+            return _Problem(text=f"timed out, since the server stopped responding; {_ADDRESS_REMEDY}", may_pass=True)
         case FaultyAnswer():
             return _Problem(text=f"{error}; the server or something before it damages answers", may_pass=True)
         case OSError() if not isinstance(error, (ConnectionError, TimeoutError)):

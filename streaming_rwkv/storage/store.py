@@ -1,4 +1,4 @@
-"""Object storage: S3 and what speaks its protocol (AWS, MinIO, Cloudflare R2, SeaweedFS), for preparation and training.
+"""Object storage: S3-compatible servers (AWS, MinIO, Cloudflare R2, SeaweedFS), for preparation and training.
 
 Every upload and download is verified:
 

@@ -43,10 +43,10 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
         mark = newest_mark(root, store)
     if mark is None:
         newest_checkpoint(root)  # raises if checkpoints are damaged
-    prepared = prepare(config, world_size=processes, fetch=True, shape=mark["run"]["model"] if mark else None)
+    prepared = prepare(config, world_size=processes, fetch=True, shape=mark.run.model if mark else None)
     step = 0
     if mark is not None:
-        step, where = int(mark["step"]), config.save_folder
+        step, where = mark.step, config.save_folder
         check_same_settings(mark, prepared.identity, allow=frozenset(config.checkpoint.allow_changed), where=where)
         prepared = replace(prepared, plan=plan_from(prepared.plan, mark, where=where))
     plan = prepared.plan

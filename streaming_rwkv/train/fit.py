@@ -100,17 +100,17 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDa
     """Continue the trainer's clock, the order of packs and the callbacks' counts after a checkpoint's step."""
     mark = checkpoint.mark
     trainer.state.timestamp = trainer.state.timestamp.copy(
-        batch=mark["step"],
-        batch_in_epoch=mark["step"],
-        sample=mark["samples"],
-        sample_in_epoch=mark["samples"],
-        token=mark["tokens"],
-        token_in_epoch=mark["tokens"],
-        total_wct=timedelta(seconds=mark["seconds"]),
+        batch=mark.step,
+        batch_in_epoch=mark.step,
+        sample=mark.samples,
+        sample_in_epoch=mark.samples,
+        token=mark.tokens,
+        token_in_epoch=mark.tokens,
+        total_wct=timedelta(seconds=mark.seconds),
     )
     train_set.start_at(checkpoint.step)
-    callbacks.consumption.load(mark["consumed"])
-    callbacks.clipping.skipped = mark.get("steps_skipped", 0)
+    callbacks.consumption.load(mark.consumed)
+    callbacks.clipping.skipped = mark.steps_skipped
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -> int:

@@ -10,7 +10,8 @@ from streaming_rwkv.distributed import barrier, run_on_all
 from streaming_rwkv.model.flops import flops_per_token
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_state, read_state
+from streaming_rwkv.model.state import load_state
+from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.optimizer import build_optimizer
 from streaming_rwkv.train.startup import CheckedRun, remove_initial_weights

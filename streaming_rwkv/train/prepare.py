@@ -12,7 +12,8 @@ from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
 from streaming_rwkv.model.config import RWKV7Config
-from streaming_rwkv.model.weights import infer_config, read_state
+from streaming_rwkv.model.state import infer_config
+from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.shards import SPLITS, Manifest, Split, TokenizerRecord
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.config import DataConfig, ModelConfig, RunConfig

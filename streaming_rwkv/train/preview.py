@@ -20,7 +20,7 @@ from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
 from streaming_rwkv.train.prepare import PreparedRun
 
-# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/test_preview.py),
+# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/train/test_preview.py),
 # without the states that the kernel saves.
 SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
 INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activation checkpointing keeps

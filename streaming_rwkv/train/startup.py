@@ -34,7 +34,7 @@ from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
-from streaming_rwkv.train.checkpoints.record import Checkpoint, check_resumable
+from streaming_rwkv.train.checkpoints.record import Checkpoint, CompletionMark
 from streaming_rwkv.train.checkpoints.remote import newest_remote
 from streaming_rwkv.train.checkpoints.restore import check_place, check_same_run, node_checkpoint, plan_from, restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror
@@ -148,7 +148,7 @@ def find_initial_weights(location: str | None, save_folder: Path, store: Store |
     mark = result_of_rank_zero(lambda: newest_mark(root, store))
     if mark is not None:
         remove_initial_weights(save_folder)
-        return InitialWeights(shape=mark["run"].get("model", {}), path=None)
+        return InitialWeights(shape=mark.run.model, path=None)
     path = node_checkpoint(location, copy)
     return InitialWeights(shape=result_of_rank_zero(lambda: read_shape(path, where=location)), path=path)
 
@@ -159,19 +159,19 @@ def remove_initial_weights(save_folder: Path) -> None:
         shutil.rmtree(save_folder / "init_from", ignore_errors=True)
 
 
-def newest_mark(root: Path, store: Store | None) -> dict[str, Any] | None:
+def newest_mark(root: Path, store: Store | None) -> CompletionMark | None:
     """Return the completion mark of the checkpoint that the run will resume from, on disk or in object storage.
 
     Damaged checkpoints are left out here; `restore` reports them.
     """
-    found: list[dict[str, Any]] = []
+    found: list[CompletionMark] = []
     with contextlib.suppress(CheckpointError):
         if (here := newest_checkpoint(root)) is not None:
             found.append(here.mark)
     with contextlib.suppress(CheckpointError):
         if store is not None and (there := newest_remote(store)) is not None:
             found.append(there.mark)
-    return max(found, key=lambda mark: int(mark["step"]), default=None)
+    return max(found, key=lambda mark: mark.step, default=None)
 
 
 def run_on_local_rank_zero_first(work: Callable[[], Value]) -> Value:
@@ -195,7 +195,6 @@ def find_resume_point(
     checkpoint, in_store = restore(store, Path(config.save_folder))
     if checkpoint is None:
         return prepared, None
-    check_resumable(checkpoint.mark, where=str(checkpoint.path))
     check_same_run(checkpoint, prepared.identity, allow=allow)
     if mirror and not in_store:
         mirror.begin(checkpoint.path, all_on_rank_zero=True)

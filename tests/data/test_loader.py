@@ -24,8 +24,8 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.data import shard_set as shard_set_module
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
-from streaming_rwkv.data.shard_set import check_index, open_shard_set
-from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
+from streaming_rwkv.data.shard_set import open_shard_set
+from streaming_rwkv.shards import MANIFEST_NAME, DataError, check_index, read_manifest
 
 TRAIN = {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23}
 WORKERS = [0, 1, 2]
@@ -44,7 +44,7 @@ def data(built, tmp_path):
 
 @pytest.fixture(autouse=True)
 def opened():
-    """What `open_dataset` opens, closed after each test."""
+    """Data sets that `open_dataset` opened, closed after each test."""
     yield OPENED
     while OPENED:
         OPENED.pop().close()
@@ -83,7 +83,7 @@ def read(dataset, workers):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 1, 7, 29])
-def test_ranks_and_workers_only_share_out_what_the_plan_says(ranks, workers, start, monkeypatch):
+def test_ranks_and_workers_read_the_packs_of_the_plan(ranks, workers, start, monkeypatch):
     monkeypatch.setattr("streaming_rwkv.data.loader.CHUNK_SLOTS", 5 * 8)  # several chunks, of which some are cut short
     table = np.arange(30 * 8).reshape(30, 8)
     rows = [np.empty((30 - start, 0), int)]
@@ -111,7 +111,7 @@ def test_a_loader_reads_the_plan(data, tmp_path, workers):
         assert batch["num_targets"] == batch["cu_seqlens"][-1] == batch["tokens"].numel()
 
 
-def test_workers_go_on_when_a_whole_job_is_asked_to_stop_and_end_with_the_loader(data, tmp_path):
+def test_workers_continue_when_a_whole_job_is_asked_to_stop_and_end_with_the_loader(data, tmp_path):
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
     for _ in range(2):  # one from each: both have begun
@@ -164,7 +164,7 @@ raise SystemExit(3)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_resuming_is_starting_at_another_step(data, tmp_path, workers):
+def test_a_resumed_loader_starts_at_its_step(data, tmp_path, workers):
     dataset, _, _ = open_dataset(data, tmp_path / "cache", stages=({"passes": 1}, {"tokens": 3000, "min_length": 17}))
     whole = read(dataset, workers=0)
     dataset.start_at(17)
@@ -389,7 +389,7 @@ def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, 
         check_index(content.replace(old, new, 1), record, vocab_size=manifest.tokenizer.vocab_size, where="index")
 
 
-def test_a_bomb_expands_no_further_than_the_index_says():
+def test_a_compression_bomb_expands_no_further_than_the_index_says():
     import zstandard
 
     from streaming_rwkv.data.streaming_compat import _expand

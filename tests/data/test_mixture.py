@@ -1,4 +1,4 @@
-"""What the user writes is what a step sees: shares, passes, stages, and any step by itself."""
+"""Steps have the mixture that the configuration asks for: shares, passes, stages, and any step by itself."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_without_shares_each_pack_is_seen_once_a_pass_and_the_rest_opens_the_nex
         assert sorted(ids[pass_number * packs : (pass_number + 1) * packs]) == list(range(packs))
 
 
-def test_what_a_stage_leaves_over_is_taken_up_over_the_same_streams():
+def test_packs_that_a_stage_leaves_over_open_the_next_over_the_same_streams():
     """A window's remainder is its own: in the next window's passes it would be seen twice, and here never."""
     streams = [stream("web", 256, 1000), stream("web", 512, 1000)]
     stages = [{"passes": 1, "max_length": 256}, {"passes": 1, "min_length": 257}] * 4
@@ -49,7 +49,7 @@ def test_what_a_stage_leaves_over_is_taken_up_over_the_same_streams():
 
 
 @pytest.mark.parametrize(("first", "then"), [(16, 32), (16, 4), (12, 10), (10, 12)])
-def test_with_another_batch_size_the_run_goes_on_where_it_was(first, then):
+def test_with_another_batch_size_the_run_continues_where_it_was(first, then):
     stages = [{"tokens": 30_000, "max_length": 256}, {"passes": 1}]
     before, whole = plan_of(stages, batch_packs=first), plan_of(stages, batch_packs=then)
     step = 7
@@ -67,7 +67,7 @@ def test_with_another_batch_size_the_run_goes_on_where_it_was(first, then):
     assert back.slots_before(step + 2) - after.slots_before(step + 2) in range(first)
 
 
-def test_shares_are_of_tokens_not_of_packs():
+def test_shares_count_tokens_and_not_packs():
     # web/512 has 80 targets in a pack and web/256 has 100: equal shares need 5 packs of it for every 4.
     plan = plan_of([{"tokens": 160_000, "streams": {"web/1-256": 1, "web/257-512": 1, "code/1-256": 0}}])
     counts = np.bincount(stream_of(plan, plan.packs(0, plan.steps).ravel()), minlength=3)
@@ -111,7 +111,7 @@ def test_a_window_of_lengths_takes_whole_buckets():
         token_shares(StageConfig(tokens=1, min_length=513), THREE, where="x")
 
 
-def test_nothing_is_seen_twice_before_all_is_seen_across_stages():
+def test_no_pack_is_seen_twice_before_every_pack_was_seen_across_stages():
     plan = plan_of(
         [
             {"tokens": 20_000, "sources": {"web": 0.9, "code": 0.1}},

@@ -145,8 +145,8 @@ LASTING: list[tuple[Fault, str]] = [
     (Fault(kind="lose answer", path=SHARD), "the connection broke"),
     (Fault(kind="shorten", path=SHARD), "fetched twice, and its checksum"),
     (Fault(kind="flip", path=SHARD), "fetched twice, and its checksum"),
-    (Fault(kind="slow", path=SHARD), "timed out, since the server stands still"),
-    (Fault(kind="silent", path=SHARD), "timed out, since the server stands still"),
+    (Fault(kind="slow", path=SHARD), "timed out, since the server stopped responding"),
+    (Fault(kind="silent", path=SHARD), "timed out, since the server stopped responding"),
 ]
 FAST = {("flip", 2), ("status 403", 0), ("status 403", 2), ("slow", 0), ("slow", 2)}
 
@@ -202,7 +202,7 @@ MANIFEST = r"manifest\.json$"
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncate", "shorten", "flip", "slow"])
-def test_manifest_and_indexes_survive_what_passes(kind: Kind, place: Place, tmp_path: Path) -> None:
+def test_manifest_and_indexes_are_read_through_passing_faults(kind: Kind, place: Place, tmp_path: Path) -> None:
     place.proxy.add(Fault(kind=kind, path=MANIFEST, times=1), Fault(kind=kind, path=r"index\.json$", times=1))
     with opened(place.location, tmp_path / "cache") as dataset:
         assert dataset.manifest == read_manifest(place.local)
@@ -218,7 +218,7 @@ def test_manifest_and_indexes_survive_what_passes(kind: Kind, place: Place, tmp_
         ),
         (Fault(kind="status", status=404), r"manifest\.json: .*404 NoSuchBucket: there is no such bucket; create it"),
         (Fault(kind="flip", path=MANIFEST), r"manifest\.json: fetched twice, and its checksum"),
-        (Fault(kind="silent", path=MANIFEST), r"manifest\.json: .*timed out, since the server stands still"),
+        (Fault(kind="silent", path=MANIFEST), r"manifest\.json: .*timed out, since the server stopped responding"),
         (Fault(kind="flip", path="index"), r"index\.json: fetched twice, and its checksum"),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
@@ -233,7 +233,7 @@ def test_a_data_set_that_cannot_be_read_is_refused_before_the_first_step(
     assert time.monotonic() - began < 1.25 * TIMEOUT + BUSY
 
 
-def test_where_no_data_set_lies_is_said_so(place: Place, s3_place: str, tmp_path: Path) -> None:
+def test_a_location_without_a_data_set_is_named(place: Place, s3_place: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=rf"{s3_place}/manifest.json: missing, so this is not a finished data set; build"
     ):
@@ -250,7 +250,7 @@ def test_wrong_keys_are_named(place: Place, tmp_path: Path, monkeypatch: pytest.
 def test_an_object_without_its_writers_checksum_is_compared_with_the_index(
     place: Place, s3_server: S3Server, s3_place: str, tmp_path: Path
 ) -> None:
-    """As another program uploads it: a flipped bit is then nobody's but ours to find."""
+    """Objects that another program uploaded have no checksum of the writer: only the index reveals a flipped bit."""
     bucket, _, prefix = s3_place.removeprefix("s3://").partition("/")
     with s3_server.client() as client:
         for path in place.local.rglob("*"):
@@ -268,7 +268,7 @@ def test_an_object_without_its_writers_checksum_is_compared_with_the_index(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_with_a_small_cache_each_shard_comes_once_a_pass(workers: int, place: Place, tmp_path: Path) -> None:
+def test_with_a_small_cache_each_shard_is_fetched_once_a_pass(workers: int, place: Place, tmp_path: Path) -> None:
     records = read_manifest(place.local).select("train")
     largest = max(shard.raw_bytes + shard.bytes for record in records for shard in record.shards)
     indexes = sum((place.local / record.path / "index.json").stat().st_size for record in records)
@@ -283,7 +283,7 @@ def test_with_a_small_cache_each_shard_comes_once_a_pass(workers: int, place: Pl
     assert place.shards < len(fetched) <= 2 * place.shards  # in two passes
 
 
-def test_reading_again_and_again_through_faults_leaves_nothing_that_grows(
+def test_repeated_reads_through_faults_leak_nothing(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, temporary = tmp_path / "cache", tmp_path / "temporary"
@@ -311,7 +311,7 @@ def test_reading_again_and_again_through_faults_leaves_nothing_that_grows(
                 assert str(cache).encode() not in path.read_bytes(), path
 
 
-def test_what_a_kill_left_unfinished_in_the_cache_goes(place: Place, tmp_path: Path) -> None:
+def test_files_that_a_kill_left_unfinished_in_the_cache_are_removed(place: Place, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with opened(place.location, cache) as dataset:
         folder = Path(dataset.streams[0].local)

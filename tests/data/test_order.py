@@ -1,4 +1,4 @@
-"""One stream's walk: each pack once a pass, and each shard during one stretch of it."""
+"""The order of a stream's packs: each pack once a pass, and each shard in one stretch of it."""
 
 import numpy as np
 

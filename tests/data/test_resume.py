@@ -82,7 +82,7 @@ def boundaries(plan):
 
 @pytest.mark.parametrize("chunk_slots", [1 << 15, 7 * BATCH_PACKS])
 @pytest.mark.parametrize("case", range(25))
-def test_stopped_anywhere_and_moved_to_any_world_it_sees_the_same(plan, chunk_slots, case, monkeypatch):
+def test_a_run_stopped_anywhere_and_resumed_in_any_world_reads_the_same_packs(plan, chunk_slots, case, monkeypatch):
     monkeypatch.setattr("streaming_rwkv.data.loader.CHUNK_SLOTS", chunk_slots)
     rng = random.Random(case)
     ends = boundaries(plan)
@@ -113,7 +113,7 @@ def test_each_pack_of_a_stream_is_seen_once_before_any_is_seen_twice(plan):
             assert len(np.unique(part)) == len(part)
 
 
-def test_what_is_consumed_is_what_was_asked_for(plan):
+def test_consumed_shares_are_the_requested_shares(plan):
     """After every step of a stage each stream has given its rate's part of all packs, within two."""
     whole = plan.packs(0, plan.steps)
     targets_per_pack = np.array([stream.targets_per_pack for stream in plan.streams])
@@ -129,7 +129,7 @@ def test_what_is_consumed_is_what_was_asked_for(plan):
 
 
 def open_run(data, cache, *, rank=0, ranks=1):
-    """As a run of `ranks` processes opens the data, and what to close it by."""
+    """Open the data as a run of `ranks` processes does; returns the function that closes it too."""
     shard_set = open_shard_set(data, cache=cache, splits=("train",), timeout_seconds=60, fetch=True)
     records = shard_set.manifest.select("train")
     stages = [
@@ -223,7 +223,7 @@ def test_six_sources_of_eight_buckets_need_few_files(tmp_path, write_data_set):
     assert int(files["open files"]) < 300  # of 1024, with both data sets open
 
 
-def test_nothing_of_the_order_depends_on_what_was_read_before(plan):
+def test_the_order_does_not_depend_on_what_was_read_before(plan):
     forwards = [plan.packs(step, step + 1).tolist() for step in range(plan.steps)]
     backwards = [plan.packs(step, step + 1).tolist() for step in reversed(range(plan.steps))]
     assert forwards == backwards[::-1]

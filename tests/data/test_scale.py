@@ -1,14 +1,16 @@
-"""Ten million packs in a hundred streams: start and resume in seconds. The indexes are real, the shards are not there.
+"""Ten million packs in a hundred streams: start and resume take seconds. The indexes are real, the shards do not exist.
 
-The bounds are some times what a quiet machine takes, and far below what anything that walks through packs one by one
-would.
+Calls are counted, not seconds, which depend on the machine: their number is the same everywhere, and far below that of
+anything that walks through packs one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from streaming_rwkv.shards import (
     StreamRecord,
     TokenizerRecord,
     columns,
+    read_manifest,
 )
 
 STREAMS, PACKS, PACKS_PER_SHARD = 100, 100_000, 2_000  # 64 MB of 8192 tokens in uint32, or twice that in uint16
@@ -34,6 +37,22 @@ STAGES = [
     {"passes": 1.0},
     {"tokens": 9_000_000_000, "min_length": 1025},
 ]
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    """Yield a list whose only item is the number of calls, of Python and C functions, that this thread makes."""
+    calls = [0]
+
+    def count(frame: object, event: str, argument: object) -> None:
+        if event in ("call", "c_call"):
+            calls[0] += 1
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
 
 
 def index_of(stream: int) -> bytes:
@@ -121,63 +140,49 @@ def plan_of(records):
 
 
 @pytest.mark.parametrize("start", [0, 15_000], ids=["start", "resume"])
-def test_ten_million_packs_are_opened_in_seconds(large, tmp_path, start):
-    began = time.process_time()
-    shard_set = open_shard_set(large, cache=tmp_path / "cache", splits=("train",), timeout_seconds=60, fetch=True)
-    records = shard_set.manifest.select("train")
-    plan = plan_of(records)
-    dataset = PackDataset(
-        shard_set,
-        records,
-        batches=plan.packs,
-        num_batches=plan.steps,
-        batch_packs=BATCH_PACKS,
-        options=LoaderOptions(fetch_ahead=512, cache_limit="100gb", download_attempts=1, timeout_seconds=60),
-    )
-    dataset.start_at(start)
-    first = next(dataset._ids())
-    seconds = time.process_time() - began
+def test_opening_ten_million_packs_does_not_walk_through_them(large, tmp_path, start):
+    with counted_calls() as calls:
+        shard_set = open_shard_set(large, cache=tmp_path / "cache", splits=("train",), timeout_seconds=60, fetch=True)
+        records = shard_set.manifest.select("train")
+        plan = plan_of(records)
+        dataset = PackDataset(
+            shard_set,
+            records,
+            batches=plan.packs,
+            num_batches=plan.steps,
+            batch_packs=BATCH_PACKS,
+            options=LoaderOptions(fetch_ahead=512, cache_limit="100gb", download_attempts=1, timeout_seconds=60),
+        )
+        dataset.start_at(start)
+        first = next(dataset._ids())
     assert dataset.num_samples == STREAMS * PACKS
     assert plan.steps > start
     assert first == plan.packs(start, start + 1)[0, 0]
-    assert seconds < 20, seconds  # 2 on a quiet machine with two cores
+    assert calls[0] < STREAMS * PACKS / 2  # some hundred for each of 5,000 shards
     shard_set.lock.release()
     dataset.close()
 
 
-def test_any_step_of_the_plan_is_worked_out_in_a_moment(large):
-    from streaming_rwkv.shards import read_manifest
-
+def test_a_step_is_found_without_the_steps_before_it(large):
     plan = plan_of(read_manifest(large).select("train"))
     rng = np.random.default_rng(0)
-    steps = [0, plan.steps - 2, *rng.integers(0, plan.steps - 1, 8).tolist()]
-    for step in steps:
-        began = time.process_time()
-        share = share_of_batches(
-            plan.packs,
-            start=step,
-            stop=plan.steps,
-            batch_packs=BATCH_PACKS,
-            rank=3,
-            ranks=8,
-            worker=1,
-            workers=2,
-        )
-        first = next(share)
-        assert time.process_time() - began < 5  # 0.1 on a quiet machine; hidden behind training, a chunk ahead
+    for step in [0, plan.steps - 2, *rng.integers(0, plan.steps - 1, 8).tolist()]:
+        with counted_calls() as calls:
+            share = share_of_batches(
+                plan.packs, start=step, stop=plan.steps, batch_packs=BATCH_PACKS, rank=3, ranks=8, worker=1, workers=2
+            )
+            first = next(share)
         assert first == plan.packs(step + 1, step + 2)[0, 3 * BATCH_PACKS // 8]
+        assert calls[0] < plan.steps, plan.steps
 
 
-def test_the_walk_through_the_plan_keeps_up_with_any_loader(large):
-    """A loader of 10 M tokens/s takes 1200 packs a second; the order of as many is a small part of that second."""
-    from streaming_rwkv.shards import read_manifest
-
+def test_the_order_takes_few_calls_for_each_pack(large):
     plan = plan_of(read_manifest(large).select("train"))
     share = share_of_batches(
         plan.packs, start=5_000, stop=plan.steps, batch_packs=BATCH_PACKS, rank=0, ranks=1, worker=0, workers=1
     )
-    began = time.process_time()
-    taken = 200_000
-    for _ in range(taken):
-        next(share)
-    assert taken / (time.process_time() - began) > 20_000
+    packs = 200_000
+    with counted_calls() as calls:
+        for _ in range(packs):
+            next(share)
+    assert calls[0] < 10 * packs

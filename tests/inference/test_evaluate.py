@@ -14,7 +14,8 @@ import torch
 from streaming_rwkv.inference.evaluate import main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import load_model, model_state, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import load_model, write_pth
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import load_tokenizer
 from tests.conftest import pack_of
@@ -66,7 +67,7 @@ def by_document(checkpoint: Path) -> dict[str, float]:
     }
 
 
-def test_it_is_the_mean_over_documents(data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_is_the_mean_over_documents(data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(checkpoint), str(data), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for name, value in by_document(checkpoint).items():
@@ -75,7 +76,7 @@ def test_it_is_the_mean_over_documents(data: Path, checkpoint: Path, capsys: pyt
     assert f"{found['validation/bits_per_byte/bucket/17-32']:.4f}" in capsys.readouterr().out
 
 
-def test_data_on_object_storage_and_a_part_of_it(
+def test_data_on_object_storage_and_a_part_of_it_can_be_evaluated(
     data: Path, checkpoint: Path, s3_place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from prep.dataset.upload import upload
@@ -96,7 +97,7 @@ def test_data_on_object_storage_and_a_part_of_it(
     assert "train/web/1-16/shard.00000.mds.zstd (missing); restore them, or build again" in capsys.readouterr().err
 
 
-def test_what_does_not_go_together_is_refused(
+def test_a_checkpoint_and_data_that_do_not_match_are_refused(
     data: Path,
     checkpoint: Path,
     tmp_path: Path,

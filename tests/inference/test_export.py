@@ -14,7 +14,8 @@ import torch
 
 from streaming_rwkv.inference.export import export, main
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import model_state, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import write_pth
 from streaming_rwkv.tokenizer import load_tokenizer
 
 TEXTS = [

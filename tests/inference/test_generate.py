@@ -17,7 +17,8 @@ from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.inference.sampling import GenerationError, choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import load_model, model_state, write_huggingface, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import load_model, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -58,14 +59,14 @@ def test_temperature_0_takes_the_likeliest() -> None:
 
 
 def draws(*, temperature: float, top_p: float) -> list[int]:
-    """How often each of four tokens with probabilities 0.5, 0.1, 0.3, 0.1 is drawn."""
+    """The number of times that each of four tokens with probabilities 0.5, 0.1, 0.3, 0.1 is sampled."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
-    drawn = [choose(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
-    return [drawn.count(token) for token in range(4)]
+    sampled = [choose(logits, temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)]
+    return [sampled.count(token) for token in range(4)]
 
 
-def test_drawing_follows_the_probabilities() -> None:
+def test_sampling_follows_the_probabilities() -> None:
     # Four standard deviations of 4000 draws: 4·√(4000·0.5·0.5) = 126
     assert draws(temperature=1, top_p=1) == pytest.approx([2000, 400, 1200, 400], abs=126)
 
@@ -92,7 +93,7 @@ def test_logits_that_are_not_finite_are_named() -> None:
         choose(torch.tensor([1.0, math.nan]), temperature=1.0, top_p=1.0)
 
 
-def test_ids_that_the_tokenizer_has_not_are_not_drawn() -> None:
+def test_ids_beyond_the_tokenizer_are_not_sampled() -> None:
     model = model_of(64)
     with torch.no_grad():
         model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -105,7 +106,7 @@ def test_ids_that_the_tokenizer_has_not_are_not_drawn() -> None:
         assert highest[1] < 50 <= highest[0]
 
 
-def test_the_same_seed_draws_the_same_text() -> None:
+def test_the_same_seed_generates_the_same_text() -> None:
     model = model_of(50)
     texts = [
         list(sampling.generate(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
@@ -114,7 +115,7 @@ def test_the_same_seed_draws_the_same_text() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_stop_token_ends_the_text_and_is_not_given(memorized: RWKV7, world: Tokenizer) -> None:
+def test_a_stop_token_ends_the_text_and_is_not_yielded(memorized: RWKV7, world: Tokenizer) -> None:
     prompt = [world.bos_id, *world.encode("The quick").tolist()]
     ids = list(sampling.generate(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
     assert world.decode(ids) == TEXT.removeprefix("The quick")
@@ -217,7 +218,7 @@ def test_without_a_tokenizer_the_command_says_how_to_give_one(
     assert "no tokenizer is stored with it; name one with --tokenizer" in err
 
 
-def test_a_run_that_is_not_there_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(tmp_path / "nothere", capsys=capsys)
     assert code == 1
     assert err.startswith(f"error: {tmp_path / 'nothere'}: no such file or folder; give a run's save folder, ")
@@ -234,7 +235,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path: Path, capsys: 
     ("out", "error"),
     [("s3://bucket/model.pth", "give a local path"), ("file", "is a file; name NAME.pth"), ("d.pth", "is a folder")],
 )
-def test_an_export_to_an_impossible_place(
+def test_an_export_to_an_impossible_place_is_refused(
     out: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -247,13 +248,13 @@ def test_an_export_to_an_impossible_place(
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense"])
-def test_a_device_that_is_not_here(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_refused(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(tmp_path / "model.pth", "--device", device, capsys=capsys)
     assert code == 1
     assert f"--device {device}: cannot be used here" in err
 
 
-def test_an_export_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_without_a_tokenizer_names_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
     assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
     assert "without a tokenizer: none is stored with it" in capsys.readouterr().out

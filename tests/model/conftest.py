@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import model_state, write_huggingface, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import write_huggingface, write_pth
 
 
 def build(*, dtype: torch.dtype = torch.float32, seed: int = 0, **shape: Any) -> RWKV7:

@@ -16,15 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import (
-    CheckpointError,
-    load_model,
-    load_state,
-    model_state,
-    read_state,
-    write_huggingface,
-    write_pth,
-)
+from streaming_rwkv.model.state import load_state, model_state
+from streaming_rwkv.model.weights import CheckpointError, load_model, read_state, write_huggingface, write_pth
 
 Build = Callable[..., RWKV7]
 
@@ -57,7 +50,9 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         lambda name: name.replace("blocks.0.att.", "blocks.0._checkpoint_wrapped_module.att._fsdp_wrapped_module."),
     ],
 )
-def test_names_with_what_wraps_the_model(rename: Callable[[str], str], weights: dict[str, Tensor], tmp_path: Path):
+def test_prefixes_of_wrappers_are_removed_from_names(
+    rename: Callable[[str], str], weights: dict[str, Tensor], tmp_path: Path
+):
     file = saved({rename(name): value for name, value in weights.items()}, tmp_path / "model.pth")
     assert same(read_state(file), weights)
 
@@ -72,12 +67,14 @@ def test_names_with_what_wraps_the_model(rename: Callable[[str], str], weights: 
         lambda state: {"state": {"model": {f"network.{name}": value for name, value in state.items()}}},
     ],
 )
-def test_weights_within_a_trainers_file(wrap: Callable[[Any], Any], weights: dict[str, Tensor], tmp_path: Path):
+def test_weights_within_a_trainers_file_are_read(
+    wrap: Callable[[Any], Any], weights: dict[str, Tensor], tmp_path: Path
+):
     assert same(read_state(saved(wrap(weights), tmp_path / "last.ckpt")), weights)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.st"])
-def test_blinkdls_names_in_a_safetensors_file(name: str, weights: dict[str, Tensor], tmp_path: Path):
+def test_a_safetensors_file_with_blinkdls_names_is_read(name: str, weights: dict[str, Tensor], tmp_path: Path):
     safetensors.torch.save_file(weights, tmp_path / name)
     assert same(read_state(tmp_path / name), weights)
 
@@ -154,7 +151,7 @@ def test_weights_that_float16_cannot_hold_are_refused_by_name(weights: dict[str,
     assert not list(tmp_path.glob("hf/*.safetensors"))
 
 
-# Small files that stand for large models
+# Small files that claim large models
 
 
 @pytest.mark.parametrize("layer", ["7", "100000000", "99999999999999999999"])
@@ -218,7 +215,7 @@ def change_index(folder: Path, change: Callable[[Any], None]) -> None:
     file.write_bytes(pickle.dumps(metadata))
 
 
-def test_a_shard_that_is_cut_off_or_missing(sharded: Path):
+def test_a_shard_that_is_cut_off_or_missing_is_named(sharded: Path):
     (shard,) = sharded.glob("*.distcp")
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
@@ -231,7 +228,7 @@ def test_a_shard_that_is_cut_off_or_missing(sharded: Path):
         load_model(sharded)
 
 
-def test_a_shard_of_other_bytes(sharded: Path):
+def test_a_shard_with_other_bytes_is_named(sharded: Path):
     (shard,) = sharded.glob("*.distcp")
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
@@ -250,13 +247,15 @@ def test_a_shard_of_other_bytes(sharded: Path):
         ("length", 1 << 60, "it is cut off"),
     ],
 )
-def test_an_index_that_places_a_tensor_elsewhere(field: str, value: object, error: str, sharded: Path):
+def test_an_index_that_places_a_tensor_outside_its_files_is_refused(
+    field: str, value: object, error: str, sharded: Path
+):
     change_index(sharded, lambda metadata: setattr(next(iter(metadata.storage_data.values())), field, value))
     with pytest.raises(CheckpointError, match=error):
         load_model(sharded)
 
 
-def test_an_index_with_larger_tensors_than_the_files(sharded: Path):
+def test_an_index_with_larger_tensors_than_the_files_is_refused(sharded: Path):
     def enlarge(metadata: Any) -> None:
         metadata.state_dict_metadata["model.emb.weight"].size = torch.Size([1 << 40, 128])
 
@@ -265,7 +264,7 @@ def test_an_index_with_larger_tensors_than_the_files(sharded: Path):
         load_model(sharded)
 
 
-def test_an_index_without_places(sharded: Path):
+def test_an_index_without_places_is_refused(sharded: Path):
     change_index(sharded, lambda metadata: setattr(metadata, "storage_data", None))
     with pytest.raises(CheckpointError, match="storage_data is a NoneType, expected a mapping"):
         load_model(sharded)

@@ -39,14 +39,14 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     }
 
 
-def test_float32_is_that_of_the_definitions(random_model: Build) -> None:
+def test_float32_results_are_those_of_the_definitions(random_model: Build) -> None:
     expected = loss_and_gradients(random_model(dtype=torch.float64))
     found = errors(loss_and_gradients(random_model()), expected)
     # Three layers of products and a recurrence in float32; the eager network's worst gradient is as far off.
     assert max(found.values()) < 1e-5, max(found, key=lambda name: found[name])
 
 
-def test_bfloat16_is_no_worse_than_that_of_the_definitions(random_model: Build) -> None:
+def test_bfloat16_results_are_as_accurate_as_the_definitions(random_model: Build) -> None:
     expected = loss_and_gradients(random_model(dtype=torch.float64))
     fused = errors(loss_and_gradients(random_model(), autocast=True), expected)
     with definitions():
@@ -79,7 +79,7 @@ def test_a_prompt_in_pieces_leaves_the_state_of_the_whole(random_model: Build, d
             assert (x - y).norm() <= (1e-5 if dtype == torch.float32 else 3e-2) * y.norm()
 
 
-def test_gradients_reach_the_state_a_layer_begins_with(random_model: Build) -> None:
+def test_gradients_reach_the_initial_state_of_a_layer(random_model: Build) -> None:
     def gradient(dtype: torch.dtype) -> Tensor:
         block = random_model(dtype=dtype).blocks[1]
         g = torch.Generator().manual_seed(0)

@@ -70,7 +70,7 @@ def test_l2wrap_is_the_reference_trainers_mean_over_targets() -> None:
     torch.testing.assert_close(gradient, (of_logits + wrap) @ weight, rtol=1e-12, atol=1e-15)
 
 
-def test_an_ignored_target_costs_nothing_and_teaches_nothing() -> None:
+def test_an_ignored_target_has_neither_loss_nor_gradient() -> None:
     x, weight, targets = inputs()
     nll = head_cross_entropy(x, weight, targets, chunk_tokens=8)
     (gradient,) = torch.autograd.grad(nll.sum(), x)

@@ -40,7 +40,7 @@ def linear(n: int) -> float:
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_vectors(parameters: dict[str, Tensor], layer: int) -> None:
+def test_vectors_are_initialized_as_the_reference_trainer_does(parameters: dict[str, Tensor], layer: int) -> None:
     from_one, to_one = 1 - layer / LAYERS, layer / (LAYERS - 1)
     expected = {
         "x_r": lambda n: 1 - (n / WIDTH) ** (0.2 * from_one),
@@ -80,7 +80,7 @@ def test_vectors(parameters: dict[str, Tensor], layer: int) -> None:
         ("blocks.1.att.g2", 0.1),
     ],
 )
-def test_orthogonal_matrices(parameters: dict[str, Tensor], name: str, gain: float) -> None:
+def test_matrices_are_initialized_as_orthogonal_ones(parameters: dict[str, Tensor], name: str, gain: float) -> None:
     matrix = parameters[name].double()
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     identity = torch.eye(matrix.shape[0], dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_vocabulary_no_larger_than_the_width_has_gain_one_half() -> None:
     torch.testing.assert_close(matrix @ matrix.T, 0.25 * torch.eye(100).double(), rtol=0, atol=1e-6)
 
 
-def test_zeros_ones_and_the_embedding(parameters: dict[str, Tensor]) -> None:
+def test_zeros_ones_and_the_embedding_are_initialized_as_such(parameters: dict[str, Tensor]) -> None:
     zero = ("att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1", "att.g1", "ln1.bias", "ln2.bias")
     assert all(parameters[f"blocks.2.{name}"].abs().max() == 0 for name in zero)
     ones = ("blocks.0.ln0.weight", "blocks.0.ln1.weight", "blocks.2.ln2.weight", "ln_out.weight")
@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_came_before() -> None:
     assert torch.equal(weights["blocks.2.att.value.weight"], deeper["blocks.2.att.value.weight"])
 
 
-def test_the_first_loss_is_that_of_guessing() -> None:
+def test_the_first_loss_is_that_of_uniform_guessing() -> None:
     """ln V + 0.125 on average over all targets: with gain ½ the logits have variance ¼, and E ln Σ exp = ln V + ⅛."""
     tokens = torch.arange(64).unsqueeze(0)
     with torch.no_grad():

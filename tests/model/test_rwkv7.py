@@ -39,7 +39,7 @@ def test_logits_equal_a_public_implementation(oracle: str, oracles: Any) -> None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_a_document_in_a_pack_gives_what_it_gives_alone(
+def test_a_document_in_a_pack_gives_the_same_logits_as_alone(
     dtype: torch.dtype, tolerance: float, random_model: Build
 ) -> None:
     """Logits, loss, and its share of every parameter's gradient. Not bitwise: a GEMM's rounding depends on its rows."""
@@ -63,7 +63,7 @@ def test_a_document_in_a_pack_gives_what_it_gives_alone(
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance * largest, msg=lambda text, name=name: name + text)
 
 
-def test_nothing_of_a_document_reaches_another(random_model: Build) -> None:
+def test_documents_in_a_pack_do_not_influence_each_other(random_model: Build) -> None:
     model = random_model()
     tokens, targets = tokens_and_targets()
     before = model(tokens, cu_seqlens=cu_seqlens(), targets=targets)
@@ -76,7 +76,7 @@ def test_nothing_of_a_document_reaches_another(random_model: Build) -> None:
     assert not torch.equal(before[:, 6:23], after[:, 6:23])
 
 
-def test_padding_costs_nothing_and_teaches_nothing(random_model: Build) -> None:
+def test_padding_has_neither_loss_nor_gradient(random_model: Build) -> None:
     model = random_model(dtype=torch.float64)
     tokens, targets = tokens_and_targets()
     nll = model(tokens, cu_seqlens=cu_seqlens(), targets=targets)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import model_state, write_pth
+from streaming_rwkv.model.state import model_state
+from streaming_rwkv.model.weights import write_pth
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def test_a_sharded_model_steps(results: list[dict[str, Any]], random_model: Call
 
 
 @pytest.mark.slow
-def test_bfloat16_shards_stay_near(results: list[dict[str, Any]]) -> None:
+def test_bfloat16_shards_stay_near_float32(results: list[dict[str, Any]]) -> None:
     for rank in (0, 1):
         exact, narrow = results[rank]["float32"], results[rank]["bfloat16"]
         assert (exact["nll"] - narrow["nll"]).abs().max() < 0.3

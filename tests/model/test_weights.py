@@ -17,19 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from streaming_rwkv.model.huggingface_names import from_huggingface_name, to_huggingface_name
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import (
-    CheckpointError,
-    from_huggingface_name,
-    infer_config,
-    load_model,
-    load_state,
-    model_state,
-    read_state,
-    to_huggingface_name,
-    write_huggingface,
-    write_pth,
-)
+from streaming_rwkv.model.state import infer_config, load_state, model_state
+from streaming_rwkv.model.weights import CheckpointError, load_model, read_state, write_huggingface, write_pth
 
 Build = Callable[..., RWKV7]
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
@@ -109,7 +100,7 @@ def test_old_files_that_are_not_zipped_load_too(random_model: Build, tmp_path: P
     assert same(model_state(load_model(tmp_path / "old.pth")), model_state(model))
 
 
-def test_options_that_weights_do_not_tell(random_model: Build, tmp_path: Path) -> None:
+def test_options_that_weights_do_not_determine_are_arguments(random_model: Build, tmp_path: Path) -> None:
     write_pth(model_state(random_model()), tmp_path / "model.pth")
     model = load_model(tmp_path / "model.pth", dtype=torch.float64, activation_checkpointing=True)
     assert model.config.activation_checkpointing
@@ -143,7 +134,7 @@ def test_a_folder_that_rwkv7_hf_converted_is_the_file_it_came_from(oracles: Any)
     assert same(model_state(loaded), model_state(oracles.model))
 
 
-def test_weights_in_several_files(random_model: Build, tmp_path: Path) -> None:
+def test_weights_in_several_files_are_read(random_model: Build, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = random_model()
@@ -183,15 +174,15 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("wrapper", "root"), [("state", "network."), (None, "")])
-def test_sharded_checkpoints(wrapper: str | None, root: str, random_model: Build, tmp_path: Path) -> None:
-    """As Composer saves them, and as torch does."""
+def test_a_sharded_checkpoint_is_read(wrapper: str | None, root: str, random_model: Build, tmp_path: Path) -> None:
+    """Sharded checkpoints as Composer saves them, and as torch does."""
     model = random_model()
     state = training_state(model, root)
     save_sharded({wrapper: state} if wrapper else state, tmp_path)
     assert same(model_state(load_model(tmp_path)), model_state(model))
 
 
-def test_a_shard_that_its_mark_disowns_is_refused(random_model: Build, tmp_path: Path) -> None:
+def test_a_shard_that_differs_from_its_mark_is_refused(random_model: Build, tmp_path: Path) -> None:
     save_sharded(training_state(random_model(), ""), tmp_path)
     size = (tmp_path / "__0_0.distcp").stat().st_size
     files = {"__0_0.distcp": {"bytes": size, "sha256": "0" * 64}}
@@ -202,7 +193,7 @@ def test_a_shard_that_its_mark_disowns_is_refused(random_model: Build, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_file_that_composer_wrote(random_model: Build, tmp_path: Path) -> None:
+def test_a_file_that_composer_wrote_is_read(random_model: Build, tmp_path: Path) -> None:
     program = """
 import sys, torch
 from composer import Trainer
@@ -232,7 +223,7 @@ torch.save(network.state_dict(), sys.argv[2] + "/expected.pth")
     assert not same(written, model_state(random_model()))
 
 
-# What is refused
+# Refusals
 
 
 class Payload:
@@ -283,7 +274,9 @@ def test_a_malicious_composer_file_is_refused_and_runs_nothing(random_model: Bui
         ("x.safetensors", b"\x10\0\0\0\0\0\0\0{}", "damaged or no checkpoint"),
     ],
 )
-def test_another_kind_of_file_is_no_attack(name: str, content: bytes, error: str, tmp_path: Path) -> None:
+def test_another_kind_of_file_is_not_reported_as_an_attack(
+    name: str, content: bytes, error: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=error) as caught:
         load_model(tmp_path / name)
@@ -291,7 +284,9 @@ def test_another_kind_of_file_is_no_attack(name: str, content: bytes, error: str
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
-def test_an_index_of_files_that_is_none(index: dict[str, Any], random_model: Build, tmp_path: Path) -> None:
+def test_an_index_of_files_with_another_content_is_refused(
+    index: dict[str, Any], random_model: Build, tmp_path: Path
+) -> None:
     write_huggingface(model_state(random_model()), tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of files"):
@@ -320,7 +315,7 @@ def test_a_truncated_file_is_named(random_model: Build, tmp_path: Path) -> None:
         (lambda state: state.update(epoch=3), r"x\.pth: 'epoch' is no tensor"),
     ],
 )
-def test_what_is_no_rwkv7_model_is_refused(
+def test_another_model_than_rwkv7_is_refused(
     change: Callable[[dict[str, Any]], object], error: str, random_model: Build, tmp_path: Path
 ) -> None:
     state: dict[str, Any] = model_state(random_model())

@@ -1,4 +1,4 @@
-"""What tests of the layer's ops share: the ops by name with realistic inputs, and CUDA kernels that run on the CPU."""
+"""The layer's ops by name with realistic inputs, and their CUDA kernels run on the CPU, for several tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNNER = Path(__file__).with_name("layer_kernels_on_cpu.cpp")
 
 
 def cuda_on_cpu(*, source: Path | None = None, seed: int = 0) -> launch.Launch:
-    """What stands in for the GPU: layer.cu under cuda_on_cpu.h; `seed` decides the order of its threads."""
+    """A substitute for the GPU: layer.cu under cuda_on_cpu.h; `seed` decides the order of its threads."""
     source = source or kernel_source(launch.CUDA_SOURCE)
 
     def run(kernel: launch.Kernel, blocks: int, arguments: Sequence[launch.Argument]) -> None:

@@ -1,4 +1,4 @@
-"""Kernels are compiled once, kept, found wherever the package lies; and every way to fail says what to do."""
+"""Kernels are compiled once, kept, and found wherever the package is installed; every error names its remedy."""
 
 from __future__ import annotations
 

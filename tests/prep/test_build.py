@@ -24,7 +24,7 @@ from prep.execution.task_store import WorkError
 from prep.inputs.faults import InputError
 from prep.stages.audit import Audit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.shards import DataError, Manifest, piece_bounds
+from streaming_rwkv.shards import DataError, Manifest, offsets_of
 from streaming_rwkv.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 LENGTHS = [0, 1, 2, 254, 255, 256, 257, 258, 2046, 2047, 2048, 2049, 2050, 4096, 10_000]
@@ -45,12 +45,12 @@ HARD = [
 
 
 def documents_in(out: Path, manifest: Manifest) -> dict[int, list[dict[str, object]]]:
-    """Every document's pieces by their key, in order."""
+    """Pieces of every document by its key, in order."""
     found: dict[int, list[dict[str, object]]] = collections.defaultdict(list)
     for stream in manifest.streams:
         for shard in stream.shards:
             for pack in read_shard(out / stream.path / shard.basename, shard):
-                bounds = piece_bounds(pack["lengths"])
+                bounds = offsets_of(pack["lengths"])
                 for piece, (begin, end) in enumerate(itertools.pairwise(bounds)):
                     found[int(pack["keys"][piece])].append(
                         {
@@ -65,7 +65,7 @@ def documents_in(out: Path, manifest: Manifest) -> dict[int, list[dict[str, obje
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file of a finished data set."""
+    """Contents of the files of a finished data set."""
     files = [path for path in out.rglob("*") if path.is_file() and ".prep" not in path.parts]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
@@ -122,7 +122,7 @@ def test_another_seed_gives_another_order_of_the_same_packs(config, write_lines,
     assert sorted(orders[0]) == sorted(orders[1])
 
 
-def test_the_split_does_not_move_when_files_do(config, write_lines, tmp_path):
+def test_the_split_does_not_change_when_files_move(config, write_lines, tmp_path):
     texts = [text_of(20, seed=n) for n in range(300)]
     write_lines(tmp_path / "corpus" / "a.jsonl", texts)
     before = build(config(out=str(tmp_path / "before"), validation=0.3)).manifest
@@ -426,7 +426,7 @@ def test_a_difference_from_the_reference_encodes_everything_again_with_it(
     assert content(tmp_path / "out") == content(tmp_path / "right")
 
 
-def test_units_without_a_difference_in_their_sample_are_encoded_again_too(config, write_lines, tmp_path, monkeypatch):
+def test_units_without_a_difference_in_their_sample_are_also_encoded_again(config, write_lines, tmp_path, monkeypatch):
     for name in "ab":
         write_lines(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {number}" for number in range(200)])
 
@@ -497,7 +497,7 @@ def test_the_audit_compares_the_beginning_of_long_documents(config, write_lines,
     assert re.search(r"a\.jsonl: beginning of row 0: id 0 is", caplog.text)
 
 
-def test_a_count_uses_the_reference_too(config, write_lines, tmp_path, monkeypatch, caplog):
+def test_a_dry_run_also_uses_the_reference(config, write_lines, tmp_path, monkeypatch, caplog):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["<|endoftext|>", "0123456789"])
 
     def alter(texts, ids, offsets):
@@ -527,7 +527,9 @@ def sentencepiece_without(character: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_vocabulary_without_an_angle_bracket(config, write_lines, tmp_path, caplog, workers):
+def test_texts_with_a_character_that_has_no_token_are_encoded_as_the_reference_does(
+    config, write_lines, tmp_path, caplog, workers
+):
     """fastokens 0.3.5 reads "<s>" in a text as that token, Hugging Face's library as the byte 0x3C, then "s>"."""
     folder = sentencepiece_without("<", tmp_path / "tokenizer")
     texts = ["The quick brown fox", "Price: <s>10</s> 8 dollars", "<0x41> <unk>"]
@@ -582,7 +584,7 @@ def test_a_byte_that_has_no_token_stops_a_strict_build(config, write_lines, tmp_
         build(config(tokenizer=str(file), eos_token="</s>", on_error="stop"))
 
 
-def test_merges_that_are_dropped_by_chance_are_not(config, write_lines, tokenizer_folder, tmp_path):
+def test_bpe_dropout_is_turned_off(config, write_lines, tokenizer_folder, tmp_path):
     definition = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     definition["model"]["dropout"] = 0.5
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))

@@ -31,7 +31,7 @@ def recipe(tmp_path, tokenizer_folder, write_lines) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
-def test_build_verify_inspect(recipe, tmp_path, capsys):
+def test_a_data_set_is_built_verified_and_inspected(recipe, tmp_path, capsys):
     assert main(["build", recipe, "seed=3"]) == 0
     assert "fingerprint" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -91,11 +91,11 @@ def test_a_tokenizer_is_trained_on_the_sources(recipe, tmp_path, capsys):
     ("name", "why"),
     [("folder", "is not empty; choose another `--to`"), ("file", "this folder of the tokenizer cannot")],
 )
-def test_a_tokenizer_is_trained_over_nothing(recipe, tmp_path, capsys, monkeypatch, name, why):
+def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys, monkeypatch, name, why):
     (tmp_path / "folder").mkdir()
     for file in (tmp_path / "folder" / "tokenizer_config.json", tmp_path / "file"):
         file.write_text('{"eos_token": "</s>"}')
-    monkeypatch.setattr("prep.commands.train_tokenizer.read_unit", None)  # it is said before anything is read
+    monkeypatch.setattr("prep.commands.train_tokenizer.read_unit", None)  # nothing is read before the error
     assert main(["train-tokenizer", recipe, "--vocab-size", "260", "--to", str(tmp_path / name)]) == 1
     assert f"{tmp_path / name}: {why}" in capsys.readouterr().err
     assert (tmp_path / "folder" / "tokenizer_config.json").read_text() == '{"eos_token": "</s>"}'
@@ -153,7 +153,7 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
         ("train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 0", "argument --most-bytes: found '0', expected"),
     ],
 )
-def test_what_argparse_refuses(capsys, arguments, message):
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2

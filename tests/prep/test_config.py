@@ -47,7 +47,7 @@ def test_a_wrong_value_names_its_key(tmp_path, line, message):
         load_config(PrepConfig, tmp_path / "a.yaml")
 
 
-def test_where_and_how_fast_decides_nothing(tmp_path):
+def test_locations_and_workers_do_not_change_the_identity(tmp_path):
     (tmp_path / "a.yaml").write_text(MINIMAL)
     plain = load_config(PrepConfig, tmp_path / "a.yaml")
     elsewhere = load_config(

@@ -12,7 +12,7 @@ from streaming_rwkv.tokenizer import load_tokenizer
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
 
 
-def test_the_worked_example(config, write_lines, tmp_path):
+def test_the_worked_example_of_the_contract_is_built(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["012", "34", "0123456"])
     manifest = build(config(edges=[3, 5], pack_tokens=8)).manifest
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")

@@ -22,7 +22,7 @@ def corpus(write_lines, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_equal_content_with_other_times_is_no_change(config, corpus, workers):
+def test_equal_content_with_other_times_is_not_a_change(config, corpus, workers):
     built = build(config(workers=workers))
     for file in corpus.iterdir():
         os.utime(file, (1, 1))

@@ -1,4 +1,4 @@
-"""Each fault does to a plain HTTP exchange just what its name says, and no other exchange is touched."""
+"""Each fault changes plain HTTP exchanges as its name says, and no others."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def ask(proxy: FaultProxy, method: str = "GET", *, body: bytes | None = None, se
         connection.close()
 
 
-def test_without_rules_all_goes_through(proxy: FaultProxy) -> None:
+def test_without_rules_every_request_passes(proxy: FaultProxy) -> None:
     proxy.requests()
     assert ask(proxy) == (200, BODY)
     assert ask(proxy, "PUT", body=b"content") == (200, b"content")
@@ -125,7 +125,7 @@ def test_a_bit_is_flipped_on_either_way(proxy: FaultProxy) -> None:
 
 
 @pytest.mark.parametrize("kind", ["slow", "silent"])
-def test_nothing_comes_in_time(proxy: FaultProxy, kind: Kind) -> None:
+def test_a_silent_server_sends_nothing_in_time(proxy: FaultProxy, kind: Kind) -> None:
     proxy.add(Fault(kind=kind))
     began = time.monotonic()
     with pytest.raises(TimeoutError):

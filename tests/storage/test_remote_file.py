@@ -16,7 +16,7 @@ CONTENT = random.Random(1).randbytes(40 << 20)
 
 
 class Requests:
-    """What was asked for, and by which threads."""
+    """The ranges that were requested, and the threads that did."""
 
     def __init__(self, content: bytes = CONTENT) -> None:
         self.content = content
@@ -47,7 +47,7 @@ def test_a_file_read_to_its_end_takes_few_requests_that_do_not_overlap() -> None
     assert len(requests.threads) == 2  # the next block comes while one is read
 
 
-def test_of_the_end_of_a_file_no_more_is_fetched_than_is_there() -> None:
+def test_a_read_at_the_end_of_a_file_fetches_no_more_than_there_is() -> None:
     requests = Requests()
     with requests.open() as file:
         assert file.seek(-8, os.SEEK_END) == len(CONTENT) - 8

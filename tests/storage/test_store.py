@@ -95,7 +95,7 @@ def opened(location: str, *, timeout_seconds: float = 20) -> Iterator[Store]:
 
 
 def writes(server: S3Server, store: Store, name: str) -> tuple[str, Any]:
-    """What changes when an object is written again."""
+    """The values of an object that change when it is written again."""
     with server.client() as client:
         head = client.head_object(Bucket=store.bucket, Key=f"{store.prefix}/{name}")
     return head["ETag"], head["LastModified"]
@@ -109,7 +109,7 @@ def unfinished(server: S3Server, store: Store) -> int:
 # --- what goes up comes down ---
 
 
-def test_bytes_go_up_and_come_down(store: Store) -> None:
+def test_bytes_are_uploaded_and_downloaded_unchanged(store: Store) -> None:
     assert store.put_bytes(b"hello", "a/b")
     assert store.get_bytes("a/b", most=5) == b"hello"
     assert store.find("a/b") == StoredObject(size=5, sha256=sha256(b"hello"), etag=hashlib.md5(b"hello").hexdigest())
@@ -138,7 +138,7 @@ def test_long_listings_come_in_pages(store: Store) -> None:
     assert list(store.list()) == ["0", "1", "2", "3", "4"]
 
 
-def test_a_large_file_goes_up_in_parts(
+def test_a_large_file_is_uploaded_in_parts(
     store: Store, large: tuple[Path, str], small_parts: None, tmp_path: Path
 ) -> None:
     file, digest = large
@@ -151,7 +151,7 @@ def test_a_large_file_goes_up_in_parts(
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
 
 
-def test_what_is_there_is_not_uploaded_again(
+def test_an_object_that_is_stored_is_not_uploaded_again(
     store: Store, s3_server: S3Server, large: tuple[Path, str], small_parts: None
 ) -> None:
     file, digest = large
@@ -165,14 +165,14 @@ def test_what_is_there_is_not_uploaded_again(
     assert writes(s3_server, store, "large") != before
 
 
-def test_a_file_that_was_damaged_on_this_machine_does_not_go_up(store: Store, tmp_path: Path) -> None:
+def test_a_file_that_was_damaged_on_this_machine_is_not_uploaded(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"damaged")
     with pytest.raises(StorageError, match=r"file: sha256 \w+ is not the expected .* build it again"):
         store.put_file(tmp_path / "file", "file", sha256=sha256(b"whole"))
     assert store.list() == {}
 
 
-def test_objects_are_deleted_also_those_that_are_not_there(store: Store) -> None:
+def test_deleting_a_missing_object_is_no_error(store: Store) -> None:
     store.put_bytes(b"1", "a")
     store.put_bytes(b"2", "b")
     store.delete(["a", "never there"])
@@ -190,7 +190,7 @@ def test_a_file_appears_when_it_is_whole(store: Store, s3_server: S3Server, tmp_
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_an_object_that_was_replaced_by_other_bytes_is_not_believed(store: Store, s3_server: S3Server) -> None:
+def test_an_object_that_was_replaced_by_other_bytes_is_an_error(store: Store, s3_server: S3Server) -> None:
     store.put_bytes(b"content", "object")
     with s3_server.client() as client:
         metadata = {"sha256": sha256(b"content")}
@@ -302,7 +302,7 @@ def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         open_store("s3://bucket/x")
 
 
-def test_a_missing_object_and_a_missing_bucket(store: Store) -> None:
+def test_a_missing_object_and_a_missing_bucket_are_named(store: Store) -> None:
     assert store.find("nothing") is None
     with pytest.raises(
         ObjectMissing, match=r"nothing: cannot read it at http.*: 404 NoSuchKey: there is no such object"
@@ -335,7 +335,7 @@ def test_wrong_credentials_are_an_error_at_once_that_shows_none(
     assert ACCESS_KEY not in shown
 
 
-def test_no_credentials(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_are_named(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -347,7 +347,7 @@ def test_no_credentials(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path:
     stranger.close()
 
 
-def test_an_address_where_nobody_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nobody_answers_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streaming_rwkv.storage.requests._MISCONFIGURED_SECONDS", 1.0)
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://user:hidden@127.0.0.1:9")
     lost = open_store(store.location)
@@ -414,7 +414,7 @@ def test_an_open_object_is_read_through_faults(
     assert proxy.counts() == {"status 503" if kind == "status" else kind: 3}
 
 
-def test_a_broken_download_goes_on_where_it_stopped(
+def test_a_broken_download_resumes_where_it_stopped(
     store: Store, proxy: FaultProxy, large: tuple[Path, str], tmp_path: Path
 ) -> None:
     store.put_file(large[0], "large", sha256=large[1])
@@ -437,7 +437,7 @@ def test_an_endlessly_slow_server_ends_in_an_error_within_the_stated_time(
         proxy.add(Fault(kind=kind, method="GET"))
         begun = time.monotonic()
         with pytest.raises(
-            StorageError, match=r"object: cannot read it at .*: timed out, since the server stands still"
+            StorageError, match=r"object: cannot read it at .*: timed out, since the server stopped responding"
         ):
             proxied.get_file("object", tmp_path / "file")
         assert time.monotonic() - begun < 2 * 1.25 + BUSY

@@ -44,8 +44,8 @@ def results(batch: Batch, *, sharded: bool) -> tuple[torch.Tensor, dict[str, tor
         if p.grad is not None
     }
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = list(generate(network, [1, 2, 3], max_tokens=4, temperature=0))
-    return outputs["nll"].detach(), gradients, drawn
+        sampled = list(generate(network, [1, 2, 3], max_tokens=4, temperature=0))
+    return outputs["nll"].detach(), gradients, sampled
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ COMMANDS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 LEAST = {"save_folder": "run", "data": {"path": "data", "stages": [{"passes": 1}]}, "model": {"preset": "0.1B"}}
 
 
-def test_the_page_has_its_examples() -> None:
+def test_the_page_has_examples() -> None:
     assert (len(SETTINGS), len(COMMANDS)) == (4, 3)
 
 
@@ -45,7 +45,7 @@ def test_settings_are_valid(settings: str) -> None:
 
 
 def test_every_key_in_a_table_or_a_sentence_exists() -> None:
-    # Of a section of the configuration, as `data.workers` is; file names are of none.
+    # Keys within a section, such as `data.workers`; file names begin with none.
     sections = "data|model|optimizer|evaluation|checkpoint|log"
     keys = re.findall(rf"`((?:{sections})\.[a-z_.]+)", PAGE)
     assert len(keys) >= 8
@@ -83,8 +83,12 @@ def test_the_launcher_takes_its_arguments() -> None:
     assert ranks == [(0, 0), (1, 8)]
 
 
-def test_the_batch_of_the_recipe_divides_as_it_says() -> None:
-    assert [gpus for gpus in (8, 16, 24, 32, 48, 64, 96) if 192 % gpus] == []
+def test_the_batch_of_the_recipe_divides_among_the_gpus() -> None:
+    found = re.search(r"batch_packs: (\d+) +# divides among ([\d, ]+) and (\d+) GPUs", PAGE)
+    assert found is not None
+    gpus = [int(number) for number in (*found[2].split(", "), found[3])]
+    assert len(gpus) > 1
+    assert [number for number in gpus if int(found[1]) % number] == []
 
 
 # Shared memory of its own, which two machines have anyway: Streaming's names are unique on one machine alone.
@@ -106,7 +110,7 @@ AS_A_NODE = [
 def test_two_nodes_of_one_process_train_one_run(
     start: str, write_data_set: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """By a launcher on each node, and by tasks with the variables that the page's sbatch script sets."""
+    """Started by a launcher on each node, or by tasks with the variables that the page's sbatch script sets."""
     if shutil.which("unshare") is None or subprocess.call([*AS_A_NODE, "true"], stderr=subprocess.DEVNULL):
         pytest.skip("this machine gives no process shared memory of its own")
     data = write_data_set(tmp_path / "data", {("web", 1, 16): 24})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from streaming_rwkv.data.batch import Batch, blank_pack, collate, count_tokens, split_batch
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
+from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
 
 VOCAB_SIZE = 23
 
@@ -70,7 +71,7 @@ def test_loss_and_gradient_do_not_depend_on_microbatches(microbatch_packs: int) 
 
 
 def test_the_loss_is_the_plain_mean_of_cross_entropy() -> None:
-    """Each piece alone through the model, its logits through torch's own loss."""
+    """Mean of torch's own loss over the logits of each piece alone."""
     model, batch = new_model(), step_batch()
     bounds = batch["cu_seqlens"].tolist()
     summed = torch.zeros((), dtype=torch.float64)
@@ -102,7 +103,7 @@ def test_losses_of_packs_are_the_sums_of_their_targets() -> None:
 
 
 @pytest.mark.parametrize("microbatch_packs", [1, 2, 5])
-def test_validation_sums_by_stream_over_any_batches(microbatch_packs: int) -> None:
+def test_validation_losses_by_stream_do_not_depend_on_batches(microbatch_packs: int) -> None:
     model, batch = new_model(), step_batch()
     metric = model.get_metrics(is_train=False)["loss"]
     assert isinstance(metric, LossByStream)
@@ -116,13 +117,13 @@ def test_validation_sums_by_stream_over_any_batches(microbatch_packs: int) -> No
     assert metric.totals["text_bytes"] == [3 * 22, 3 * 7]
 
 
-def test_training_has_no_metrics_that_composer_would_compute() -> None:
+def test_composer_computes_no_metrics_of_its_own_in_training() -> None:
     assert new_model().get_metrics(is_train=True) == {}
 
 
 @pytest.mark.timeout(300)
-def test_sharding_changes_nothing_of_what_is_computed_in_bf16() -> None:
-    """Composer's own setting rounds the residual stream and the states to bf16; texts were then not even drawn."""
+def test_sharding_does_not_change_what_is_computed_in_bf16() -> None:
+    """Composer's own setting rounds the residual stream and the states to bf16; then no texts could be sampled."""
     worker = Path(__file__).with_name("sharding_worker.py")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1",
@@ -131,3 +132,11 @@ def test_sharding_changes_nothing_of_what_is_computed_in_bf16() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "sharding_worker.py equal"
+
+
+def test_sums_by_stream_leave_out_blank_packs() -> None:
+    sums = torch.zeros(3, dtype=torch.float64)
+    add_by_stream(sums, torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, -1, 2]))
+    assert sums.tolist() == [2, 0, 9]
+    add_by_stream(sums, torch.tensor([16.0, math.nan]), torch.tensor([1, -1]))
+    assert sums.tolist() == [2, 16, 9]

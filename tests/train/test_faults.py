@@ -32,13 +32,13 @@ from streaming_rwkv.train.faults import explained_faults
         (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), "no space left on the disk"),  # type: ignore[dict-item]
     ],
 )
-def test_a_fault_of_the_machine_is_one_line(error: BaseException, text: str) -> None:
+def test_a_fault_of_the_machine_is_reported_in_one_line(error: BaseException, text: str) -> None:
     with pytest.raises(UserError, match=text) as caught, explained_faults(Path("/runs/a")):
         raise error
     assert "\n" not in str(caught.value)
 
 
-def test_another_error_passes() -> None:
+def test_another_error_is_raised_unchanged() -> None:
     for error in (RuntimeError("shape"), FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere")):
         with pytest.raises(type(error)), explained_faults(Path("/runs/a")):
             raise error
@@ -61,7 +61,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": null, "norm": null, "lr": 0.5}\n'
 
 
-def test_damaged_lines_of_metrics_are_forgotten(tmp_path: Path) -> None:
+def test_damaged_lines_of_metrics_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step}).encode() for step in (1, 2, 3)]
     path.write_bytes(b"\n".join([whole[0], b"\xff\xfe" + b"\0" * 300, b"[1]", b'{"step": NaN}', *whole[1:], b""]))

@@ -63,7 +63,7 @@ def probe(packs: int) -> int:
     )
 
 
-def test_all_packs_at_once_where_they_fit() -> None:
+def test_all_packs_are_one_microbatch_where_they_fit() -> None:
     with memory_for(tokens=1000) as passes:
         assert probe(6) == 6
     assert passes == [96]  # no second microbatch, whose pass would have gradients beside it
@@ -77,7 +77,7 @@ def test_the_microbatch_is_halved_until_it_fits(tokens: int, found: int, in_back
     assert passes[-1] == 16 * found
 
 
-def test_what_is_to_be_accumulated_is_tried_with_gradients_beside_it() -> None:
+def test_accumulation_is_tried_with_gradients_in_memory() -> None:
     with memory_for(tokens=50) as passes:
         probe(12)
     assert passes == [48, 48]  # 12 and 6 packs failed in their first block
@@ -105,7 +105,7 @@ def test_cublas_running_out_is_a_lack_of_memory() -> None:
     assert largest_that_fits(4, trial=trial, device=CPU) == 1
 
 
-def test_no_random_number_is_drawn() -> None:
+def test_the_probe_uses_no_random_numbers() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     with memory_for(tokens=50):
@@ -113,7 +113,7 @@ def test_no_random_number_is_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_full_batch_has_no_room_left() -> None:
+def test_the_batch_of_the_probe_is_full() -> None:
     batch = full_batch(packs=2, pack_tokens=10, pieces_per_pack=3, device=CPU)
     assert batch["tokens"].shape == batch["targets"].shape == (1, 20)
     assert batch["cu_seqlens"].tolist() == [0, 3, 7, 10, 13, 17, 20]
@@ -131,12 +131,12 @@ def record(pieces: int, packs: int) -> StreamRecord:
     )  # fmt: skip
 
 
-def test_twice_the_documents_of_the_densest_stream_are_allowed_for() -> None:
+def test_the_probe_has_twice_the_documents_of_the_densest_stream() -> None:
     assert densest_pack([record(30, 10), record(35, 10)], pack_tokens=64) == 7
     assert densest_pack([record(600, 10)], pack_tokens=64) == 64
 
 
-def test_a_resumed_run_takes_what_the_first_start_found(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_the_microbatch_that_the_first_start_found(tmp_path: Path) -> None:
     tried: list[str] = []
 
     def start(device: str, found: int) -> int:
@@ -162,7 +162,7 @@ def test_on_the_cpu_auto_is_the_default(given: object, found: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_agree(programs: ForkServer) -> None:
+def test_two_ranks_agree_on_a_microbatch(programs: ForkServer) -> None:
     """Sharded by FSDP2; 8 packs of 16 tokens run out on both ranks in mid-forward, 4 fit."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",

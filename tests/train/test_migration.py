@@ -45,7 +45,7 @@ def data(build_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def here(data: Path) -> list[str]:
-    """What of the command is different in a test: where things lie, and no weights to start from."""
+    """Overrides of the command for a test: other locations, and no weights to start from."""
     folder = data.parent
     return [
         f"data.path={data}", f"data.cache={folder / 'cache'}", f"save_folder={folder / 'run'}",
@@ -68,7 +68,7 @@ def test_the_documented_command_shows_the_run(here: list[str], capsys: pytest.Ca
     assert "6, each with 3 packs of a step, 3 in a microbatch" in shown
 
 
-def test_m_and_M_choose_the_bucket(prepared: PreparedRun) -> None:
+def test_options_m_and_M_choose_the_bucket(prepared: PreparedRun) -> None:
     (stage,) = prepared.plan.stages
     trained = {s.bucket for s, rate in zip(prepared.plan.streams, stage.rates, strict=True) if rate > 0}
     assert trained == {"1-256"}
@@ -78,14 +78,14 @@ def test_m_and_M_choose_the_bucket(prepared: PreparedRun) -> None:
     assert packs <= set(range(first, first + stream.packs))
 
 
-def test_b_and_n_are_the_tokens_of_a_step(prepared: PreparedRun) -> None:
+def test_options_b_and_n_are_the_tokens_of_a_step(prepared: PreparedRun) -> None:
     pack_tokens = prepared.shard_set.manifest.pack_tokens
     assert prepared.plan.batch_packs * pack_tokens == 48 * 256 * 6 == 73_728
     assert prepared.plan.batch_packs // 6 * pack_tokens == 48 * 256
 
 
-def test_w_is_the_warm_up(prepared: PreparedRun) -> None:
-    """In steps of whole packs; from then on the cosine, which has hardly begun to fall."""
+def test_option_w_is_the_warm_up(prepared: PreparedRun) -> None:
+    """The warm-up ends in steps of whole packs; after it, the cosine has hardly begun to fall."""
 
     def rate(steps: int) -> float:
         return lr_multiplier(
@@ -99,7 +99,7 @@ def test_w_is_the_warm_up(prepared: PreparedRun) -> None:
     assert rate(101) == pytest.approx(1, abs=1e-5)
 
 
-def test_v_is_the_interval_of_validations(prepared: PreparedRun) -> None:
+def test_option_v_is_the_interval_of_validations(prepared: PreparedRun) -> None:
     assert prepared.plan.steps > 13_000
     due = evaluation_interval(prepared.config.evaluation.interval_steps, last_step=prepared.plan.steps)
 

@@ -20,7 +20,7 @@ def small_model() -> RWKV7:
     return model
 
 
-def test_groups_of_every_parameter() -> None:
+def test_every_parameter_is_in_the_reference_trainers_group() -> None:
     model = small_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {
@@ -42,7 +42,7 @@ def test_a_wrapped_network_has_the_same_groups() -> None:
     assert sizes == [len(group["params"]) for group in parameter_groups(small_model(), lr=1, weight_decay=1)]
 
 
-def test_adamw_has_the_reference_trainers_numbers() -> None:
+def test_adamw_has_the_reference_trainers_settings() -> None:
     optimizer = build_optimizer(small_model(), OptimizerConfig())
     assert type(optimizer) is torch.optim.AdamW
     assert [group["lr"] for group in optimizer.param_groups] == [6e-4, 12e-4, 6e-4]
@@ -63,7 +63,7 @@ def multipliers(config: OptimizerConfig, *, at: list[int], total: int = 1000) ->
     return [lr_multiplier(config, tokens_seen=tokens, total_tokens=total) for tokens in at]
 
 
-def test_cosine_goes_from_lr_to_lr_final() -> None:
+def test_cosine_falls_from_lr_to_lr_final() -> None:
     config = OptimizerConfig(lr=1.0, lr_final=0.2)
     # halfway it is at the mean; a quarter of the way at 0.6 + 0.4·cos(45°)
     expected = [1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.2, 0.2]
@@ -75,7 +75,7 @@ def test_warm_up_rises_from_one_percent_and_cosine_starts_after_it() -> None:
     assert multipliers(config, at=[0, 100, 200, 600, 1000]) == pytest.approx([0.01, 0.505, 1.0, 0.6, 0.2])
 
 
-def test_wsd_stays_and_then_falls_in_a_straight_line() -> None:
+def test_wsd_is_constant_and_then_falls_linearly() -> None:
     config = OptimizerConfig(lr=1.0, lr_final=0.2, warmup_tokens=100, schedule="wsd", decay_tokens=200)
     at = [0, 50, 100, 799, 800, 850, 900, 1000, 1500]
     assert multipliers(config, at=at) == pytest.approx([0.01, 0.505, 1, 1, 1, 0.8, 0.6, 0.2, 0.2])
@@ -104,7 +104,7 @@ def test_the_schedule_depends_on_tokens_alone() -> None:
         ({"lr": -1}, "lr: found -1"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(values: dict[str, object], error: str) -> None:
+def test_contradicting_settings_are_refused(values: dict[str, object], error: str) -> None:
     with pytest.raises(ConfigError) as caught:
         validate(OptimizerConfig, values, where="x.yaml")
     assert f"x.yaml: {error}" in str(caught.value)

@@ -1,6 +1,6 @@
 """A whole run by `composer train.py` with data and save folder in a bucket and faults in between; its machine is lost.
 
-Another machine goes on, and the end is that of a quiet run, to the last bit.
+Another machine resumes it, and the end is that of an undisturbed run, to the last bit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def content_of(store_location: str) -> dict[str, bytes]:
 
 
 @pytest.mark.end_to_end
-def test_a_run_whose_machine_is_lost_goes_on_from_the_bucket_alone(
+def test_a_run_whose_machine_is_lost_resumes_from_the_bucket_alone(
     write_data_set: Callable[..., Path],
     s3_server: S3Server,
     s3_place: str,

@@ -207,15 +207,15 @@ def last_weights(save_folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(save_folder: Path, reference: Path) -> None:
-    """To the last bit: weights, and the loss of each step, which stands there once."""
+    """Weights are equal to the last bit, and so is the loss of each step, which is recorded once."""
     weights, expected = last_weights(save_folder), last_weights(reference)
     assert weights.keys() == expected.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
     assert train_losses(save_folder) == train_losses(reference)
     assert validation_losses(save_folder) == validation_losses(reference)
     mark, expected_mark = (newest_checkpoint(folder / "checkpoints").mark for folder in (save_folder, reference))  # type: ignore[union-attr]
-    assert [mark[key] for key in ("tokens", "samples", "consumed")] == [
-        expected_mark[key] for key in ("tokens", "samples", "consumed")
+    assert [getattr(mark, key) for key in ("tokens", "samples", "consumed")] == [
+        getattr(expected_mark, key) for key in ("tokens", "samples", "consumed")
     ]
 
 
@@ -234,26 +234,26 @@ def unbroken_with_two(place: Workplace) -> Path:
 
 
 @pytest.mark.end_to_end
-def test_a_run_learns_and_leaves_what_it_says(unbroken: Path) -> None:
+def test_a_run_learns_and_leaves_its_metrics_and_checkpoints(unbroken: Path) -> None:
     losses = train_losses(unbroken)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert losses[-1][1] < losses[0][1] - 1
     assert [step for step, _ in validation_losses(unbroken)] == [12, 24, 30]
     assert checkpoints(unbroken) == ["step-00000018", "step-00000024", "step-00000030"]
     mark = newest_checkpoint(unbroken / "checkpoints").mark  # type: ignore[union-attr]
-    assert mark["samples"] == 2 * (24 + 20 + 16)
-    assert mark["tokens"] == sum(mark["consumed"].values())
+    assert mark.samples == 2 * (24 + 20 + 16)
+    assert mark.tokens == sum(mark.consumed.values())
 
 
 @pytest.mark.end_to_end
-def test_two_processes_train_as_one_does(unbroken: Path, unbroken_with_two: Path) -> None:
+def test_two_processes_train_like_one(unbroken: Path, unbroken_with_two: Path) -> None:
     """The same packs in every step; sums over ranks round in another order."""
     for (step, one), (_, two) in zip(train_losses(unbroken), train_losses(unbroken_with_two), strict=True):
         assert two == pytest.approx(one, abs=1e-5), step
 
 
 @pytest.mark.end_to_end
-def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
+def test_one_process_killed_repeatedly_ends_like_the_unbroken_run(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "killed"
     with place.run(folder, freeze_at="/metrics.jsonl:9") as run:  # step 9 is done, but not yet in the log
         run.wait_until_frozen()
@@ -293,7 +293,7 @@ def test_one_process_killed_again_and_again_is_the_unbroken_run(place: Workplace
     assert_same_run(folder, unbroken)
 
 
-def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_with_two: Path) -> None:
+def test_two_processes_killed_repeatedly_end_like_the_unbroken_run(place: Workplace, unbroken_with_two: Path) -> None:
     folder = place.folder / "killed-2"
     with place.run(folder, processes=2, freeze_at="/metrics.jsonl:9") as run:
         run.wait_until_frozen()
@@ -314,7 +314,7 @@ def test_two_processes_killed_are_the_unbroken_run(place: Workplace, unbroken_wi
     assert_same_run(folder, unbroken_with_two)
 
 
-def test_its_last_checkpoint_evaluates_as_the_run_did(
+def test_the_last_checkpoint_evaluates_as_the_run_did(
     place: Workplace, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(unbroken), str(place.data), "--json"]) == 0
@@ -329,19 +329,19 @@ def press_ctrl_c(run: Run) -> None:
 
 
 def stop_launcher(run: Run) -> None:
-    """As the end of a container does; the launcher passes it on."""
+    """Send SIGTERM to the launcher, as the end of a container does; the launcher passes it on."""
     run.launcher.terminate()
 
 
 def stop_everything(run: Run) -> None:
-    """As systemd and schedulers do: every process of the job, the loader's workers too."""
+    """Send SIGTERM to every process of the job and the loader's workers, as systemd and schedulers do."""
     for process in psutil.Process(run.launcher.pid).children(recursive=True):
         process.send_signal(signal.SIGTERM)
     run.launcher.terminate()
 
 
 def wait_until_signalled(process: psutil.Process) -> None:
-    """Until a signal waits for a process that is stopped."""
+    """Wait until a stopped process has a pending signal."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -351,7 +351,7 @@ def wait_until_signalled(process: psutil.Process) -> None:
     raise AssertionError("the signal never came")
 
 
-def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Workplace, unbroken: Path) -> None:
+def test_a_run_asked_to_stop_saves_and_resumes_with_another_world_size(place: Workplace, unbroken: Path) -> None:
     folder = place.folder / "moved"
     for processes, microbatch, workers, stop, step, freeze_at, real in (
         (1, 4, 2, press_ctrl_c, 5, "/metrics.jsonl:5", True),
@@ -376,7 +376,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_with_another_world_size(place: Wo
     for (step, loss), (_, other) in zip(losses, expected, strict=True):
         assert loss == pytest.approx(other, abs=1e-5), step
     consumed, expected_consumed = (
-        newest_checkpoint(path / "checkpoints").mark["consumed"]  # type: ignore[union-attr]
+        newest_checkpoint(path / "checkpoints").mark.consumed  # type: ignore[union-attr]
         for path in (folder, unbroken)
     )
     assert consumed == expected_consumed
@@ -391,7 +391,7 @@ def changed_manifest(data: Path, to: Path) -> Path:
     return to
 
 
-def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
+def test_a_run_does_not_resume_with_other_settings_unless_they_are_allowed(
     place: Workplace, unbroken: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "changed"
@@ -423,7 +423,7 @@ def test_a_run_does_not_go_on_with_other_settings_unless_it_is_told_to(
 def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
     how: str, workers: int, text: str, place: Workplace, tmp_path: Path
 ) -> None:
-    """From the moment on when the run has looked for its shards; what is missing before, it finds then."""
+    """The shard is damaged after the run has looked for its shards; it finds earlier damage at its start."""
     data = Path(shutil.copytree(place.data, tmp_path / "data"))
     (shard,) = (data / "train" / "web" / "17-32").glob("*.zstd")
     with place.run(tmp_path / "run", f"data.workers={workers}", data=data, freeze_at="/.config.yaml.tmp:1") as run:
@@ -444,7 +444,7 @@ def test_a_shard_that_is_missing_or_corrupt_stops_the_run_and_is_named(
 
 
 @pytest.mark.end_to_end
-def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: Path) -> None:
+def test_an_error_of_two_processes_is_printed_once(place: Workplace, tmp_path: Path) -> None:
     status, output = place.train(tmp_path / "run", "data.batch_packs=3", processes=2)
     assert status == 1
     error = "error: data.batch_packs: 3 packs do not divide among 2 processes; the nearest that do are"
@@ -452,7 +452,7 @@ def test_what_two_processes_cannot_do_is_said_once(place: Workplace, tmp_path: P
     assert "Traceback" not in output
 
 
-def test_an_unknown_key_is_named_with_its_neighbour(place: Workplace, tmp_path: Path) -> None:
+def test_an_unknown_key_is_named_with_the_nearest_key(place: Workplace, tmp_path: Path) -> None:
     with place.run(tmp_path / "run", "data.stgaes=1", processes=2) as run:
         status, output = run.finish()
     assert status == 1

@@ -27,7 +27,7 @@ from streaming_rwkv.train.trackers import (
 ROOT = Path(__file__).parents[2]
 
 
-def test_wandb_gets_what_is_configured_and_goes_on_with_its_run() -> None:
+def test_wandb_gets_its_settings_and_resumes_its_run() -> None:
     config = validate(WandbConfig, {"project": "rwkv", "group": "stage2", "tags": ["0.4B"]}, where="log.wandb")
     assert wandb_arguments(config, tracking_id="abc") == {
         "project": "rwkv",
@@ -37,7 +37,7 @@ def test_wandb_gets_what_is_configured_and_goes_on_with_its_run() -> None:
     }
 
 
-def test_mlflow_gets_what_is_configured_and_goes_on_with_its_run() -> None:
+def test_mlflow_gets_its_settings_and_resumes_its_run() -> None:
     given = {"experiment_name": "rwkv", "tracking_uri": "file:///runs/mlflow", "tags": {"size": "0.4B"}}
     assert mlflow_arguments(validate(MlflowConfig, given, where="log.mlflow")) == {
         "experiment_name": "rwkv",
@@ -70,7 +70,7 @@ def test_a_save_folder_keeps_the_name_of_its_tracked_run(tmp_path: Path) -> None
         ({"mlflow": {"tracking_token": "0123"}}, "log.mlflow.tracking_token: unknown key"),
     ],
 )
-def test_secrets_have_no_place_in_a_configuration(values: dict[str, Any], error: str) -> None:
+def test_secrets_in_a_configuration_are_refused(values: dict[str, Any], error: str) -> None:
     class Run(LogConfig):
         log: LogConfig
 
@@ -125,13 +125,13 @@ def data(write_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_is_tracked_by_mlflow_and_goes_on_as_one(data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_one_run_in_mlflow(data: Path, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     store = (tmp_path / "store").as_uri()
     tracked = [f"log.mlflow={{experiment_name: rwkv, tracking_uri: '{store}'}}", "checkpoint.interval_steps=3"]
     train(data, tmp_path / "run", *tracked)
     more = ["data.stages.0.passes=2", "checkpoint.allow_changed=[mixture]"]
-    train(data, tmp_path / "run", *tracked, *more)  # goes on
+    train(data, tmp_path / "run", *tracked, *more)  # resumes
     train(data, tmp_path / "other" / "run", *tracked)  # of the same name, but another
 
     client = mlflow.MlflowClient(store)

@@ -39,7 +39,7 @@ def is_recipe(path: Path) -> bool:
     return path.parent.name == "prep" or path.name == "prep.yaml"
 
 
-def test_there_are_recipes_and_runs() -> None:
+def test_the_repository_has_recipes_and_runs() -> None:
     names = [str(path.relative_to(ROOT / "yamls")) for path in YAMLS]
     assert {"prep/stage1.yaml", "prep/stage2.yaml", "stage1.yaml", "stage2.yaml", "tiny_cpu.yaml"} <= set(names)
 
@@ -77,12 +77,12 @@ def overrides_of(stage: str, data: Path, save_folder: Path) -> list[str]:
 
 
 def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever the sources have in their buckets, as far as they have something in each."""
+    """Shares do not depend on the sizes of buckets, as long as each source has documents in each."""
     settings = [*overrides_of("stage2", data["stage2"], tmp_path), "model.init_from=null", "model.preset=0.1B"]
     config = load_config(RunConfig, ROOT / "yamls" / "stage2.yaml", overrides=settings)
     prepared = prepare(config, world_size=1, fetch=True)
-    drawn = prepared.plan.expected_targets()
-    for part, tokens, targets in zip(config.data.stages, (4e9, 12e9, 4e9), drawn, strict=True):
+    expected = prepared.plan.expected_targets()
+    for part, tokens, targets in zip(config.data.stages, (4e9, 12e9, 4e9), expected, strict=True):
         assert targets.sum() == pytest.approx(tokens, rel=1e-4)
         names = [(stream.source, stream.bucket) for stream in prepared.plan.streams]
         for by, wanted in ((0, part.sources), (1, part.buckets)):
@@ -93,7 +93,7 @@ def test_the_shares_of_stage_2_can_be_met_in_each_of_its_three_parts(data: dict[
 
 @torch.no_grad()
 def clear_choices(model: RWKV7, prompt: list[int], ids: list[int]) -> int:
-    """So many of the likeliest tokens `ids` come before the first that another CPU's rounding might not choose."""
+    """The number of likeliest tokens in `ids` before the first that another CPU's rounding might not choose."""
     unread, state = prompt, None
     for number, token in enumerate(ids):
         logits, state = model.step(torch.tensor([unread]), state)
@@ -151,10 +151,10 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
         name: tensor.shape for name, tensor in before.items()
     }
     assert not torch.equal(before["head.weight"], after["head.weight"])
-    (tmp_path / "stage1").rename(tmp_path / "put away")  # what it started from is needed no more
+    (tmp_path / "stage1").rename(tmp_path / "put away")  # the initial weights are no longer needed
     assert "this run is finished" in run("stage2", *settings)
 
-    # What was trained, exported, goes on in BlinkDL's package as it does in ours.
+    # The trained model, exported, continues a text in BlinkDL's package as it does in ours.
     assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
     tokenizer_json = tmp_path / "stage2" / "tokenizer" / "tokenizer.json"
     worker = [

@@ -16,6 +16,7 @@ from streaming_rwkv.distributed import all_reduce_sum
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 
@@ -81,21 +82,21 @@ class Checkpointer(Callback):
         if mirror and not failed and not self.stopping:
             failed = not mirror.settle()
         assert isinstance(state.model, RWKV7ForTraining)
-        mark = {
-            "tokens": int(state.timestamp.token),
-            "samples": int(state.timestamp.sample),
-            "slots": self.slots_before(step),
-            "seconds": state.timestamp.total_wct.total_seconds(),
-            "steps_skipped": self.clipping.skipped,
-            "consumed": self.consumption.consumed(),
-            "run": self.run,
-        }
+        progress = Progress(
+            step=step,
+            tokens=int(state.timestamp.token),
+            samples=int(state.timestamp.sample),
+            slots=self.slots_before(step),
+            seconds=state.timestamp.total_wct.total_seconds(),
+            steps_skipped=self.clipping.skipped,
+            consumed=self.consumption.consumed(),
+        )
         path = save_checkpoint(
             self.root,
-            step=step,
             model=state.model.network,
             optimizer=state.optimizers[0],
-            mark=mark,
+            progress=progress,
+            run=self.run,
             keep=0 if mirror and self.stopping else self.keep,
         )
         if mirror and not failed and self.stopping:

@@ -14,12 +14,11 @@ sharded files, is read by an unpickler that accepts only its few classes (`model
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,18 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
-from streaming_rwkv.model.marked_files import FORMAT, MARK_NAME, CheckpointError, find_file_problem
+from streaming_rwkv.model.marked_files import MARK_NAME, CheckpointError, MarkedFile, find_file_problem
 from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
 from streaming_rwkv.shards import sha256_of_file
-from streaming_rwkv.train.checkpoints.record import Checkpoint, check_step, read_mark, step_name, step_of_name
+from streaming_rwkv.train.checkpoints.record import (
+    Checkpoint,
+    Progress,
+    check_step,
+    mark_content,
+    read_mark,
+    step_name,
+    step_of_name,
+)
 from streaming_rwkv.train.checkpoints.selection import newest, prune
 
 
@@ -77,7 +84,7 @@ class LocalCheckpoints:
         path = self.root / step_name(step)
         mark = read_mark(path)
         check_step(mark, step)
-        problems = (find_file_problem(path / name, record) for name, record in mark["files"].items())
+        problems = (find_file_problem(path / name, record) for name, record in mark.files.items())
         if (problem := next((problem for problem in problems if problem is not None), None)) is not None:
             raise CheckpointError(problem)
         return Checkpoint(path=path, mark=mark)
@@ -106,13 +113,20 @@ def find_problem(path: Path) -> str | None:
 
 
 def save_checkpoint(
-    root: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, mark: dict[str, Any], keep: int
+    root: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    run: Mapping[str, Any],
+    keep: int,
 ) -> Path:
     """Write a checkpoint with all ranks together, then keep the `keep` newest on disk (0: all).
 
     Args:
-        mark: the fields of the completion mark beside format, step and files, as JSON values.
+        run: the settings of the run, as JSON values.
     """
+    step = progress.step
     final, writing = root / step_name(step), temporary_path(root / step_name(step))
     if is_rank_zero():
         _make_room(final, writing)
@@ -126,20 +140,18 @@ def save_checkpoint(
         save_sharded(_tensors(model, optimizer), storage_writer=writer, no_dist=not is_distributed())
     # Each rank hashes the files that it wrote: the others may not be able to see them.
     written = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        path.name: MarkedFile(bytes=path.stat().st_size, sha256=sha256_of_file(path))
         for path in sorted(writing.iterdir())
         if wrote(path.name)
     }
     files = {name: record for part in all_gather_object(written) for name, record in part.items()}
-    content = json.dumps(
-        {"format": FORMAT, "step": step, **mark, "files": dict(sorted(files.items()))}, indent=1, ensure_ascii=False
-    )
-    content = broadcast_object(content)  # each rank measures slightly different times
+    # Rank 0's mark for all: each rank measures slightly different times.
+    content = broadcast_object(mark_content(run=run, progress=progress, files=files))
     if is_rank_zero():
-        _complete(writing, final, content.encode(), keep=keep, step=step)
+        _complete(writing, final, content, keep=keep, step=step)
     barrier()
     if own_disk:  # decided once above: NFS may still show a folder that another node has just renamed
-        _complete(writing, final, content.encode(), keep=keep, step=step)
+        _complete(writing, final, content, keep=keep, step=step)
     barrier()
     return final
 
@@ -225,8 +237,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
     """Compare all files with their hashes, each rank a part of them; every rank raises the error that one finds."""
-    mine = sorted(checkpoint.mark["files"].items())[rank() :: world_size()]
-    changed = (name for name, record in mine if sha256_of_file(checkpoint.path / name) != record["sha256"])
+    mine = sorted(checkpoint.mark.files.items())[rank() :: world_size()]
+    changed = (name for name, record in mine if sha256_of_file(checkpoint.path / name) != record.sha256)
     found = [name for name in all_gather_object(next(changed, None)) if name is not None]
     if found:
         raise CheckpointError(

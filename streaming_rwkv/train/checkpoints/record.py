@@ -6,19 +6,22 @@ without a mark is not complete.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from streaming_rwkv.config import Config
 from streaming_rwkv.model.marked_files import (
+    FORMAT,
     LARGEST_COUNT,
     MARK_NAME,
     CheckpointError,
+    MarkedFile,
     MarkedFiles,
     parse_as,
     read_mark_bytes,
@@ -32,7 +35,6 @@ LOGS = (
 )  # fmt: skip
 """The files and folders of a save folder, beside its checkpoints, that object storage has too."""
 _NAME = re.compile(r"step-(\d{8,})")
-_FOR_RESUMING = ("tokens", "samples", "seconds", "consumed")
 
 
 def step_name(step: int) -> str:
@@ -44,18 +46,6 @@ def step_of_name(name: str) -> int | None:
     """Return the step of a checkpoint's name, or None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match and step_name(int(match[1])) == name else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A complete checkpoint on this machine, with the values of its mark."""
-
-    path: Path
-    mark: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.mark["step"])
 
 
 class RunIdentity(Config):
@@ -73,28 +63,76 @@ class RunIdentity(Config):
     model: dict[str, Any] = Field(default={})
     optimizer: dict[str, Any] = Field(default={})
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that are recorded, as JSON values."""
+        return self.model_dump(exclude_unset=True)
 
-class CompletionMark(MarkedFiles):
-    """The content of a completion mark.
 
-    To resume from a checkpoint takes more fields than to read its weights: see `check_resumable`.
-    """
+class Progress(Config):
+    """The counts that a run has reached at a step."""
+
+    step: int = Field(ge=0, le=LARGEST_COUNT)
+    tokens: int = Field(ge=0, le=LARGEST_COUNT)
+    samples: int = Field(ge=0, le=LARGEST_COUNT)
+    slots: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
+    """Missing in marks of an earlier version, where a batch never changed its size."""
+    seconds: NonNegativeFloat
+    steps_skipped: NonNegativeInt = 0
+    consumed: dict[str, NonNegativeFloat]
+    """Targets trained on, by stream."""
+
+
+class CompletionMark(MarkedFiles, Progress):
+    """The content of a completion mark: the run's settings, its progress, and the checkpoint's files."""
 
     model_config = ConfigDict(extra="forbid")
 
-    step: int = Field(ge=0, le=LARGEST_COUNT)
-    tokens: int = Field(default=0, ge=0, le=LARGEST_COUNT)
-    samples: int = Field(default=0, ge=0, le=LARGEST_COUNT)
-    slots: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
-    """Missing in marks of an earlier version, where a batch never changed its size."""
-    seconds: NonNegativeFloat = 0.0
-    steps_skipped: NonNegativeInt = 0
-    consumed: dict[str, NonNegativeFloat] = Field(default={})
     run: RunIdentity
 
+    @model_validator(mode="after")
+    def _slots_are_known(self) -> CompletionMark:
+        if self.slots is None and self.run.batch_packs is None:
+            raise ValueError("`slots`: required, but not given, and `run.batch_packs` is not given either")
+        return self
 
-def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
-    """Check the content of a completion mark and return its values.
+    @property
+    def slots_used(self) -> int:
+        """Return the number of slots of the plan that the run has used."""
+        if self.slots is not None:
+            return self.slots
+        assert self.run.batch_packs is not None
+        return self.step * self.run.batch_packs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on this machine, with its mark."""
+
+    path: Path
+    mark: CompletionMark
+
+    @property
+    def step(self) -> int:
+        return self.mark.step
+
+
+def mark_content(*, run: Mapping[str, Any], progress: Progress, files: Mapping[str, MarkedFile]) -> bytes:
+    """Return the content of a completion mark.
+
+    Args:
+        run: the settings of the run, as JSON values.
+    """
+    values = {
+        "format": FORMAT,
+        **progress.model_dump(exclude_none=True),
+        "run": run,
+        "files": {name: file.model_dump() for name, file in sorted(files.items())},
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False).encode()
+
+
+def parse_mark(content: bytes, *, where: str) -> CompletionMark:
+    """Return a completion mark from its content.
 
     Raises:
         CheckpointError: not JSON, of another format, or with a field that is missing, unknown or wrong.
@@ -102,8 +140,8 @@ def parse_mark(content: bytes, *, where: str) -> dict[str, Any]:
     return parse_as(CompletionMark, content, where=where)
 
 
-def read_mark(folder: Path) -> dict[str, Any]:
-    """Return the values of a checkpoint's completion mark.
+def read_mark(folder: Path) -> CompletionMark:
+    """Return a checkpoint's completion mark.
 
     Raises:
         CheckpointError: no mark, not a regular file, or not of this format.
@@ -111,27 +149,11 @@ def read_mark(folder: Path) -> dict[str, Any]:
     return parse_mark(read_mark_bytes(folder), where=str(folder / MARK_NAME))
 
 
-def check_step(mark: Mapping[str, Any], step: int) -> None:
+def check_step(mark: CompletionMark, step: int) -> None:
     """Refuse a mark that was copied from the checkpoint of another step.
 
     Raises:
         CheckpointError: names the mark's step.
     """
-    if mark["step"] != step:
-        raise CheckpointError(f"its mark is that of step {mark['step']}")
-
-
-def check_resumable(mark: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a mark that lacks what a run needs to continue from it.
-
-    Raises:
-        CheckpointError: names each field that is missing.
-    """
-    missing = [name for name in _FOR_RESUMING if name not in mark]
-    if "slots" not in mark and "batch_packs" not in mark["run"]:
-        missing.append("slots")
-    if missing:
-        raise CheckpointError(
-            f"{where}: its completion mark has no {', '.join(missing)}; a run cannot resume from it: move it away to "
-            "resume from the checkpoint before it"
-        )
+    if mark.step != step:
+        raise CheckpointError(f"its mark is that of step {mark.step}")

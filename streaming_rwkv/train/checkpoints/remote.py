@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from streaming_rwkv.model.marked_files import LARGEST_MARK_BYTES, MARK_NAME, CheckpointError
 from streaming_rwkv.storage import Store
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, check_step, parse_mark, step_name, step_of_name
+from streaming_rwkv.train.checkpoints.record import (
+    CHECKPOINTS,
+    CompletionMark,
+    check_step,
+    parse_mark,
+    step_name,
+    step_of_name,
+)
 from streaming_rwkv.train.checkpoints.selection import newest
 
 UPLOADING = "uploading."
@@ -26,14 +32,11 @@ class RemoteCheckpoint:
     name: str
     content: bytes
     """The mark, as it is stored."""
-
-    @property
-    def mark(self) -> dict[str, Any]:
-        return parse_mark(self.content, where=MARK_NAME)
+    mark: CompletionMark
 
     @property
     def step(self) -> int:
-        return int(self.mark["step"])
+        return self.mark.step
 
 
 class RemoteCheckpoints:
@@ -73,13 +76,12 @@ class RemoteCheckpoints:
         if MARK_NAME not in files:
             raise CheckpointError(f"no completion mark ({MARK_NAME})")
         content = self.store.get_bytes(f"{CHECKPOINTS}/{name}/{MARK_NAME}", most=LARGEST_MARK_BYTES)
-        found = RemoteCheckpoint(name=name, content=content)
-        mark = found.mark
+        mark = parse_mark(content, where=MARK_NAME)
         check_step(mark, step)
-        for file, record in mark["files"].items():
-            if files.get(file) != record["bytes"]:
-                raise CheckpointError(f"{file} has {files.get(file, 'no')} bytes instead of {record['bytes']}")
-        return found
+        for file, record in mark.files.items():
+            if files.get(file) != record.bytes:
+                raise CheckpointError(f"{file} has {files.get(file, 'no')} bytes instead of {record.bytes}")
+        return RemoteCheckpoint(name=name, content=content, mark=mark)
 
     def remove(self, step: int) -> None:
         name = step_name(step)

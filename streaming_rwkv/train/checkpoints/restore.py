@@ -35,6 +35,7 @@ from streaming_rwkv.train.checkpoints.record import (
     CHECKPOINTS,
     LOGS,
     Checkpoint,
+    CompletionMark,
     read_mark,
     step_name,
     step_of_name,
@@ -49,17 +50,16 @@ FETCH_THREADS = 4
 # Comparing a checkpoint with a run
 
 
-def plan_from(plan: Plan, mark: Mapping[str, Any], *, where: str) -> Plan:
+def plan_from(plan: Plan, mark: CompletionMark, *, where: str) -> Plan:
     """Return the plan from a checkpoint's step on, where earlier batches may have had another size.
 
     Raises:
         CheckpointError: the run has taken more steps than the plan has.
     """
-    slots = mark.get("slots", mark["step"] * mark["run"]["batch_packs"])  # as it was before batches could change
-    plan = plan.resumed_at(step=mark["step"], slots=slots)
-    if mark["step"] > plan.steps:
+    plan = plan.resumed_at(step=mark.step, slots=mark.slots_used)
+    if mark.step > plan.steps:
         raise CheckpointError(
-            f"{where}: {mark['step']} steps were taken, and these settings end after {plan.steps}; train on more tokens"
+            f"{where}: {mark.step} steps were taken, and these settings end after {plan.steps}; train on more tokens"
         )
     return plan
 
@@ -73,19 +73,19 @@ def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: fro
     check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path))
 
 
-def check_same_settings(mark: Mapping[str, Any], run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
+def check_same_settings(mark: CompletionMark, run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
     """Compare the settings in a completion mark with those of a run.
 
     Raises:
         CheckpointError: made with a data set of an earlier format, or names each key that differs, with both values.
     """
-    if mark["format"] != FORMAT:
+    if mark.format != FORMAT:
         raise CheckpointError(
             f"{where}: made with a data set of the format streaming-rwkv/1, which can no longer be read; rebuild it "
             "with `python -m prep build RECIPE`, and start a run from these weights in another `save_folder` "
             f"(`model.init_from: {where}`)"
         )
-    before = mark["run"]
+    before = mark.run.settings()
     differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
     if differing:
         lines = [
@@ -189,7 +189,7 @@ def _nodes_without(path: Path) -> list[str]:
 
 def _local(root: Path, step: int) -> Checkpoint:
     path = root / step_name(step)
-    marks: list[dict[str, Any]] = []
+    marks: list[CompletionMark] = []
     run_on_all(lambda: marks.append(read_mark(path)))
     return Checkpoint(path=path, mark=marks[0])
 
@@ -205,7 +205,7 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
     writing.mkdir(parents=True)
 
     def fetch(name: str) -> None:
-        sha256 = remote.mark["files"][name]["sha256"]
+        sha256 = remote.mark.files[name].sha256
         if (final / name).is_file() and sha256_of_file(final / name) == sha256:
             os.link(final / name, writing / name)
             return
@@ -213,7 +213,7 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
         fsync(writing / name)
 
     with ThreadPoolExecutor(FETCH_THREADS) as executor:
-        list(executor.map(fetch, sorted(remote.mark["files"])))
+        list(executor.map(fetch, sorted(remote.mark.files)))
     _fetch_logs(store, folder, logs)
     if final.exists():  # not complete
         final.rename(replaced_path(final))

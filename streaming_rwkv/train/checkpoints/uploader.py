@@ -97,7 +97,7 @@ class Mirror:
     def begin(self, checkpoint: Path, *, all_on_rank_zero: bool = False) -> None:
         """Start to upload a complete local checkpoint; `all_on_rank_zero` if a run of another world size wrote it."""
         assert self._stage == "idle", "the previous checkpoint is not uploaded yet"
-        names = sorted(read_mark(checkpoint)["files"])
+        names = sorted(read_mark(checkpoint).files)
         mine = [name for name in names if (is_rank_zero() if all_on_rank_zero else wrote(name))]
         self._stage, self._checkpoint = "files", checkpoint
         if mine:
@@ -176,13 +176,13 @@ class Mirror:
     def _send_files(self, checkpoint: Path, names: Sequence[str]) -> None:
         self._check_writer()
         folder = f"{CHECKPOINTS}/{checkpoint.name}"
-        files = read_mark(checkpoint)["files"]
+        files = read_mark(checkpoint).files
         self.store.put_bytes(b"begun\n", f"{folder}/{UPLOADING}{rank()}")
         # An earlier start may have uploaded this step: a mark must never cover a mixture of both.
         self.store.delete([f"{folder}/{MARK_NAME}"])
         for name in names:
             self._check_writer()
-            self.store.put_file(checkpoint / name, f"{folder}/{name}", sha256=files[name]["sha256"])
+            self.store.put_file(checkpoint / name, f"{folder}/{name}", sha256=files[name].sha256)
 
     def _seal(self, checkpoint: Path) -> None:
         self._send_logs()
@@ -190,7 +190,7 @@ class Mirror:
         self._check_writer()
         self.store.put_bytes((checkpoint / MARK_NAME).read_bytes(), folder + MARK_NAME)
         self.store.delete(name for name in self.store.list(folder) if name.startswith(folder + UPLOADING))
-        prune(RemoteCheckpoints(self.store), keep=self.keep, last_step=int(read_mark(checkpoint)["step"]))
+        prune(RemoteCheckpoints(self.store), keep=self.keep, last_step=read_mark(checkpoint).step)
 
     def _send_logs(self) -> None:
         self._check_writer()

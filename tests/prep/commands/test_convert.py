@@ -73,7 +73,7 @@ def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
     assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
-def test_leftovers_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):
+def test_files_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):
     write_lines(tmp_path / "a.jsonl", ["one"])
     started = (
         "import os, pyarrow.parquet as pq, prep.commands.convert as c\nc._texts = lambda *_: os.kill(os.getpid(), 9)\n"
@@ -101,7 +101,7 @@ def test_without_any_text_the_option_is_named(tmp_path):
             list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out"))
 
 
-def test_another_key(tmp_path):
+def test_another_key_can_be_converted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
     list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out", text="content"))
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["one"]
@@ -131,7 +131,7 @@ def test_files_with_one_target_are_refused(tmp_path, write_lines):
         list(convert(str(tmp_path), tmp_path / "out"))
 
 
-def test_nothing_to_convert(tmp_path):
+def test_a_folder_without_files_to_convert_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="no JSON file below it"):
         list(convert(str(tmp_path), tmp_path / "out"))

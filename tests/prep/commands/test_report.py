@@ -81,7 +81,7 @@ def test_the_figures_are_the_manifests(finished, tmp_path):
     assert figures["counts"]["corpus"]["rejected"] == {"'text' is not a string": 1}
 
 
-def test_without_a_data_set_or_its_statistics(finished, tmp_path):
+def test_a_report_without_a_data_set_or_its_statistics_is_refused(finished, tmp_path):
     with pytest.raises(DataError, match="no finished data set"):
         write_report(tmp_path)
     (tmp_path / "out" / "statistics.json").unlink()

@@ -1,4 +1,4 @@
-"""Data sets in object storage: the bytes of a local build, whole or not to be seen, whatever is killed or broken."""
+"""Data sets in object storage have the bytes of a local build, and are complete or invisible after any fault."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_a_resumed_upload_sends_no_object_twice(local, store, s3_server, monkeyp
 
 
 def damage(server: S3Server, store: Store, name: str) -> None:
-    """One bit, with the size, and what the writer noted, as before."""
+    """Flip one bit of an object; its size and the writer's checksum stay."""
     content = bytearray(store.get_bytes(name, most=1 << 24))
     content[len(content) // 2] ^= 1
     with server.client() as client:
@@ -369,7 +369,7 @@ def test_verify_keeps_few_shards_on_the_disk(local, store, monkeypatch, tmp_path
     assert not list(tmp_path.glob("prep-*"))
 
 
-def test_inspect_and_report(local, store, capsys, tmp_path):
+def test_inspect_and_report_read_a_remote_data_set(local, store, capsys, tmp_path):
     upload(local, store.location)
     assert main(["inspect", str(local), "--count", "3"]) == 0
     shown = capsys.readouterr().out

@@ -90,7 +90,7 @@ def upload_and_kill(recipe: Path, proxy: FaultProxy, store: Store, *, objects: i
 
 
 @pytest.mark.end_to_end
-def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_server):
+def test_a_build_killed_during_uploads_gives_the_same_bytes(recipe, expected, store, proxy, s3_server):
     assert len(expected) > 40
     there: dict[str, int] = {}
     for share in (0.1, 0.6):
@@ -113,7 +113,7 @@ def test_kills_in_the_middle_of_uploading(recipe, expected, store, proxy, s3_ser
         assert "Uploads" not in client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
 
 
-def test_a_server_that_is_killed_and_started_again_under_a_build(recipe, expected, store, proxy, s3_server):
+def test_a_build_survives_a_restart_of_the_server(recipe, expected, store, proxy, s3_server):
     proxy.add(
         Fault(kind="status", status=503, method="PUT", path="manifest"),  # no end before the kills
         Fault(kind="late", method="PUT"),

@@ -1,4 +1,4 @@
-"""Work between the steps that was cut off is an error with a name, whatever Python's options."""
+"""Intermediate files that were cut off are named in an error, with all options of Python."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def cells(table, width: int = 120) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("│")[1:-1]] for row in shown(table, width).splitlines() if "│" in row]
 
 
-def test_tables_at_the_end(config, corpus):
+def test_a_finished_build_shows_its_tables(config, corpus):
     manifest = build(config(edges=[5, 10], pack_tokens=20)).manifest
     # 5 inputs in a pack of 20, 10 in another: a quarter and a half.
     assert cells(stream_table(manifest, by="bucket")) == [
@@ -166,7 +166,7 @@ def test_a_data_set_that_is_too_small_is_said_to_be(config, corpus, tmp_path):
     assert len(data_set_warnings(build(config(out=str(tmp_path / "other"), validation=0.0)).manifest)) == 1
 
 
-def test_table_of_a_dry_run(config, corpus, tmp_path, write_lines):
+def test_a_dry_run_shows_its_counts(config, corpus, tmp_path, write_lines):
     (tmp_path / "corpus" / "b.jsonl").write_text('{"text": 5}\n{"body": ""}\n{"body": ""}\n')
     write_lines(tmp_path / "more" / "a.jsonl", ["0"])
     sources = {name: {"paths": str(tmp_path / name)} for name in ("more", "corpus")}

@@ -54,7 +54,7 @@ def test_moving_a_corpus_changes_no_name(tree, tmp_path):
     assert names(tree, "elsewhere") == before
 
 
-def test_size_and_suffix(tree):
+def test_a_file_has_its_size_and_suffix(tree):
     (file,) = find_files("s", [str(tree / "a/deep/3.json.gz")])
     assert (file.size, file.suffix, file.source) == (len("a/deep/3.json.gz"), ".json.gz", "s")
     with opened(file) as stream:
@@ -185,7 +185,7 @@ def write(root, *files):
         (root / name).write_bytes(b"{}")
 
 
-def test_endings_are_read_in_any_case_and_what_is_not_read_is_counted(tmp_path, caplog):
+def test_suffixes_are_read_in_any_case_and_other_files_are_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     read = ["A.JSONL", "b.ndjson", "c.Json", "d.jsonlines", "e.jsonl.GZ", "f.jsonl.xz", "g.json.bz2", "h.Parquet"]
     write(tmp_path, *read, "1.txt", "2.TXT", "3.csv.gz", "README", "deep/4.txt", "_SUCCESS", "_x.jsonl", ".hidden")
@@ -199,7 +199,7 @@ def test_endings_are_read_in_any_case_and_what_is_not_read_is_counted(tmp_path, 
     )
 
 
-def test_a_line_of_the_log_counts_each_file_once_and_few_endings(tree, caplog):
+def test_a_log_line_counts_each_file_once_and_names_few_suffixes(tree, caplog):
     caplog.set_level("INFO")
     write(tree, *(f"a/{number}.{number}" for number in range(10)), "a/_named.jsonl")
     names(tree, "a", "a/*", "a/_named.jsonl")
@@ -208,7 +208,7 @@ def test_a_line_of_the_log_counts_each_file_once_and_few_endings(tree, caplog):
     assert ", 3 others; files must end in" in line  # notes.md is one of eleven
 
 
-def test_an_unusual_ending_is_not_printed(tmp_path, caplog):
+def test_an_unusual_suffix_is_not_printed(tmp_path, caplog):
     caplog.set_level("INFO")
     write(
         tmp_path, "a.jsonl", "b.\x1b[2J", "c.1 sentence and more", os.fsdecode(b"d.\xff"), "e.parquet.tmp-12345678901"
@@ -223,7 +223,7 @@ def test_nothing_is_logged_if_all_files_are_read(tree, caplog):
     assert not_read(caplog) == []
 
 
-def test_a_folder_without_files_to_read_says_what_it_has(tmp_path):
+def test_a_folder_without_files_to_read_is_named_with_its_suffixes(tmp_path):
     write(tmp_path, "a.txt", "b.txt")
     with pytest.raises(UserError, match=r"no file to read below .* \(it has 2 \.txt\); files must end in"):
         names(tmp_path, "")

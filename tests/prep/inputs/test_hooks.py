@@ -65,7 +65,7 @@ def test_a_transform_that_gives_no_text_is_a_broken_document(titled, hooks):
     assert read(titled, transform=f"{hooks}:surrogate")[1][0] == (0, "invalid UTF-8")
 
 
-def test_invalid_utf8_in_any_column_that_a_hook_sees(tmp_path, hooks):
+def test_invalid_utf8_in_a_column_that_a_hook_sees_is_rejected(tmp_path, hooks):
     broken = pa.array([b"zero", b"\xff", b"two"], pa.binary())
     titles = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
     pq.write_table(pa.table({"id": [0, 1, 2], "title": titles, "text": ["x0", "x1", "x2"]}), tmp_path / "a.parquet")
@@ -85,7 +85,7 @@ def test_a_hook_that_raises_names_file_and_row(titled, hooks):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_a_hook_is_given_text_only(tmp_path, hooks, name):
+def test_a_hook_gets_text_only(tmp_path, hooks, name):
     records = [HALF_EMOJI % b"one", BAD_BYTE % b"two", b'{"text": "three", "id": 1}', b'{"text": "four", "id": 2}']
     content = b"\n".join(records) if name == "a.jsonl" else b"[" + b", ".join(records) + b"]"
     (tmp_path / name).write_bytes(content)

@@ -82,8 +82,8 @@ def hub(tmp_path, monkeypatch) -> Path:
 def built(name: str, tmp_path: Path, tokenizer_folder: Path) -> dict[str, int]:
     overrides = [f"out={tmp_path / 'out'}", f"tokenizer={tokenizer_folder}", "workers=1"]
     manifest = build(load_config(PrepConfig, YAMLS / name, overrides=overrides)).manifest
-    assert not any(books.rejected for books in manifest.counts.values())
-    return {source: books.documents_read for source, books in manifest.counts.items()}
+    assert not any(counts.rejected for counts in manifest.counts.values())
+    return {source: counts.documents_read for source, counts in manifest.counts.items()}
 
 
 def test_stage_1_reads_c4s_training_files_in_two_languages(hub, tmp_path, tokenizer_folder):

@@ -117,7 +117,7 @@ def test_an_empty_file_has_no_documents(tmp_path):
     assert read(tmp_path) == ([], [])
 
 
-def test_a_line_of_fifty_megabytes(tmp_path):
+def test_a_line_of_fifty_megabytes_is_read(tmp_path):
     text = "word " * 10_000_000
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("before", text, "after"), compresslevel=1))
     assert read(tmp_path / "a.jsonl.gz") == ([(0, "before"), (1, text), (2, "after")], [])
@@ -155,7 +155,7 @@ def test_a_broken_file_stops_with_its_name(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 1 << 20])
-def test_documents_without_the_key_are_rejected_however_many_lie_together(tmp_path, unit_bytes):
+def test_documents_without_the_key_are_rejected_however_many_are_adjacent(tmp_path, unit_bytes):
     (tmp_path / "a.jsonl").write_bytes(lines("one") + b'{"body": "x"}\n' * 3)
     (tmp_path / "b.json").write_bytes(b'{"error": "404"}')
     missing = [(1, "no 'text'"), (2, "no 'text'"), (3, "no 'text'"), (0, "no 'text'")]
@@ -187,7 +187,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
     ],
     ids=["LFS", "UTF-16", "UTF-16 LE", "UTF-16 BE", "indented", "two lines", "HTML", "cut off"],
 )
-def test_a_file_of_which_no_line_is_an_object_stops_saying_what_it_is(tmp_path, name, content, what):
+def test_a_file_without_an_object_stops_the_build_and_is_described(tmp_path, name, content, what):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as caught:
         read(tmp_path / name)
@@ -213,7 +213,7 @@ def test_a_file_of_lines_may_be_broken_in_half_of_them(tmp_path):
     assert read(tmp_path) == ([(2, "one"), (3, "two")], [(0, "invalid JSON"), (1, "not a JSON object")])
 
 
-def test_python_writes_nan_and_infinity(tmp_path):
+def test_nan_and_infinity_as_python_writes_them_are_read(tmp_path):
     records = [{"text": f"x{number}", "score": number} for number in (float("nan"), float("inf"), -float("inf"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "b.json").write_text(json.dumps(records[:1]))
@@ -229,7 +229,7 @@ MANY_DIGITS = b'{"text": "%b", "number": ' + b"1" * 5000 + b"}"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_only_what_is_used_can_reject_a_document(tmp_path, name):
+def test_only_values_that_are_used_can_reject_a_document(tmp_path, name):
     records = [
         HALF_EMOJI % b"one",
         BAD_BYTE % b"two",
@@ -292,7 +292,7 @@ def test_an_array_that_is_too_long_is_an_error_before_it_is_read(tmp_path, monke
         read(tmp_path / "a.json.gz")
 
 
-def test_many_small_zstd_frames_and_a_large_one(tmp_path):
+def test_many_small_zstd_frames_and_a_large_one_are_read(tmp_path):
     compress = zstandard.ZstdCompressor().compress
     large = np.random.default_rng(1).bytes(2_000_000).hex()
     small = [compress(lines(str(number))) for number in range(30_000)]
@@ -302,7 +302,7 @@ def test_many_small_zstd_frames_and_a_large_one(tmp_path):
     assert texts == [*numbers, large, *numbers]
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines(*["x" * 1000] * 3000))
     source = SourceConfig(paths=[str(file)])
@@ -316,7 +316,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_no_end(tmp_path):
         list(read_part(unit.parts[0], source))
 
 
-def test_a_large_array_and_rejections_do_not_pile_up(tmp_path):
+def test_a_large_array_with_rejections_takes_bounded_memory(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 5000}] * 3000))
     (tmp_path / "b.jsonl.gz").write_bytes(
         gzip.compress((b"{}" + b" " * 60 + b"\n") * 400_000 + lines("x"), compresslevel=1, mtime=0)

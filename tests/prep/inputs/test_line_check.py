@@ -71,20 +71,20 @@ def test_a_file_of_another_kind_stops_the_build_however_it_is_cut(config, corpus
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 20])
-def test_a_file_of_which_half_the_lines_are_broken_is_read_however_it_is_cut(config, corpus, unit_bytes):
+def test_a_file_with_half_its_lines_broken_is_read_however_it_is_cut(config, corpus, unit_bytes):
     (corpus / "a.jsonl").write_bytes(b"broken\n" * 60 + LINES)
-    books = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
-    assert (books.documents["train"], books.rejected) == (61, {"invalid JSON": 60})
+    counts = build(config(unit_bytes=unit_bytes)).manifest.counts["corpus"]
+    assert (counts.documents["train"], counts.rejected) == (61, {"invalid JSON": 60})
 
 
-def test_a_dry_run_stops_as_the_build_does(config, corpus):
+def test_a_dry_run_stops_like_a_build(config, corpus):
     (corpus / "a.jsonl").write_bytes(PRETTY)
     with pytest.raises(InputError, match=r"a\.jsonl: no line of it is a JSON object"):
         count(config(unit_bytes=200))
 
 
 @pytest.mark.slow
-def test_workers_find_the_same_and_a_second_start_too(config, corpus):
+def test_workers_and_a_second_start_find_the_same(config, corpus):
     (corpus / "a.jsonl").write_bytes(ARRAY_OVER_LINES)
     for workers in (2, 1, 3):
         with pytest.raises(InputError, match=r"a\.jsonl: 61 of its 62 lines are not JSON objects"):
@@ -93,20 +93,20 @@ def test_workers_find_the_same_and_a_second_start_too(config, corpus):
     assert build(config(unit_bytes=200), accept_changes=True).manifest.counts["corpus"].documents["train"] == 61
 
 
-def test_a_conversion_stops_too(corpus, tmp_path):
+def test_a_conversion_stops_at_a_file_of_another_kind(corpus, tmp_path):
     (corpus / "a.jsonl").write_bytes(ARRAY_OVER_LINES)
     with pytest.raises(InputError, match=r"a\.jsonl: 61 of its 62 lines are not JSON objects"):
         list(convert(str(corpus), tmp_path / "parquet"))
 
 
-def test_the_training_of_a_tokenizer_stops_too(corpus, tmp_path, monkeypatch):
+def test_the_training_of_a_tokenizer_stops_at_a_file_of_another_kind(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("prep.commands.train_tokenizer._UNIT_BYTES", 200)
     (corpus / "a.jsonl").write_bytes(PRETTY)
     with pytest.raises(InputError, match=r"a\.jsonl: no line of it is a JSON object"):
         train_tokenizer({"s": SourceConfig(paths=[str(corpus)])}, vocab_size=300, to=tmp_path / "tokenizer")
 
 
-def test_an_array_on_one_line_of_a_file_of_lines_is_no_broken_document(config, corpus):
+def test_an_array_on_one_line_of_json_lines_stops_the_build(config, corpus):
     (corpus / "a.jsonl").write_text(json.dumps(DOCUMENTS))
     with pytest.raises(InputError, match=r"no line of it is a JSON object; it begins with '\[': let the name"):
         build(config())
@@ -125,7 +125,7 @@ def test_the_first_broken_line_is_described_wherever_it_is(config, corpus):
         build(config())
 
 
-def test_a_cut_file_is_judged_when_all_its_parts_were_read_in_any_order(corpus):
+def test_a_file_in_parts_is_judged_when_all_its_parts_were_read(corpus):
     (corpus / "a.jsonl").write_bytes(b"5\n" * 30 + LINES)
     units = [
         unit
@@ -158,7 +158,7 @@ def test_counts_are_added_by_file():
     assert not LineCounts(3, 2).are_json_lines
 
 
-def test_one_broken_line_is_a_broken_document_unless_it_says_what_it_is():
+def test_one_broken_line_is_a_broken_document_unless_it_is_of_another_format():
     assert describe(1, 1, first=b'{"text": "cut o', is_utf8=True) is None
     assert describe(1, 1, first=b"[1]", is_utf8=True) is not None
     assert signature(b"PAR1\x15\x04") == "a parquet file: let its name end in .parquet"

@@ -95,7 +95,7 @@ def test_a_hook_that_compares_such_a_value_is_named(tmp_path: Path, hooks: str) 
     assert "row 0: a hook of `sources.s` raised InputError: column 'when' has a timestamp[us]" in refused
 
 
-def test_two_columns_of_one_name_are_an_error_where_they_matter(tmp_path: Path, hooks: str) -> None:
+def test_two_columns_of_one_name_are_an_error_if_they_are_used(tmp_path: Path, hooks: str) -> None:
     column = pa.array(["x"])
     pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_arrays([column] * 3, names=["text", "other", "other"]), tmp_path / "b.parquet")
@@ -181,7 +181,7 @@ def test_every_flipped_bit_of_a_small_file_gives_text_or_a_named_error(tmp_path:
     assert all(error.startswith(f"{file}: ") for error in named)
 
 
-def test_strings_of_a_subclass_are_taken_as_what_they_hold(tmp_path: Path, hooks: str) -> None:
+def test_strings_of_a_subclass_are_read_as_plain_strings(tmp_path: Path, hooks: str) -> None:
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     for name, expected in (("a.parquet", "one!"), ("b.jsonl", "two!")):
@@ -199,7 +199,7 @@ def test_a_hook_that_would_end_the_program_is_named(tmp_path: Path, hooks: str, 
         assert refusal(file, **{kind: f"{hooks}:{hook}"}).startswith(expected)
 
 
-def test_an_interrupt_within_a_hook_stays_one(tmp_path: Path, hooks: str) -> None:
+def test_an_interrupt_within_a_hook_is_raised_unchanged(tmp_path: Path, hooks: str) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
     with pytest.raises(KeyboardInterrupt):
         texts_of(tmp_path / "b.jsonl", filter=f"{hooks}:interrupts")
@@ -216,14 +216,14 @@ def test_an_interrupt_within_a_hook_stays_one(tmp_path: Path, hooks: str) -> Non
     ],
     ids=str,
 )
-def test_every_kind_of_string_column(tmp_path, kind):
+def test_every_kind_of_string_column_is_read(tmp_path, kind):
     column = pa.array(["one", "二", None, "", "one"], pa.string()).cast(kind)
     file = write_parquet(tmp_path / "a.parquet", column)
     expected = ([(0, "one"), (1, "二"), (3, ""), (4, "one")], [(2, "'text' is null")])
     assert read(file) == expected
 
 
-def test_a_parquet_file_without_rows(tmp_path):
+def test_a_parquet_file_without_rows_has_no_documents(tmp_path):
     assert read(write_parquet(tmp_path / "a.parquet", pa.array([], pa.string()))) == ([], [])
 
 
@@ -232,13 +232,13 @@ def test_a_column_of_nulls_is_rejected_row_by_row(tmp_path):
     assert read(file) == ([], [(0, "'text' is null"), (1, "'text' is null")])
 
 
-def test_invalid_utf8_in_a_string_column(tmp_path):
+def test_invalid_utf8_in_a_string_column_is_rejected(tmp_path):
     broken = pa.array([b"one", b"\xff", b"two"], pa.binary())
     column = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
     assert read(write_parquet(tmp_path / "a.parquet", column)) == ([(0, "one"), (2, "two")], [(1, "invalid UTF-8")])
 
 
-def test_row_groups_become_parts_whose_rows_go_on(tmp_path):
+def test_row_groups_become_parts_with_consecutive_rows(tmp_path):
     texts = [f"{number:05}" * 20 for number in range(1000)]
     file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=100)
     source = SourceConfig(paths=[str(file)])
@@ -257,12 +257,12 @@ def test_row_groups_become_parts_whose_rows_go_on(tmp_path):
         ("text", pa.array([1]), "column 'text' is of type int64, expected strings"),
     ],
 )
-def test_a_parquet_file_without_text_says_what_it_has(tmp_path, name, column, message):
+def test_a_parquet_file_without_text_is_named_with_its_columns(tmp_path, name, column, message):
     with pytest.raises(InputError, match=rf"a\.parquet: {message}"):
         read(write_parquet(tmp_path / "a.parquet", column, name=name))
 
 
-def test_a_parquet_file_that_is_broken_inside_is_no_end(tmp_path):
+def test_a_parquet_file_that_is_broken_inside_is_an_error(tmp_path):
     texts = [np.random.default_rng(row).bytes(2000).hex() for row in range(100)]
     file = write_parquet(tmp_path / "a.parquet", pa.array(texts), row_group_size=10)
     content = bytearray(file.read_bytes())

@@ -20,7 +20,7 @@ from streaming_rwkv.config import UserError
 from tests.prep.inputs.reading import lines, write_parquet
 
 
-def test_a_part_reads_by_itself(tmp_path):
+def test_a_part_can_be_read_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines("one"))
     (file,) = find_files("s", [str(tmp_path)])
     (batch,) = read_part(Part(file=file), SourceConfig(paths=["x"]))
@@ -37,7 +37,7 @@ class FailingFile(io.FileIO):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_disk_that_fails_is_no_broken_file(tmp_path, monkeypatch, name):
+def test_a_failing_disk_is_not_reported_as_a_broken_file(tmp_path, monkeypatch, name):
     texts = [np.random.default_rng(row).bytes(2000).hex() for row in range(400)]
     compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(name.rpartition(".")[2], bytes)
     if name == "a.parquet":

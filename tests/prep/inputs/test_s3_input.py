@@ -60,7 +60,7 @@ def test_a_bucket_is_read_as_a_folder(config, mixed, tmp_path, workers, fork):
 
 
 @pytest.mark.slow
-def test_globs_and_single_objects(config, mixed, tmp_path):
+def test_globs_and_single_objects_are_found(config, mixed, tmp_path):
     for path, documents in (("*.parquet", 100), ("a.jsonl", 400)):
         sources = {"corpus": {"paths": f"{mixed}/{path}"}}
         manifest = build(config(out=str(tmp_path / path[-5:]), sources=sources)).manifest
@@ -112,7 +112,7 @@ def test_a_bucket_that_is_not_there_names_what_to_check(config, mixed):
 
 @pytest.mark.slow
 def test_an_object_that_cannot_be_read_is_not_taken_for_a_broken_file(config, mixed, proxy, monkeypatch):
-    """And what cannot be read for a while is read later."""
+    """An object that cannot be read for a while is read later."""
     monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
     recipe = config(sources={"corpus": {"paths": mixed}})
     names = ("a.jsonl", "deep/b.json.gz", "c.parquet")

@@ -35,7 +35,7 @@ def test_a_last_line_without_newline_is_read(tmp_path):
     assert "".join(text for unit in units for part in read_unit(unit, source) for text in part.texts) == "abcdefgh"
 
 
-def test_small_files_go_together_and_sources_by_name(tmp_path):
+def test_small_files_share_a_unit_and_sources_are_ordered_by_name(tmp_path):
     for number in range(6):
         (tmp_path / f"{number}.jsonl").write_bytes(lines("x" * 100))
     sources = {name: SourceConfig(paths=[str(tmp_path)]) for name in ("b", "a")}
@@ -49,7 +49,7 @@ def test_small_files_go_together_and_sources_by_name(tmp_path):
     assert len({unit.name for unit in units}) == 4
 
 
-def test_a_unit_has_another_name_when_it_would_give_other_documents(tmp_path):
+def test_a_unit_that_would_give_other_documents_has_another_name(tmp_path):
     def name(**values):
         (unit,) = plan_units({"s": SourceConfig(paths=[str(tmp_path / "corpus")], **values)}, unit_bytes=400)
         return unit.name

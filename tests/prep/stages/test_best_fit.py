@@ -30,7 +30,7 @@ def test_an_item_may_fill_a_pack():
     assert pack_best_fit(lengths=[8, 8], capacity=8) == [[0], [1]]
 
 
-def test_nothing_needs_no_pack():
+def test_no_items_need_no_pack():
     assert pack_best_fit(lengths=[], capacity=8) == []
 
 

@@ -1,4 +1,4 @@
-"""From token ids to pieces, by eye."""
+"""Token ids are cut into pieces, with literals that can be checked by eye."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_piece_with_nothing_but_the_end_has_no_bytes():
 
 
 def test_bytes_add_up_where_the_tokenizer_changes_the_text():
-    # Ids stand for 2 bytes each, but the text had 7: shared out 2:2:2 they become 5 and 2.
+    # Ids have 2 bytes each, but the text had 7: shared out 2:2:2 they become 5 and 2.
     batch = batch_of([1, 1, 1])
     pieces = buckets.cut(np.array([4]), largest=2)
     found = buckets.piece_bytes(pieces, batch, text_bytes=np.array([7]), token_bytes=np.array([0, 2], np.uint32))

@@ -19,7 +19,7 @@ from prep.stages import deduplication as duplicates
 from prep.stages.deduplication import HashRange, join_ranges, later_copies, plan_ranges
 
 
-def test_all_but_the_first_of_equal_hashes():
+def test_all_but_the_first_of_equal_hashes_are_duplicates():
     hashes = np.array([[5, 1], [5, 2], [5, 1], [7, 1], [5, 1]], np.uint64)
     places = np.array([40, 10, 20, 5, 30], np.uint64)
     assert later_copies(hashes, places).tolist() == [30, 40]  # the one at 20 came first

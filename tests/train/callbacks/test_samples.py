@@ -79,7 +79,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_each_prompt_is_gone_on_with_as_generation_does(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_each_prompt_is_continued_as_generation_does(tokenizer_folder: Path, tmp_path: Path) -> None:
     state, tables = state_of(step=12), Tables()
     logger = Logger(state, destinations=[tables])
     prompts = ["w3 w4", ""]
@@ -96,8 +96,8 @@ def test_each_prompt_is_gone_on_with_as_generation_does(tokenizer_folder: Path, 
     expected = []
     for number, tokens in enumerate([[0, 3, 4], [0]]):
         generator = torch.Generator().manual_seed(5 + number)
-        drawn = list(generate(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator))
-        expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(drawn)})
+        sampled = list(generate(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator))
+        expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(sampled)})
     assert lines_of(tmp_path / "samples.jsonl") == expected
     assert all(line["text"] for line in expected)
     rows = [[12, line["prompt"], line["text"]] for line in expected]
@@ -141,7 +141,7 @@ def test_samples_reach_tensorboard_as_text(tokenizer_folder: Path, tmp_path: Pat
     assert event.tensor_proto.string_val[0].decode() == f"````\nw3 w4{line['text']}\n````"
 
 
-def test_a_resumed_run_forgets_the_samples_after_its_step(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_samples_after_its_step(tokenizer_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     kept = '{"step": 10, "prompt": "你好", "text": "a\u2028b"}\n'
     path.write_text(kept + '{"step": 20, "prompt": "", "text": "later"}\n{"step": 20, "pro', encoding="utf-8")
@@ -202,6 +202,6 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
         model = load_model(sampled / "checkpoints" / f"step-{line['step']:08}")
         tokens = [tokenizer.bos_id, *tokenizer.encode(line["prompt"]).tolist()]
         generator = torch.Generator().manual_seed(17 + place % 2)  # each prompt has its own, the same at every step
-        drawn = list(generate(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
-        assert line["text"] == tokenizer.decode(drawn)
+        sampled = list(generate(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
+        assert line["text"] == tokenizer.decode(sampled)
     assert not (plain / "samples.jsonl").exists()

@@ -1,9 +1,9 @@
-"""One of two ranks, each on a machine with a disk of its own; started by test_mirror.py:
+"""One of two ranks, each on a machine with a disk of its own; started by test_uploader.py:
 
 python mirror_worker.py RANK PORT FOLDER REMOTE
 
-Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, twice, and both go on from what is left. Without REMOTE
-they would not: both would say why.
+Saves step 7 into FOLDER and REMOTE; then rank 1 loses its disk, twice, and both resume from what is left. Without
+REMOTE they stop with an error.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from streaming_rwkv.model.weights import CheckpointError
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, load_checkpoint, newest_checkpoint, save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.checkpoints.restore import node_checkpoint, restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import OptimizerConfig
@@ -49,7 +50,10 @@ def main(rank: int, port: int, folder: Path, remote: str) -> None:
     folder.mkdir()
     assert restore(store, folder) == (None, False)
     network, optimizer = new_model(seed=7)
-    path = save_checkpoint(folder / "checkpoints", step=7, model=network, optimizer=optimizer, mark={"run": {}}, keep=2)
+    progress = Progress(step=7, tokens=0, samples=0, slots=0, seconds=0, consumed={})
+    path = save_checkpoint(
+        folder / "checkpoints", model=network, optimizer=optimizer, progress=progress, run={}, keep=2
+    )
     written = sorted(path.iterdir())
     mirror = Mirror(store, folder, keep=2)
     mirror.begin(path)

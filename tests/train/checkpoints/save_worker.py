@@ -21,6 +21,7 @@ import torch
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
@@ -47,8 +48,9 @@ def main(base: Path, out: Path, step: int, keep: int) -> None:
     network = RWKV7(RWKV7Config(vocab_size=20, hidden_size=64, num_layers=1))
     initialize(network, seed=step)
     optimizer = build_optimizer(network, OptimizerConfig())
+    progress = Progress(step=step, tokens=0, samples=0, slots=0, seconds=0, consumed={})
     # Once before the kills, so that what is imported or compiled on first use is not among the operations.
-    save_checkpoint(out / "warm-up", step=step, model=network, optimizer=optimizer, mark={"run": {}}, keep=0)
+    save_checkpoint(out / "warm-up", model=network, optimizer=optimizer, progress=progress, run={}, keep=0)
     shutil.rmtree(out / "warm-up")
     for number in range(1000):
         folder = out / f"{number:03}"
@@ -56,7 +58,7 @@ def main(base: Path, out: Path, step: int, keep: int) -> None:
         child = os.fork()
         if child == 0:
             kill_at(number, folder)
-            save_checkpoint(folder, step=step, model=network, optimizer=optimizer, mark={"run": {}}, keep=keep)
+            save_checkpoint(folder, model=network, optimizer=optimizer, progress=progress, run={}, keep=keep)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):

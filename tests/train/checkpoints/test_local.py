@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the newest whole one chosen, and nothing believed that was not written."""
+"""Checkpoints are complete or absent, the newest complete one is used, and changed files are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from streaming_rwkv.train.checkpoints.local import (
     newest_checkpoint,
     save_checkpoint,
 )
-from streaming_rwkv.train.checkpoints.record import read_mark
+from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
 
@@ -51,10 +51,13 @@ def trained(*, seed: int, steps: int = 2, layers: int = 1) -> tuple[RWKV7, torch
     return network, optimizer
 
 
+def progress(step: int) -> Progress:
+    return Progress(step=step, tokens=100 * step, samples=step, seconds=0, consumed={})
+
+
 def save(root: Path, step: int, *, keep: int = 0, seed: int | None = None, layers: int = 1) -> Path:
     network, optimizer = trained(seed=step if seed is None else seed, layers=layers)
-    mark = {"run": RUN, "tokens": 100 * step}
-    return save_checkpoint(root, step=step, model=network, optimizer=optimizer, mark=mark, keep=keep)
+    return save_checkpoint(root, model=network, optimizer=optimizer, progress=progress(step), run=RUN, keep=keep)
 
 
 def steps_below(root: Path) -> list[str]:
@@ -77,7 +80,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path) -> None:
     network, optimizer = trained(seed=1, layers=2)
-    path = save_checkpoint(tmp_path, step=7, model=network, optimizer=optimizer, mark={"run": RUN}, keep=0)
+    path = save_checkpoint(tmp_path, model=network, optimizer=optimizer, progress=progress(7), run=RUN, keep=0)
     again, optimizer_again = new_model(seed=2, layers=2)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
@@ -93,7 +96,7 @@ def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_steps_after_a_resume_are_those_of_the_unbroken_run(tmp_path: Path) -> None:
     unbroken, _ = trained(seed=3, steps=5)
     first, optimizer = trained(seed=3, steps=2)
-    save_checkpoint(tmp_path, step=2, model=first, optimizer=optimizer, mark={"run": RUN}, keep=0)
+    save_checkpoint(tmp_path, model=first, optimizer=optimizer, progress=progress(2), run=RUN, keep=0)
     network, optimizer = new_model(seed=9)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
@@ -110,7 +113,7 @@ def test_steps_after_a_resume_are_those_of_the_unbroken_run(tmp_path: Path) -> N
 
 def test_a_checkpoint_before_the_first_step_can_be_loaded(tmp_path: Path) -> None:
     network, optimizer = new_model(seed=1)
-    save_checkpoint(tmp_path, step=0, model=network, optimizer=optimizer, mark={"run": RUN}, keep=0)
+    save_checkpoint(tmp_path, model=network, optimizer=optimizer, progress=progress(0), run=RUN, keep=0)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     again, optimizer = trained(seed=2)
@@ -120,7 +123,7 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(tmp_path: Path) -> Non
 
 def test_weights_can_be_read_without_the_training(tmp_path: Path) -> None:
     network, optimizer = trained(seed=1)
-    path = save_checkpoint(tmp_path, step=1, model=network, optimizer=optimizer, mark={"run": RUN}, keep=0)
+    path = save_checkpoint(tmp_path, model=network, optimizer=optimizer, progress=progress(1), run=RUN, keep=0)
     state = read_state(path)
     assert all(torch.equal(state[name], parameter) for name, parameter in network.named_parameters())
 
@@ -140,7 +143,7 @@ def test_the_newest_is_chosen_by_its_step(tmp_path: Path) -> None:
         save(tmp_path, step)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert (checkpoint.step, checkpoint.mark["tokens"]) == (100, 10_000)
+    assert (checkpoint.step, checkpoint.mark.tokens) == (100, 10_000)
 
 
 def test_an_interrupted_write_is_passed_over_and_cleaned_up_by_the_next(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "named"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
-def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
+def test_the_checkpoint_before_a_damaged_one_is_used_with_a_warning(
     damage: Callable[[Path], object], named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -186,7 +189,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_content_that_is_not_what_was_written_is_named_when_it_is_read(name: str, tmp_path: Path) -> None:
+def test_changed_content_is_named_when_it_is_read(name: str, tmp_path: Path) -> None:
     flip_a_bit(save(tmp_path, 1) / name)
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
@@ -248,11 +251,11 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
-def test_an_index_that_brings_code_is_refused_before_it_runs(tmp_path: Path) -> None:
+def test_an_index_with_code_is_refused_before_it_runs(tmp_path: Path) -> None:
     path = save(tmp_path / "root", 1)
     ran = tmp_path / "ran"
     (path / ".metadata").write_bytes(pickle.dumps(Payload(ran)))
-    mark = read_mark(path)  # whoever can change the index can change the mark
+    mark = json.loads((path / "complete.json").read_bytes())  # who can change the index can change the mark
     mark["files"][".metadata"] = {
         "bytes": (path / ".metadata").stat().st_size,
         "sha256": sha256_of_file(path / ".metadata"),
@@ -268,7 +271,7 @@ def test_an_index_that_brings_code_is_refused_before_it_runs(tmp_path: Path) -> 
     assert ran.exists()  # and so it would have run
 
 
-def test_an_index_that_has_a_tensor_unpickled_is_refused_before_that(tmp_path: Path) -> None:
+def test_an_index_with_a_pickled_tensor_is_refused_before_it_is_unpickled(tmp_path: Path) -> None:
     path = save(tmp_path / "root", 1)
     ran = tmp_path / "ran"
     torch.save(Payload(ran), path / "__1_0.distcp")
@@ -280,7 +283,7 @@ def test_an_index_that_has_a_tensor_unpickled_is_refused_before_that(tmp_path: P
     index.storage_data = {entry: stored for entry, stored in index.storage_data.items() if entry != where}
     index.storage_data[MetadataIndex(key)] = _StorageInfo(relative_path="__1_0.distcp", offset=0, length=size)
     (path / ".metadata").write_bytes(pickle.dumps(index))
-    mark = read_mark(path)
+    mark = json.loads((path / "complete.json").read_bytes())
     for name in (".metadata", "__1_0.distcp"):
         mark["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of_file(path / name)}
     (path / "complete.json").write_text(json.dumps(mark))
@@ -319,7 +322,7 @@ def test_a_kill_between_any_two_file_operations_leaves_the_last_or_the_new_check
     worker = Path(__file__).with_name("save_worker.py")
     subprocess.run([sys.executable, worker, tmp_path / "base", out, "3", str(keep)], check=True, timeout=200)
     folders = sorted(out.iterdir())
-    assert len(folders) > 10  # it was killed at so many different moments, but for the last
+    assert len(folders) > 10  # one for each moment of a kill, and the last without one
     chosen = []
     for folder in folders:
         checkpoint = newest_checkpoint(folder)

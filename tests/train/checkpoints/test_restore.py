@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
-from streaming_rwkv.train.checkpoints.record import Checkpoint
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, MarkedFile
+from streaming_rwkv.train.checkpoints.record import Checkpoint, Progress, mark_content, parse_mark
 from streaming_rwkv.train.checkpoints.restore import check_same_run, local_checkpoint, node_checkpoint
 
 RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, tokens=0, samples=0, seconds=0, consumed={})
 
 
 def write(run: Path, step: int, *, marked_step: int | None = None) -> Path:
@@ -22,13 +25,13 @@ def write(run: Path, step: int, *, marked_step: int | None = None) -> Path:
     folder = run / "checkpoints" / f"step-{step:08}"
     folder.mkdir(parents=True)
     (folder / ".metadata").write_bytes(b"index")
-    files = {".metadata": {"bytes": 5, "sha256": hashlib.sha256(b"index").hexdigest()}}
-    mark = {"format": FORMAT, "step": marked_step or step, "run": {}, "files": files}
-    (folder / "complete.json").write_text(json.dumps(mark))
+    files = {".metadata": MarkedFile(bytes=5, sha256=hashlib.sha256(b"index").hexdigest())}
+    content = mark_content(run={"batch_packs": 1}, progress=progress(marked_step or step), files=files)
+    (folder / "complete.json").write_bytes(content)
     return folder
 
 
-def test_a_runs_folder_stands_for_its_newest_complete_checkpoint(
+def test_the_folder_of_a_run_is_read_as_its_newest_complete_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 10)
@@ -55,15 +58,17 @@ def test_a_run_with_nothing_but_damage_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_one_checkpoint_stands_for_itself(tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_read_itself(tmp_path: Path) -> None:
     older = write(tmp_path, 10)
     write(tmp_path, 20)
     with local_checkpoint(older) as path:
         assert path == older
 
 
-def checkpoint_of(run: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark={"format": FORMAT, "step": 5, "run": run})
+def checkpoint_of(run: dict[str, Any], *, replacing: tuple[str, str] = ("", "")) -> Checkpoint:
+    files = {"a": MarkedFile(bytes=1, sha256="0" * 64)}
+    content = mark_content(run=run, progress=progress(5), files=files).decode().replace(*replacing)
+    return Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark=parse_mark(content.encode(), where="a"))
 
 
 def test_the_same_run_resumes() -> None:
@@ -91,8 +96,7 @@ def test_a_change_that_is_meant_can_be_allowed_by_name() -> None:
 
 
 def test_a_checkpoint_of_an_earlier_data_format_is_refused_with_the_remedy() -> None:
-    mark = {"format": "streaming-rwkv-checkpoint/1", "step": 5, "run": RUN}
-    checkpoint = Checkpoint(path=Path("runs/a/checkpoints/step-00000005"), mark=mark)
+    checkpoint = checkpoint_of(RUN, replacing=(FORMAT, "streaming-rwkv-checkpoint/1"))
     with pytest.raises(CheckpointError) as caught:
         check_same_run(checkpoint, RUN, allow=frozenset())
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""A run's folder on object storage, through a real server: whole or not there, whatever breaks on the way."""
+"""A run's folder on object storage, through a real server: a checkpoint is complete or absent after any fault."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from composer.loggers import Logger
 
 from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.init import initialize
-from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
+from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.storage import StorageError, Store, open_store
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import install, newest_checkpoint
+from streaming_rwkv.train.checkpoints.record import Progress, mark_content
 from streaming_rwkv.train.checkpoints.remote import newest_remote
 from streaming_rwkv.train.checkpoints.restore import _run_of, check_place, local_checkpoint, restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror, MirrorError
@@ -58,9 +59,9 @@ def save(folder: Path, step: int) -> Path:
     records = {}
     for name, content in files(step).items():
         (writing / name).write_bytes(content)
-        records[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    mark = {"format": FORMAT, "step": step, "run": {}, "files": records}
-    install(writing, final, json.dumps(mark).encode())
+        records[name] = MarkedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    progress = Progress(step=step, tokens=0, samples=0, slots=0, seconds=0, consumed={})
+    install(writing, final, mark_content(run={}, progress=progress, files=records))
     return final
 
 
@@ -75,7 +76,7 @@ def assert_restored(store: Store, folder: Path, *, step: int) -> None:
     checkpoint, in_store = restore(store, folder)
     assert checkpoint is not None
     assert (checkpoint.step, in_store) == (step, True)
-    assert {name: (checkpoint.path / name).read_bytes() for name in checkpoint.mark["files"]} == files(step)
+    assert {name: (checkpoint.path / name).read_bytes() for name in checkpoint.mark.files} == files(step)
 
 
 def steps_in(store: Store) -> list[int]:
@@ -125,7 +126,7 @@ def faulty(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def hasty(faulty: Store) -> Iterator[Store]:
-    """And with little patience."""
+    """The same store through the proxy, with a short time-out."""
     hasty = open_store(faulty.location, timeout_seconds=TIMEOUT)
     yield hasty
     hasty.close()
@@ -159,11 +160,11 @@ def test_a_place_that_is_not_in_object_storage_is_refused() -> None:
         validate(RunConfig, values, where="run.yaml")
 
 
-def test_where_nothing_lies_a_run_starts_afresh(store: Store, empty: Path) -> None:
+def test_with_an_empty_store_a_run_starts_afresh(store: Store, empty: Path) -> None:
     assert restore(store, empty) == (None, False)
 
 
-def test_the_newer_of_here_and_there_is_taken(store: Store, folder: Path, empty: Path) -> None:
+def test_the_newer_of_the_local_and_the_stored_checkpoint_is_used(store: Store, folder: Path, empty: Path) -> None:
     send(store, save(folder, 5))
     save(folder, 7)
     checkpoint, in_store = restore(store, folder)
@@ -174,7 +175,7 @@ def test_the_newer_of_here_and_there_is_taken(store: Store, folder: Path, empty:
     assert (empty / "metrics.jsonl").read_text() == '{"step": 5}\n'
 
 
-def test_what_is_newer_here_is_brought_there_whichever_ranks_wrote_it(store: Store, folder: Path) -> None:
+def test_a_newer_local_checkpoint_is_uploaded_whichever_ranks_wrote_it(store: Store, folder: Path) -> None:
     path = save(folder, 5)
     (path / "__0_0.distcp").rename(path / "__3_0.distcp")  # as rank 3 of a larger world wrote it
     mark = json.loads((path / "complete.json").read_text())
@@ -186,7 +187,7 @@ def test_what_is_newer_here_is_brought_there_whichever_ranks_wrote_it(store: Sto
     assert files_of(store, 5) == [".metadata", "__3_0.distcp", "complete.json"]
 
 
-def test_the_newest_are_kept_and_interrupted_uploads_before_them_go(store: Store, folder: Path) -> None:
+def test_the_newest_are_kept_and_interrupted_uploads_before_them_are_removed(store: Store, folder: Path) -> None:
     for step in (1, 2, 3):
         send(store, save(folder, step), keep=2)
     assert steps_in(store) == [2, 3]
@@ -219,7 +220,7 @@ def test_of_two_runs_in_one_place_the_later_continues(store: Store, folder: Path
     assert_restored(store, tmp_path / "third", step=7)
 
 
-def test_a_claim_that_somebody_removed_is_nobody_elses(store: Store, folder: Path) -> None:
+def test_a_run_continues_after_its_claim_was_removed(store: Store, folder: Path) -> None:
     mirror = Mirror(store, folder, keep=0)
     mirror.take_over()
     store.delete(["writer.json"])
@@ -228,7 +229,7 @@ def test_a_claim_that_somebody_removed_is_nobody_elses(store: Store, folder: Pat
     assert steps_in(store) == [5]
 
 
-def test_an_upload_that_was_interrupted_is_not_there(store: Store, folder: Path, empty: Path) -> None:
+def test_an_interrupted_upload_is_not_a_checkpoint(store: Store, folder: Path, empty: Path) -> None:
     store.put_bytes(b"", "checkpoints/step-00000005/uploading.0")
     store.put_bytes(b"half", "checkpoints/step-00000005/__0_0.distcp")
     assert restore(store, empty) == (None, False)
@@ -250,7 +251,7 @@ def lose(store: Store, name: str) -> None:
         ("__0_0.distcp", b"short", r"step-00000005: __0_0.distcp has 5 bytes instead of"),
     ],
 )
-def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_afresh(
     name: str,
     content: bytes | None,
     text: str,
@@ -289,7 +290,7 @@ def test_content_that_was_damaged_in_the_bucket_is_named_and_not_installed(
     assert not (empty / "checkpoints" / "step-00000005").exists()
 
 
-def test_a_checkpoint_that_lost_a_file_here_gets_it_from_there(
+def test_a_file_that_a_local_checkpoint_lost_is_fetched(
     store: Store, folder: Path, proxy: FaultProxy, faulty: Store
 ) -> None:
     path = save(folder, 5)
@@ -312,7 +313,7 @@ def test_a_mark_that_names_files_elsewhere_is_refused(name: str, store: Store, f
         restore(store, empty)
 
 
-def test_a_runs_newest_checkpoint_and_a_named_one_can_be_used_where_they_lie(store: Store, folder: Path) -> None:
+def test_checkpoints_in_object_storage_can_be_named_by_run_or_step(store: Store, folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     for step in (4, 5):
@@ -359,7 +360,7 @@ def test_a_fault_that_passes_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "shorten", "reset", "slow", "silent", "lose answer"])
-def test_a_fault_on_the_way_down_that_passes_changes_nothing(
+def test_a_passing_fault_during_a_download_changes_nothing(
     kind: str, store: Store, faulty: Store, proxy: FaultProxy, folder: Path, empty: Path
 ) -> None:
     send(store, save(folder, 5))
@@ -374,7 +375,7 @@ LASTING = [
     (Fault(kind="status", status=404), "404 NoSuchBucket: there is no such bucket"),
     (Fault(kind="reset upload", method="PUT"), "the connection broke"),
     (Fault(kind="flip upload", method="PUT"), "refused|BadDigest|differs from what was sent|SignatureDoesNotMatch"),
-    (Fault(kind="silent", method="PUT"), "timed out, since the server stands still"),
+    (Fault(kind="silent", method="PUT"), "timed out, since the server stopped responding"),
 ]
 
 
@@ -396,7 +397,7 @@ def test_a_fault_that_lasts_is_one_error_in_time_and_nothing_is_lost(
     assert_restored(store, empty, step=5)
 
 
-def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
+def test_a_run_whose_upload_fails_saves_locally_and_stops_with_the_cause(
     faulty: Store, proxy: FaultProxy, folder: Path
 ) -> None:
     network = RWKV7(RWKV7Config(vocab_size=20, hidden_size=64, num_layers=1))
@@ -431,7 +432,7 @@ def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
     assert mirror.settle()
     assert steps_in(faulty) == [2]
     proxy.add(Fault(kind="status", status=403, method="PUT"))
-    end_of_step(4)  # training goes on meanwhile
+    end_of_step(4)  # training continues meanwhile
     while not mirror.failed:
         time.sleep(0.05)
     with pytest.raises(MirrorError, match=r"step-00000004 could not be uploaded: s3://\S+: .*403 .*Nothing is lost on"):
@@ -449,7 +450,7 @@ def test_a_run_whose_upload_fails_saves_here_and_stops_with_the_cause(
 def test_an_upload_cut_off_after_any_request_leaves_the_last_or_the_new_checkpoint(
     store: Store, faulty: Store, proxy: FaultProxy, folder: Path, tmp_path: Path
 ) -> None:
-    """As a kill of the client between any two requests would."""
+    """Cut the upload off, as a kill of the client between any two requests would."""
     send(store, save(folder, 4), keep=1)
     path = save(folder, 5)
     restored = []
@@ -491,7 +492,7 @@ def test_a_server_killed_and_started_again_in_an_upload_changes_nothing(
 
 
 @pytest.mark.slow
-def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: Store, tmp_path: Path) -> None:
+def test_nodes_without_a_common_disk_upload_their_parts_and_fetch_the_whole(store: Store, tmp_path: Path) -> None:
     port = str(free_ports(1)[0])
     worker = Path(__file__).with_name("mirror_worker.py")
     ranks = [
@@ -525,6 +526,6 @@ def test_nodes_without_a_common_disk_bring_their_parts_and_get_the_whole(store: 
         ("s3://b/checkpoints/stage1/checkpoints/step-00000010/", "s3://b/checkpoints/stage1", 10),
     ],
 )
-def test_a_run_or_one_of_its_checkpoints_is_meant(location: str, run: str, step: int | None) -> None:
+def test_a_location_names_a_run_or_one_of_its_checkpoints(location: str, run: str, step: int | None) -> None:
     with _run_of(location) as (store, found):
         assert (store.url("x"), found) == (f"{run}/x", step)

@@ -125,27 +125,27 @@ def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, 
     ) in capsys.readouterr().err
 
 
-def test_shards_that_no_stage_draws_from_may_be_elsewhere(config, tmp_path):
+def test_shards_that_no_stage_uses_may_be_missing(config, tmp_path):
     for shard in (tmp_path / "data" / "train" / "code" / "1-16").glob("*.zstd"):
         shard.unlink()
     assert main([str(config), "--dry-run", "data.stages=[{tokens: 4000, sources: {web: 1, code: 0}}]"]) == 0
     assert main([str(config), "--dry-run"]) == 1
 
 
-def test_a_microbatch_larger_than_a_process_has_packs_is_said_not_to_be_taken(config, capsys, caplog):
+def test_a_microbatch_larger_than_a_process_has_packs_is_reported_as_not_used(config, capsys, caplog):
     assert main([str(config), "--dry-run", "--processes", "2", "microbatch_packs=3"]) == 0
     assert "microbatch_packs: found 3, but each of 2 processes has 2 packs of a step; using 2" in caplog.text
     assert "2, each with 2 packs of a step, 2 in a microbatch" in capsys.readouterr().out
 
 
-def test_a_gpu_that_is_not_here_is_refused(config, capsys, monkeypatch):
+def test_a_missing_gpu_is_refused(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for more in ([], ["--dry-run"]):
         assert main([str(config), "device=gpu", *more]) == 1
         assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
 
 
-def test_one_small_checkpoint_is_one_of_some_megabytes_and_the_memory_says_what_of(config, capsys, monkeypatch):
+def test_sizes_of_checkpoints_and_memory_are_shown_with_their_units_and_device(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([str(config), "--dry-run", "checkpoint.interval_steps=1000", "device=null"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -170,7 +170,7 @@ def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
     assert "6 'w6' → 0 ⟨eos⟩" in out
 
 
-def test_whatever_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
+def test_every_setting_that_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
     run = load_config(RunConfig, str(config), overrides=[])
     prepared = prepare(run, world_size=1, fetch=True)
     (allowed,) = get_args(CheckpointConfig.model_fields["allow_changed"].annotation)
@@ -184,14 +184,14 @@ def test_processes_must_be_positive(config, capsys):
     assert "--processes: found 0, expected 1 or more" in capsys.readouterr().err
 
 
-def test_checkpoints_to_come():
+def test_checkpoints_are_due_at_each_interval_and_at_the_end():
     assert checkpoint_steps(steps=25, interval=10) == [10, 20, 25]
     assert checkpoint_steps(steps=30, interval=10, first=10) == [20, 30]
     assert checkpoint_steps(steps=30, interval=10, first=30) == []
     assert checkpoint_steps(steps=7, interval=10) == [7]
 
 
-def test_weights_gradients_and_moments_are_shared_out():
+def test_weights_gradients_and_moments_are_divided_among_processes():
     model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
     assert state_bytes(model, processes=1) == 16 * sum(p.numel() for p in RWKV7(model).parameters())
     assert state_bytes(model, processes=4) == state_bytes(model, processes=1) // 4

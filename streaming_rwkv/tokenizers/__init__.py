@@ -1,0 +1,1 @@
+"""The kinds of tokenizers behind one interface; `streaming_rwkv.tokenizer` loads them."""
