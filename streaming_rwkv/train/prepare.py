@@ -72,12 +72,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
-        if plan.steps < FEW_STEPS:
-            logger.warning(
-                "the run has only %d step(s) of %d pack(s): enough to try the commands, not to train a model",
-                plan.steps,
-                plan.batch_packs,
-            )
+        _warn_of_few_steps(plan)
         _warn_of_large_microbatch(config, packs=plan.batch_packs // world_size, world_size=world_size)
     model = resolve_model(config.model, manifest.tokenizer, shape)
     total_tokens = round(float(plan.expected_targets().sum()))
@@ -100,6 +95,15 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             "optimizer": config.optimizer.model_dump(mode="json"),
         },
     )
+
+
+def _warn_of_few_steps(plan: Plan) -> None:
+    if plan.steps < FEW_STEPS:
+        logger.warning(
+            "the run has only %d step(s) of %d pack(s): enough to try the commands, not to train a model",
+            plan.steps,
+            plan.batch_packs,
+        )
 
 
 def _warn_of_large_microbatch(config: RunConfig, *, packs: int, world_size: int) -> None:
