@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` trains, `make test` proves. Both build .venv first. `make test-all` also
-# runs the tests that take long.
+# runs the tests that take long, `make docs` builds the documentation.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,18 +9,21 @@ NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
 NEXT_BIN := $(NEXT_VENV)/bin
 NEXT_STAMP := $(NEXT_VENV)/.installed
+# The tested set of versions; `CONSTRAINTS=/dev/null` takes the newest that pyproject.toml admits.
+CONSTRAINTS ?= requirements/constraints.txt
 # setuptools warns at every editable install that imports may find folders of the working directory first.
 EDITABLE := PYTHONWARNINGS=ignore:Editable
 
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-rest test-next check s3 format clean
+.PHONY: demo test test-all test-rest test-next check docs constraints s3 format clean
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(EDITABLE) $(BIN)/python -m pip install --progress-bar off --quiet --editable '.[dev]'
+	@echo "installing PyTorch and the other requirements into $(VENV): some minutes, 7 GB"
+	@$(EDITABLE) $(BIN)/python -m pip install --progress-bar off --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -29,25 +32,29 @@ demo: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests bench README.md demo.py train.py
+	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench examples README.md demo.py train.py
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent examples
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory docs
 
 # Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
-# storage and two processes, alone, for their timing's sake.
+# storage and two processes. Each of two workers begins with one half of the tests, whose fixtures and compiled kernels
+# it then has for itself, and takes from the other's half when its own is done.
 test: check
-	$(PYTEST) -m "not slow" -n 2
-	$(PYTEST) -m end_to_end
+	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+	$(PYTEST) -m end_to_end -n 2 --dist loadfile
 
-# Everything: `test`, then each further kill, fault and engine.
+# Everything: `test`, then each further kill, fault and engine; those come last that need the machine for themselves.
 test-all: test test-rest
 
 test-rest: $(STAMP)
-	$(PYTEST) -m "slow and not end_to_end"
+	$(PYTEST) -m "slow and not end_to_end and not alone" -n 2 --dist worksteal
+	$(PYTEST) -m alone
 
 # The fast tests on newer software than Composer's and Streaming's pins admit: Python 3.12, torch 2.11, transformers 5.
 test-next: $(NEXT_STAMP)
-	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2
+	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.txt
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
@@ -56,13 +63,21 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 	$(NEXT_BIN)/python -m pip install --progress-bar off --quiet --no-deps --requirement requirements/next-no-deps.txt
 	touch $(NEXT_STAMP)
 
+# The documentation as a site, in site/, without the network; warnings, such as broken links, are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Write requirements/constraints.txt from .venv, after the tests have passed with these versions.
+constraints: $(STAMP)
+	$(BIN)/python -m tools.constraints
+
 # A real S3 server for hand trials, until Ctrl-C; prints the environment to export. The store is thrown away.
 s3: $(STAMP)
-	$(BIN)/python -m tests.s3_server
+	$(BIN)/python -m tools.s3_server
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEXT_VENV) demo-out
+	rm -rf $(VENV) $(NEXT_VENV) demo-out site

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import pydoc_data.topics
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -26,15 +27,17 @@ from prep.dataset.shard_reader import read_shard
 from streaming_rwkv.filesystem import atomic_file
 from streaming_rwkv.shards import offsets_of, read_manifest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 OUT = Path("demo-out")
 VOCAB_SIZE = 4096
 
 
-def run(*command: str) -> None:
-    print(f"\n$ {' '.join(command)}", flush=True)
-    program = {"python": [sys.executable], "composer": [sys.executable, "-m", "composer.cli"]}
-    status = subprocess.call([*program[command[0]], *command[1:]], cwd=HERE)
+def run(*arguments: str) -> None:
+    """Run `streaming-rwkv` with these arguments, and print the command as it can be typed here."""
+    beside = Path(sys.prefix, "bin", "streaming-rwkv")
+    shown = beside.relative_to(HERE) if beside.is_relative_to(HERE) else beside
+    print(f"\n$ {shlex.join([str(shown), *arguments])}", flush=True)
+    status = subprocess.call([sys.executable, "-m", "streaming_rwkv", *arguments], cwd=HERE)
     if status:
         sys.exit(status)
 
@@ -83,7 +86,7 @@ validation    first {validation[0]:.3f}, last {validation[-1]:.3f} nats per toke
 unigram       {entropy:.3f} nats per token on the same data: the model is {entropy - validation[-1]:.2f} below
 speed         {sorted(rates)[len(rates) // 2]:,.0f} tokens/s
 corpus        {OUT / "corpus"}
-shards        {OUT / "shards"}      look inside: python -m prep inspect {OUT / "shards"}
+shards        {OUT / "shards"}      look inside: streaming-rwkv inspect {OUT / "shards"}
 checkpoints   {run_folder / "checkpoints"}
 metrics       {run_folder / "metrics.jsonl"}, tensorboard --logdir {run_folder / "tensorboard"}"""
     )
@@ -94,11 +97,10 @@ def main() -> None:
         print(f"collecting text into {OUT / 'corpus'}", flush=True)
         collect(HERE / OUT / "corpus")
     if not (OUT / "tokenizer/tokenizer.json").exists():
-        run("python", "-m", "prep", "train-tokenizer", "yamls/prep/demo.yaml", "--vocab-size", str(VOCAB_SIZE),
-            "--to", str(OUT / "tokenizer"))  # fmt: skip
-    run("python", "-m", "prep", "build", "yamls/prep/demo.yaml")
-    run("composer", "-n", "1", "train.py", "yamls/demo.yaml")
-    run("python", "-m", "streaming_rwkv.generate", str(OUT / "run"), "def main():\n", "--max-tokens", "60")
+        run("train-tokenizer", "yamls/prep/demo.yaml", "--vocab-size", str(VOCAB_SIZE), "--to", str(OUT / "tokenizer"))
+    run("prepare", "yamls/prep/demo.yaml")
+    run("train", "yamls/demo.yaml")
+    run("generate", str(OUT / "run"), "def main():", "--max-tokens", "60")
     report(OUT / "run")
 
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import launch, layer
+from streaming_rwkv.ops import launch
 from streaming_rwkv.ops.testing import errors
 from tests.ops import layer_kernels as kernels
 
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"\n{tokens} tokens of {width} channels, bfloat16; times include the second stage of sums")
     for name, call in calls.items():
         moved = 0
-        run = layer.launcher(device)
+        run = launch.launcher(device)
 
         def count(kernel: launch.Kernel, blocks: int, arguments: Sequence[launch.Argument], run=run) -> None:
             nonlocal moved
@@ -120,7 +120,7 @@ def main() -> None:
             moved += twice * sum(z.nbytes for z in arguments if isinstance(z, Tensor))
             run(kernel, blocks, arguments)
 
-        with patch.object(layer, "launcher", lambda _, count=count: count):
+        with patch.object(launch, "launcher", lambda _, count=count: count):
             call()
         seconds, floor = measure(call, device), moved / options.bandwidth
         print(f"{name:24} {seconds * 1e3:8.3f} ms, floor {floor * 1e3:7.3f} ms: {seconds / floor:6.1f}x")

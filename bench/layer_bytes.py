@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten
 
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.ops import definitions, launch, layer
+from streaming_rwkv.ops import definitions, launch
 
 # Operators that launch nothing.
 VIEWS = {
@@ -139,7 +139,7 @@ def _counting(least: int, fused: bool) -> Iterator[_Counter]:
     with (
         contextlib.nullcontext() if fused else definitions(),
         torch.autocast("cpu", torch.bfloat16),
-        patch.object(layer, "launcher", lambda _: counter.launch),
+        patch.object(launch, "launcher", lambda _: counter.launch),
         counter,
     ):
         yield counter

@@ -5,9 +5,10 @@
 
 In the same run, one after another, all from shards that are stored expanded on the local disk:
 
-    ours        PackDataset and collate: order, checks, cu_seqlens, targets; int64, ready for the model
-    streaming   StreamingDataset as it comes, shuffled, and a collate that only joins the tokens, as int64
-    litdata     litdata's StreamingDataset with TokensLoader, shuffled, in blocks of the mean pack; its default collate
+    ours          PackDataset and collate: order, checks, cu_seqlens, targets; int64, ready for the model
+    open_dataset  the same through the Python interface
+    streaming     StreamingDataset as it comes, shuffled, and a collate that only joins the tokens, as int64
+    litdata       litdata's StreamingDataset with TokensLoader, shuffled, in blocks of the mean pack; default collate
 
 Each is read once before it is timed. A figure is the tokens of a run's batches but the first, over the time from the
 first to the last; the median of `--repeats`. Time to the first batch is from opening the manifest, with imports done.
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, training_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
+from streaming_rwkv.data.steps import open_dataset
 from streaming_rwkv.shards import (
     FORMAT,
     INDEX_NAME,
@@ -154,6 +156,15 @@ def our_rates(data: Path, folder: Path, *, batch_packs: int, workers: int, repea
         return [rate(loader, lambda batch: batch["tokens"].numel()) for _ in range(repeats)]
 
 
+def interface_rates(data: Path, folder: Path, *, batch_packs: int, workers: int, repeats: int) -> list[float]:
+    with open_dataset(data, batch_packs=batch_packs, workers=workers, cache=folder / "open", seed=1) as dataset:
+        rates = []
+        for _ in range(1 + repeats):
+            dataset.start_at(0)
+            rates.append(rate(dataset, lambda batch: batch["tokens"].numel()))
+        return rates[1:]
+
+
 def first_batch_seconds(data: Path, folder: Path, *, batch_packs: int, workers: int, resume: bool) -> float:
     """Return the seconds to a batch in the training process, with the data alone or, to resume, with a cache."""
     cache = folder / ("ours" if resume else "fresh")
@@ -245,6 +256,7 @@ def main() -> None:
         common = {"batch_packs": options.batch_packs, "workers": options.workers}
         rows = {
             "ours": our_rates(data, folder, repeats=options.repeats, **common),
+            "open_dataset": interface_rates(data, folder, repeats=options.repeats, **common),
             "streaming": streaming_rates(data, folder, repeats=options.repeats, **common),
             "litdata": litdata_rates(folder, tokens=tokens, block=tokens // packs, repeats=options.repeats, **common),
         }
@@ -253,7 +265,7 @@ def main() -> None:
             if rates:
                 median = statistics.median(rates)
                 spread = f"{min(rates) / 1e6:.1f} … {max(rates) / 1e6:.1f}"
-                print(f"{name:10} {median / 1e6:6.1f} M tokens/s ({spread}), ours is {ours / median:.2f} of it")
+                print(f"{name:12} {median / 1e6:6.1f} M tokens/s ({spread}), ours is {ours / median:.2f} of it")
         for name, resume in (("start", False), ("resume", True)):
             seconds = first_batch_seconds(data, folder, resume=resume, **common)
             print(f"first batch on {name}: {seconds:.2f} s")

@@ -37,7 +37,7 @@ from streaming_rwkv.shards import read_manifest
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.checkpoints.restore import restore
 from tests.fault_proxy import Fault, FaultProxy
-from tests.s3_server import S3Server, running
+from tools.s3_server import S3Server, running
 
 BUCKET = "soak"
 TIMEOUT_SECONDS = 60.0  # longer than the server is ever away

@@ -31,7 +31,7 @@ from prep.dataset.finished import RemoteDataSet
 from prep.dataset.upload import Transfers
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import Store, open_store
-from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, running
+from tools.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, running
 
 BOUND = 0.8
 AT_ONCE = 8

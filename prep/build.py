@@ -63,11 +63,12 @@ def build(
 ) -> BuildResult:
     """Build the data set that `config` describes, or resume a build that was interrupted.
 
+        build(PrepConfig(out="shards", tokenizer="rwkv-world", sources={"web": SourceConfig(paths=["web.jsonl"])}))
+
     Args:
         observer: receives the progress.
-        fork: see `prep.execution.engine.start`.
-        accept_changes: see `prep.execution.resume.check_resumable`.
-
+        fork: start workers by fork, not by spawn; see `prep.execution.engine.start` for when that is safe.
+        accept_changes: continue an unfinished build whose input was changed, and repeat the work on what was changed.
     Raises:
         UserError: anything that its text says how to fix; finished work is kept.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streaming_rwkv.errors import UserError
@@ -70,6 +70,21 @@ def world_size() -> int:
 def local_world_size() -> int:
     """Return the number of ranks on this node; works before the process group exists."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_environment(local_rank: int, count: int, *, port: int) -> Mapping[str, str]:
+    """Return the variables that tell a process its rank, as the launcher `composer` sets them."""
+    return {
+        "RANK": str(local_rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
 
 
 # Collectives

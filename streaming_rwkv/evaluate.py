@@ -1,9 +1,9 @@
 """Evaluate a checkpoint on a data set: `python -m streaming_rwkv.evaluate`; see `streaming_rwkv.inference.evaluate`."""
 
-from streaming_rwkv.extras import TRAIN, exit_if_missing
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 
 if __name__ == "__main__":
-    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
-    from streaming_rwkv.inference.evaluate import main
+    exit_if_missing(*BASE, *TRAIN, extra="train")  # before imports that would end in a traceback
+    from streaming_rwkv.inference.command_line import evaluate
 
-    raise SystemExit(main())
+    raise SystemExit(evaluate())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 BASE = ("numpy", "omegaconf", "pydantic", "pyarrow")  # enough to recognize an environment without this project
 TRAIN = ("torch", "streaming", "composer", "safetensors")
@@ -36,5 +37,13 @@ def exit_if_missing(*packages: str, extra: str = "", is_reporting: bool = True) 
     verb = "is" if len(missing) == 1 else "are"
     sys.exit(
         f"error: {', '.join(missing)} {verb} not installed for {sys.executable}; run {install_command(extra)}, "
-        "or activate the environment that has it"
+        f"or activate the environment that has it{_environment_of_make()}"
     )
+
+
+def _environment_of_make() -> str:
+    """Return the command that activates the environment that `make` built in this clone, if there is one."""
+    folder = Path(__file__).resolve().parents[1] / ".venv"
+    if not (folder / "bin" / "activate").is_file() or folder == Path(sys.prefix).resolve():
+        return ""
+    return f": `. {folder}/bin/activate`"

@@ -1,9 +1,9 @@
 """Generate text from a checkpoint: `python -m streaming_rwkv.generate`; see `streaming_rwkv.inference.generate`."""
 
-from streaming_rwkv.extras import TRAIN, exit_if_missing
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 
 if __name__ == "__main__":
-    exit_if_missing(*TRAIN, extra="train")  # before imports that would end in a traceback
-    from streaming_rwkv.inference.generate import main
+    exit_if_missing(*BASE, *TRAIN, extra="train")  # before imports that would end in a traceback
+    from streaming_rwkv.inference.command_line import generate
 
-    raise SystemExit(main())
+    raise SystemExit(generate())

@@ -7,11 +7,11 @@ and without its data.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.extras import exit_if_missing
 
 if __name__ == "__main__":
@@ -57,15 +57,28 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     to.write_text(plot_page(plot, before=tables, after=last), encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.plot`, and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m streaming_rwkv.plot", description="Draw a run, or several.")
+def command_parser(program: str) -> CommandParser:
+    """Return the parser of the command that draws runs."""
+    parser = CommandParser(
+        prog=program,
+        description="Draw the curves of one or more runs.",
+        examples=[
+            "{prog} runs/stage1 runs/stage2",
+            "{prog} runs/baseline runs/wider --overlay --to compared.html",
+            "{prog} runs/stage2 --to stage2.png",
+        ],
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="save folders, in the order in which they were trained")
     parser.add_argument(
         "--overlay", action="store_true", help="compare the runs, each from 0 tokens, instead of one after another"
     )
     parser.add_argument("--to", metavar="FILE", help=".html or .png (default: plot.html in the last RUN)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.plot") -> int:
+    """Run the command that draws runs, and return its exit status."""
+    options = command_parser(program).parse_intermixed_args(arguments)
     tolerate_any_encoding()
     to = options.to or f"{options.runs[-1].rstrip('/')}/plot.html"
     try:

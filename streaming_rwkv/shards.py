@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.filesystem import is_plain_name, read_regular_file
+from streaming_rwkv.location import is_remote
 
 FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
@@ -317,8 +319,34 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
         raise DataError(str(error)) from None
 
 
+def check_is_finished(location: str) -> None:
+    """Refuse a local folder that has no manifest; a data set in object storage is found out when it is read.
+
+    Raises:
+        DataError: there is none: nothing was built, the build did not finish, or the path is wrong.
+    """
+    if is_remote(location):
+        return
+    try:
+        os.stat(Path(location) / MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_file(location, MANIFEST_NAME) from None
+    except OSError:  # reading it says more
+        return
+
+
+def missing_file(location: str, name: str) -> DataError:
+    """Return the error of a data set that lacks the file `name`."""
+    remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
+    return DataError(
+        f"{location.rstrip('/')}/{name}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
+    )
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a local data set.
+
+        {stream.path: stream.packs for stream in read_manifest("shards").streams}
 
     Raises:
         DataError: there is none (nothing was built, or the build did not finish), or it is not valid.

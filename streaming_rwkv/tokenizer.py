@@ -53,6 +53,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer that `name_or_path` refers to.
 
+        tokenizer = load_tokenizer("rwkv-world")
+        tokenizer.decode(tokenizer.encode("Once upon a time"))
+
     Args:
         name_or_path: `rwkv-world`; a folder (of a data set, of transformers, or with Llama 3's `tokenizer.model`);
             one of these files itself; or a name on the Hugging Face hub such as `meta-llama/Llama-3.1-8B`.

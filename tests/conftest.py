@@ -28,7 +28,7 @@ from streaming_rwkv.shards import (
 )
 from streaming_rwkv.tokenizer import load_tokenizer
 from tests.fork_server import ForkServer
-from tests.s3_server import S3Server, running
+from tools.s3_server import S3Server, running
 
 # Neither a new random input nor a busy machine must fail a change; --hypothesis-profile=default searches on.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

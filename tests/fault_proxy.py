@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 Kind = Literal[
     "status",  # an error instead of an answer; the request does not reach the server

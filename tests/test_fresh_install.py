@@ -234,6 +234,14 @@ def test_without_the_extra_train_one_line_names_it(newest: Environment, module: 
     assert "run `pip install '.[train]'` in a clone of streaming-rwkv" in line
 
 
+def test_the_program_with_all_commands_is_installed(newest: Environment) -> None:
+    program = newest.folder / "bin" / "streaming-rwkv"
+    assert newest.succeed(program, "--version") == f"streaming-rwkv {importlib.metadata.version('streaming-rwkv')}\n"
+    assert "error: x.yaml: no such file" in newest.refused(program, "prepare", "x.yaml")
+    for command in ("train", "generate", "evaluate", "export", "plot"):
+        assert "run `pip install '.[train]'`" in newest.refused(program, command, "x.yaml", "y")
+
+
 def test_the_launchers_script_says_the_same(newest: Environment, checkout: Path) -> None:
     assert "run `pip install '.[train]'`" in newest.refused(checkout / "train.py", "yamls/tiny_cpu.yaml")
 

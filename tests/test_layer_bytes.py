@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
+
+from tests.fork_server import ROOT, ForkServer
 
 PROGRAM = """
 import json
@@ -15,10 +17,11 @@ print(json.dumps([[*cost.forward.total(), *cost.backward.total(), cost.saved_byt
 """
 
 
-def test_a_fused_layer_moves_launches_and_keeps_little() -> None:
+def test_a_fused_layer_moves_launches_and_keeps_little(programs: ForkServer, tmp_path: Path) -> None:
     """Counted in a process of its own, where nothing else has hooks into torch."""
-    command = [sys.executable, "-c", PROGRAM]
-    output = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "count.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = programs.run([sys.executable, tmp_path / "count.py"], env=environment, timeout=600, check=True).stdout
     fused, eager = json.loads(output.splitlines()[-1])
     forward_bytes, forward_launches, backward_bytes, backward_launches, saved = fused
     assert forward_bytes + backward_bytes <= 300  # per channel and token; sums over tiles are dearest for short packs

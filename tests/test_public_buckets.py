@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from streaming_rwkv.storage import StorageError, open_store
-from tests.s3_server import PUBLIC_BUCKET, S3Server
+from tools.s3_server import PUBLIC_BUCKET, S3Server
 
 LISTING = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
 

@@ -55,8 +55,13 @@ class UploadResult:
 
 
 def upload(folder: str | Path, location: str, *, observer: Observer | None = None) -> UploadResult:
-    """Copy a finished local data set to `s3://bucket/path`, or resume such an upload.
+    """Copy a finished local data set to object storage, or resume such an upload.
 
+        upload("shards", "s3://bucket/shards")
+
+    Args:
+        location: s3://bucket/path, where nothing else is stored.
+        observer: receives the progress, in bytes.
     Raises:
         DataError: the local data set is not complete.
         WorkError: the folder holds links or unexpected files, or the location other objects or another data set.

@@ -26,8 +26,12 @@ from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 
 def verify(out: str | Path) -> Manifest:
-    """Read and check a whole data set; one in object storage is fetched a few shards at a time.
+    """Read and check a whole data set, and return its manifest.
 
+        verify("shards").fingerprint
+
+    Args:
+        out: a folder, or s3://bucket/path, from which a few shards are fetched at a time.
     Raises:
         DataError: a file is missing or changed, a pack breaks the contract, counts do not add up, or the tokenizer is
             not the manifest's.

@@ -5,6 +5,7 @@
     shard_set a data set at its location: manifest, indexes and shards, all of them checked, and its cache
     streaming_compat every override of StreamingDataset's internals
     loader    packs of the steps of this rank and worker, fetched ahead
+    steps     the loader with a step as its state, for training here and in other programs
     workers   loader processes: their start and end
     batch     packs → one row [1, T] with cu_seqlens, without padding
 

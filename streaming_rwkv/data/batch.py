@@ -20,7 +20,7 @@ NO_STREAM = -1  # stream of a blank pack, which fills up a rank's last evaluatio
 
 
 class Batch(TypedDict):
-    """One row of documents; state and token shift restart at every entry of `cu_seqlens`."""
+    """One row of documents without padding; state and token shift restart at every entry of `cu_seqlens`."""
 
     tokens: Tensor  # (1, T) int64, the inputs
     targets: Tensor  # (1, T) int64, IGNORED where there is no loss

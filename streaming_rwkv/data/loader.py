@@ -11,10 +11,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from composer.core import DataSpec
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -34,6 +33,9 @@ from streaming_rwkv.data.workers import (
 )
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, offsets_of, token_dtype
 
+if TYPE_CHECKING:
+    from composer.core import DataSpec
+
 logger = logging.getLogger(__name__)
 
 Batches = Callable[[int, int], Ints]  # (start, stop) → (stop - start, batch_packs) ids of packs, -1 for a blank one
@@ -48,7 +50,7 @@ class LoaderOptions:
     """Options of fetching packs, which do not change the packs of a step.
 
     Fields:
-        fetch_ahead: packs that each worker looks ahead for shards to fetch.
+        fetch_ahead: packs that each worker looks ahead for shards to fetch, at least a batch.
         cache_limit: bytes of this split's shards to keep, or a size such as '200gb'; None keeps all.
         download_attempts: for a data set in a folder; object storage has deadlines instead.
         timeout_seconds: a download that makes no progress for this long fails.
@@ -72,6 +74,7 @@ class PackDataset(VerifiedDataset):
         num_batches: int,
         batch_packs: int,
         options: LoaderOptions,
+        as_rank: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
             shard_set.streams(
@@ -79,8 +82,9 @@ class PackDataset(VerifiedDataset):
             ),
             lock=shard_set.cache / f".{records[0].split}.lock",
             cache_limit=options.cache_limit,
-            fetch_ahead=options.fetch_ahead,
+            fetch_ahead=max(options.fetch_ahead, batch_packs),
             batch=batch_packs,
+            as_rank=as_rank,
         )
         if batch_packs % self.num_ranks:
             raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
@@ -260,9 +264,14 @@ class PackLoader(DataLoader[Any]):
                 kill_workers(workers)
 
 
-def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:
-    """Return a loader of this rank's batches, with the counts that Composer needs."""
-    loader = PackLoader(
+def pack_loader(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> PackLoader:
+    """Return a loader of this rank's batches.
+
+    Args:
+        workers: processes that read and join packs; 0 reads in this process.
+        timeout_seconds: limit of a download without progress; that of a batch is larger.
+    """
+    return PackLoader(
         dataset,
         batch_size=dataset.batch_packs // dataset.num_ranks,
         collate_fn=join,
@@ -275,6 +284,17 @@ def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> 
         multiprocessing_context="fork" if workers else None,
         persistent_workers=False,
     )
+
+
+def data_spec(dataset: PackDataset, *, workers: int, timeout_seconds: float) -> DataSpec:
+    """Return a loader of this rank's batches, with the counts that Composer needs."""
+    return loader_spec(pack_loader(dataset, workers=workers, timeout_seconds=timeout_seconds))
+
+
+def loader_spec(loader: PackLoader) -> DataSpec:
+    """Return a loader with the counts that Composer needs."""
+    from composer.core import DataSpec  # takes seconds, and other training loops do not need it
+
     return DataSpec(
         loader,
         split_batch=split_batch,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from streaming_rwkv.config import Config, ConfigError
-from streaming_rwkv.data.order import Ints, StreamOrder, fraction
+from streaming_rwkv.data.order import Ints, Order, fraction, stream_order
 from streaming_rwkv.quantities import PositiveCount
 from streaming_rwkv.shards import StreamRecord, offsets_of
 
@@ -110,7 +110,7 @@ class Plan:
     streams: list[StreamRecord]
     batch_packs: int
     stages: list[Stage]
-    orders: list[StreamOrder] = field(repr=False)
+    orders: list[Order] = field(repr=False)
     end: Ints  # (S,) packs of each stream used by the end of the run
 
     @property
@@ -196,6 +196,28 @@ def _due_before(time: float, q: Floats, u: Floats) -> Ints:
     return count
 
 
+def count_batch_packs(
+    *, batch_tokens: int | None, batch_packs: int | None, pack_tokens: int, world_size: int, where: str
+) -> int:
+    """Return the packs of a step, a multiple of `world_size`, of which either the tokens or the packs are given.
+
+    Args:
+        where: what the names of the settings begin with in an error, such as 'data.'.
+    Raises:
+        ConfigError: `batch_packs` is not divisible by `world_size`.
+    """
+    if batch_packs is not None:
+        if batch_packs % world_size:
+            raise ConfigError(
+                f"{where}batch_packs: {batch_packs} packs do not divide among {world_size} processes; "
+                f"the nearest that do are {batch_packs // world_size * world_size or world_size} and "
+                f"{-(-batch_packs // world_size) * world_size}"
+            )
+        return batch_packs
+    assert batch_tokens is not None
+    return max(1, round(batch_tokens / (pack_tokens * world_size))) * world_size
+
+
 def make_plan(
     stages: Sequence[StageConfig],
     streams: Sequence[StreamRecord],
@@ -203,10 +225,13 @@ def make_plan(
     batch_packs: int,
     seed: int,
     block_shards: int,
+    share: float = 1.0,
     where: str = "data.stages",
 ) -> Plan:
     """Resolve the stages against the data.
 
+    Args:
+        share: part of every stream's packs to train on, chosen by the seed; the others are never used.
     Raises:
         ConfigError: a name is unknown or missing, the shares cannot be met, or no bucket is within the lengths.
     """
@@ -216,14 +241,16 @@ def make_plan(
             "data.path: the data set has no packs to train on, all of them are for validation; build it from more "
             "documents, or with a smaller `validation`"
         )
-    packs = np.array([stream.packs for stream in streams], np.int64)
-    targets = np.array([stream.targets for stream in streams], np.float64)
+    orders = _orders(streams, seed=seed, block_shards=block_shards, share=share)
+    packs = np.array([order.packs for order in orders], np.int64)
+    parts = packs / np.array([stream.packs for stream in streams])
+    targets = parts * np.array([stream.targets for stream in streams], np.float64)
     resolved: list[Stage] = []
     first_step, position = 0, np.zeros(len(streams), np.int64)
     # Fractions of a batch left over by earlier stages in passes: only whole batches are trained on.
     carried: dict[bytes, float] = {}
     for i, config in enumerate(stages):
-        shares = token_shares(config, streams, where=f"{where}.{i}")
+        shares = token_shares(config, streams, targets=targets, where=f"{where}.{i}")
         chosen = shares > 0
         if config.passes is not None:
             rates = np.where(chosen, packs, 0) / packs[chosen].sum()
@@ -243,11 +270,19 @@ def make_plan(
         )
         position = position + _given(rates, offsets, steps * batch_packs)
         first_step += steps
-    orders = [
-        StreamOrder([s.packs for s in stream.shards], key=f"{seed}/{stream.path}", block_shards=block_shards)
+    return Plan(streams=streams, batch_packs=batch_packs, stages=resolved, orders=orders, end=position)
+
+
+def _orders(streams: Sequence[StreamRecord], *, seed: int, block_shards: int, share: float) -> list[Order]:
+    return [
+        stream_order(
+            [shard.packs for shard in stream.shards],
+            key=f"{seed}/{stream.path}",
+            block_shards=block_shards,
+            share=share,
+        )
         for stream in streams
     ]
-    return Plan(streams=streams, batch_packs=batch_packs, stages=resolved, orders=orders, end=position)
 
 
 def _given(rates: Floats, offsets: Floats, slots: int) -> Ints:
@@ -264,13 +299,17 @@ def _given(rates: Floats, offsets: Floats, slots: int) -> Ints:
     return given
 
 
-def token_shares(config: MixtureConfig, streams: Sequence[StreamRecord], *, where: str) -> Floats:
+def token_shares(
+    config: MixtureConfig, streams: Sequence[StreamRecord], *, where: str, targets: Floats | None = None
+) -> Floats:
     """Return the (S,) requested shares of tokens, adding up to 1; 0 for a stream that is left out.
 
+    Args:
+        targets: (S,) tokens that give the natural shares; by default all of each stream.
     Raises:
         ConfigError: see `make_plan`.
     """
-    natural = np.array([stream.targets for stream in streams], np.float64)
+    natural = np.array([stream.targets for stream in streams], np.float64) if targets is None else targets
     window = _window(config, streams, where=where)
     natural = natural * window
     if config.streams is not None:

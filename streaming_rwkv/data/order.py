@@ -81,3 +81,37 @@ class StreamOrder:
             offset = position - int(bounds[block])
             yield self._block(pass_number, block)[offset : offset + count]
             start += count
+
+
+class PartialOrder:
+    """Part of a stream's packs in training order, pass after pass, as if the stream had no others.
+
+    The packs are those with which a pass in another order would begin, so they are in few shards.
+    """
+
+    def __init__(self, packs_per_shard: list[int], *, key: str, block_shards: int, packs: int) -> None:
+        choice = StreamOrder(packs_per_shard, key=f"{key}/part", block_shards=block_shards)
+        self.chosen = np.sort(choice.take(0, packs))
+        shards = np.searchsorted(choice.first_pack, self.chosen, side="right") - 1
+        counts = np.unique(shards, return_counts=True)[1]
+        self.order = StreamOrder(counts.tolist(), key=key, block_shards=block_shards)
+        self.packs = packs
+
+    def take(self, start: int, stop: int) -> Ints:
+        """Return the packs (indices within the whole stream) at positions start … stop - 1, over all passes."""
+        return self.chosen[self.order.take(start, stop)]
+
+
+Order = StreamOrder | PartialOrder
+
+
+def stream_order(packs_per_shard: list[int], *, key: str, block_shards: int, share: float) -> Order:
+    """Return the order of a stream, or of a part of it, of at least one pack.
+
+    Args:
+        share: part of the packs, above 0; 1 takes all.
+    """
+    if share == 1:
+        return StreamOrder(packs_per_shard, key=key, block_shards=block_shards)
+    packs = max(1, round(share * sum(packs_per_shard)))
+    return PartialOrder(packs_per_shard, key=key, block_shards=block_shards, packs=packs)

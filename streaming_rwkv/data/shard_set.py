@@ -29,6 +29,7 @@ from streaming_rwkv.shards import (
     Manifest,
     StreamRecord,
     check_index,
+    missing_file,
     parse_manifest,
     sha256_of_file,
 )
@@ -144,6 +145,16 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
         )
 
 
+def cached_sizes(records: Sequence[StreamRecord]) -> list[int]:
+    """Return the bytes that each shard takes in the cache, compressed and expanded."""
+    return [shard.raw_bytes + shard.bytes for record in records for shard in record.shards]
+
+
+def least_cache_bytes(records: Sequence[StreamRecord]) -> int:
+    """Return the smallest limit of a cache of these streams: four of the largest shards, which Streaming requires."""
+    return 4 * max(cached_sizes(records), default=0)
+
+
 def _sizes(location: str, folder: str) -> dict[str, int]:
     try:
         with os.scandir(f"{location}/{folder}") as entries:
@@ -186,10 +197,7 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
             else:
                 raise ObjectMissing(remote)
         except ObjectMissing:
-            remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
-            raise DataError(
-                f"{remote}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
-            ) from None
+            raise missing_file(location, name) from None
         except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:

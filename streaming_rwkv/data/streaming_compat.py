@@ -17,6 +17,8 @@
                                           that of other datasets which it met, until the process ends.
     get_shm_prefix                        runs that start at the same time on one machine wait for each other; with
                                           Streaming's, all but one of them fail.
+    World.detect, maybe_init_dist, dist   a process that reads on its own is a world of one: Streaming takes the ranks
+                                          from the launcher's environment, and waits for all of them.
 
 tests/data/test_streaming_compat.py has a test for each.
 """
@@ -177,14 +179,29 @@ class VerifiedDataset(StreamingDataset):
     """Samples by their number in all streams, from shards that are verified, with shared memory that can be closed."""
 
     def __init__(
-        self, streams: list[VerifiedStream], *, lock: Path, cache_limit: str | int | None, fetch_ahead: int, batch: int
+        self,
+        streams: list[VerifiedStream],
+        *,
+        lock: Path,
+        cache_limit: str | int | None,
+        fetch_ahead: int,
+        batch: int,
+        as_rank: tuple[int, int] | None = None,
     ) -> None:
         """Open the streams, and record the shared memory that Streaming creates for them.
 
         Args:
             lock: file by which processes take turns at the cache; elsewhere if its file system has no `flock`.
+            as_rank: the rank and the number of ranks of a process that reads on its own, with a cache of its own. By
+                default they are the launcher's: its ranks open the data together, and share the cache of their node.
         """
-        with _recorded_shared_memory() as opened, _replaced(streaming_dataset, "get_shm_prefix", _take_prefix):
+        alone = as_rank is not None
+        take_prefix = _take_prefix_alone if alone else _take_prefix
+        with (
+            _recorded_shared_memory() as opened,
+            _replaced(streaming_dataset, "get_shm_prefix", take_prefix),
+            _one_process() if alone else nullcontext(),
+        ):
             super().__init__(
                 streams=streams,
                 cache_limit=cache_limit,
@@ -200,7 +217,10 @@ class VerifiedDataset(StreamingDataset):
         ours = prefix._get_path(self._shm_prefix_int, "")
         self._shared_memory = [memory for memory in opened if memory.shm.name.startswith(ours)]
         _close_shared_memory([memory for memory in opened if memory not in self._shared_memory])
-        self.rank, self.num_ranks = self._unique_rank_world.rank, self._unique_rank_world.num_ranks
+        world = self._unique_rank_world
+        self.rank: int
+        self.num_ranks: int
+        self.rank, self.num_ranks = as_rank or (world.rank, world.num_ranks)
         self._cache_filelock_path = str(_lock_path(lock))
         if self._unique_rank_world.is_local_leader:
             self._verified[:] = 0
@@ -372,11 +392,50 @@ def _take_prefix(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
     Every rank looks for a free name, then local rank 0 takes it.
     """
     world: World = arguments[2]
-    shared_memory = Path("/dev/shm")
-    names = shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())  # the folder that holds them
+    names = _shared_memory_folder()
     with wait_for_lock(names, timeout_seconds=START_SECONDS) if world.is_local_leader else nullcontext():
         barrier()
         return prefix.get_shm_prefix(*arguments, **options)
+
+
+def _take_prefix_alone(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
+    """Call Streaming's `get_shm_prefix` while no other run may, without waiting for other ranks."""
+    with wait_for_lock(_shared_memory_folder(), timeout_seconds=START_SECONDS):
+        return prefix.get_shm_prefix(*arguments, **options)
+
+
+class _OneProcess(World):
+    """A world of this process alone, whatever the launcher's environment says."""
+
+    @classmethod
+    def detect(cls) -> World:
+        return World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+
+
+class _NoProcessGroup:
+    """torch.distributed, as Streaming sees it in a process that reads on its own."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Have Streaming neither look for other ranks nor wait for them until the block ends."""
+    with (
+        _replaced(streaming_dataset, "World", _OneProcess),
+        _replaced(streaming_dataset, "maybe_init_dist", lambda: False),
+        _replaced(streaming_dataset, "dist", _NoProcessGroup),
+        _replaced(prefix, "dist", _NoProcessGroup),
+    ):
+        yield
+
+
+def _shared_memory_folder() -> Path:
+    """Return the folder that holds the names of shared memory."""
+    shared_memory = Path("/dev/shm")
+    return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def _close_shared_memory(opened: list[SharedMemory]) -> None:

@@ -1,4 +1,4 @@
-"""Loss of any checkpoint on a data set: `python -m streaming_rwkv.evaluate CHECKPOINT DATA`.
+"""Loss of any checkpoint on a data set: `python -m streaming_rwkv.evaluate CHECKPOINT DATA`; scores with `--tasks`.
 
 Every validation pack is evaluated once, as during training. A BlinkDL file and a run's checkpoint can be compared on
 the same tokens, or in bits per byte across tokenizers.
@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, print_rich, tolerate_any_encoding
+from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
@@ -29,12 +29,14 @@ from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.plotting.tables import validation_rows
-from streaming_rwkv.shards import SPLITS, Split
+from streaming_rwkv.shards import Split
+from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining
+from streaming_rwkv.train.position import position_metrics
 
 TIMEOUT_SECONDS = 120.0
 DOWNLOAD_ATTEMPTS = 3
@@ -54,14 +56,15 @@ def evaluate(
     packs_per_stream: int | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Return loss, perplexity and bits per byte: of all packs, by source, by bucket and by stream.
+    """Return loss, perplexity and bits per byte: of all packs, by source, bucket and stream, and loss by position.
 
     Args:
         model: on any device; on a GPU matrix products are done in bf16, as in training.
         packs_per_stream: evaluate only this number of packs of each stream, from its beginning.
         progress: show a progress bar on standard error.
     Returns:
-        validation/{loss,perplexity,bits_per_byte}/{all,source/…,bucket/…,stream/…}, as a run logs them.
+        validation/{loss,perplexity,bits_per_byte}/{all,source/…,bucket/…,stream/…}, and by powers of two of the
+        position in the document validation/{loss,targets}_by_position/…, as a run logs them.
     Raises:
         EvaluationError: the split has no packs, or the vocabulary is larger than the model's.
         UserError: a shard cannot be read.
@@ -100,7 +103,7 @@ def evaluate(
                 outputs = network(on_device)
             network.update_metric(on_device, outputs, sums)
     sums.compute()
-    return validation_metrics(groups_of(records), sums.totals)
+    return validation_metrics(groups_of(records), sums.totals) | position_metrics(sums.totals)
 
 
 def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
@@ -112,37 +115,47 @@ def loss_table(metrics: Mapping[str, float], *, title: str) -> Table:
     return table
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.evaluate`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.evaluate", description="Measure a checkpoint's loss on a data set."
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("data", help="a data set that prep built: a folder, or s3://bucket/prefix")
-    parser.add_argument("--split", choices=SPLITS, default="validation")
-    parser.add_argument(
-        "--packs-per-stream", type=int, metavar="N", help="evaluate only the first N packs of each stream"
-    )
-    parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, with the names that runs log")
-    options = parser.parse_args(arguments)
-    if options.packs_per_stream is not None and options.packs_per_stream < 1:
-        parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
-    tolerate_any_encoding()
-    try:
-        metrics = run(options)
-    except UserError as error:
-        print_error(error)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Print the metrics of a checkpoint on a data set, on tasks or on both, and return the exit status."""
+    metrics = measure(options) if options.data is not None else {}
+    scores = measure_tasks(options) if options.tasks is not None else {}
     if options.json:
-        print(json.dumps(metrics, indent=1))
-    else:
+        print(json.dumps(metrics | scores, indent=1))
+        return 0
+    if metrics:
         print_rich(loss_table(metrics, title=options.split))
+    if scores:
+        print_rich(task_table(scores))
     return 0
 
 
-def run(options: argparse.Namespace) -> dict[str, float]:
+def task_table(scores: Mapping[str, float]) -> Table:
+    """Return a table with one row for each metric of each task."""
+    table = Table("task", "metric", Column("value", justify="right"))
+    for name, value in scores.items():
+        _, task, metric = name.split("/", 2)
+        table.add_row(task, metric, f"{value:.4f}")
+    return table
+
+
+def measure_tasks(options: argparse.Namespace) -> dict[str, float]:
+    """Return the metrics of a checkpoint on standard tasks."""
+    from streaming_rwkv.inference.tasks import evaluate_tasks  # the harness is an extra, and takes seconds to import
+
+    device = find_device(options.device)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        if tokenizer is None:
+            raise EvaluationError(
+                f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
+                "tokenizer.json, or rwkv-world for BlinkDL's World models"
+            )
+        model = read_model(checkpoint).to(device)
+        folder, names = options.task_folder and Path(options.task_folder), options.tasks.split(",")
+        return evaluate_tasks(model, tokenizer, names, folder=folder, limit=options.limit, shots=options.shots)
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a checkpoint on a data set, after checking that they belong together."""
     device = find_device(options.device)
     if options.cache is not None:
@@ -162,7 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
                 f"{options.data}: its ids are those of the tokenizer {of_data.name!r}, the checkpoint was trained with "
                 f"{own.name!r}; prepare the data with that tokenizer"
             )
-        model = load_model(checkpoint).to(device)
+        model = read_model(checkpoint).to(device)
         return evaluate(
             model,
             shard_set,
@@ -170,7 +183,3 @@ def run(options: argparse.Namespace) -> dict[str, float]:
             packs_per_stream=options.packs_per_stream,
             progress=sys.stderr.isatty(),
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

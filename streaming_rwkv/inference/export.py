@@ -1,7 +1,7 @@
 """Export of weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
 
-An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers); any other OUT is a
-Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`).
+An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers), one that ends with .gguf
+in llama.cpp's; any other OUT is a Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`, or transformers' own).
 """
 
 from __future__ import annotations
@@ -9,44 +9,65 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, shown_bytes, tolerate_any_encoding
+from streaming_rwkv.console import shown, shown_bytes
 from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.flops import parameter_count
+from streaming_rwkv.model.gguf import write_gguf
 from streaming_rwkv.model.state import infer_config
-from streaming_rwkv.model.weights import read_state, write_huggingface, write_pth
+from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 CARD_NAME = "README.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FILE_SUFFIXES = (".pth", ".gguf")
+_FOLDER_NAMES = ("model.safetensors", "config.json", CARD_NAME)
+_IMPORT_FLA = "import fla"  # registers the architecture
 
 
-def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+def export(
+    checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+) -> None:
     """Write the weights of any checkpoint that `read_state` reads, and into a folder also the tokenizer.
 
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
     """
-    state = read_state(checkpoint)
+    write_export(read_state(checkpoint), out, dtype=dtype, tokenizer=tokenizer, layout=layout)
+
+
+def write_export(
+    state: Mapping[str, Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout = "fla",
+) -> None:
+    """Write weights to a file or folder: see `export`."""
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
+    if out.suffix == ".gguf":
+        _write_gguf(state, out, dtype=dtype, tokenizer=tokenizer)
+        return
     if tokenizer is None:
-        write_huggingface(state, out, dtype=dtype)
+        write_huggingface(state, out, dtype=dtype, layout=layout)
     else:
         tokenizer.save(out)
         if tokenizer.kind == "rwkv-world":
             _write_world_for_transformers(out)
-        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, layout=layout)
         generation = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
@@ -54,12 +75,16 @@ def export(checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokeni
             "top_p": 0.9,
         }
         write_atomically(out / "generation_config.json", (json.dumps(generation, indent=1) + "\n").encode())
-    write_atomically(out / CARD_NAME, model_card(state, dtype=dtype, tokenizer=tokenizer).encode())
+    card = model_card(state, dtype=dtype, tokenizer=tokenizer, layout=layout)
+    write_atomically(out / CARD_NAME, card.encode())
 
 
-def model_card(state: Mapping[str, torch.Tensor], *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> str:
+def model_card(
+    state: Mapping[str, Tensor], *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+) -> str:
     """Return the README.md of an exported folder: what the model is and how it is loaded."""
     config = infer_config(state, where="export")
+    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}  # pip install flash-linear-attention\n"
     trusts = ", trust_remote_code=True" if tokenizer is not None and tokenizer.kind == "rwkv-world" else ""
     loads_tokenizer = f"""
 from transformers import AutoTokenizer
@@ -76,8 +101,7 @@ tags: [rwkv, rwkv7]
 with streaming-rwkv. Before you publish it, add the training data, its licence, and results.
 
 ```python
-import fla  # pip install flash-linear-attention; registers the architecture
-from transformers import AutoModelForCausalLM
+{registers}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("."){loads_tokenizer if tokenizer else ""}
 ```
 """
@@ -93,11 +117,40 @@ def check_overwrites_nothing(out: Path) -> None:
     Raises:
         UserError: there is one.
     """
-    names = ("model.safetensors", "config.json", CARD_NAME)
-    found = out if out.suffix == ".pth" and out.exists() else None
-    found = found or next((out / name for name in names if out.suffix != ".pth" and (out / name).exists()), None)
+    written = [out] if out.suffix in FILE_SUFFIXES else [out / name for name in _FOLDER_NAMES]
+    found = next((path for path in written if path.exists()), None)
     if found is not None:
         raise UserError(f"{found}: exists already; name another place, or replace it with --overwrite")
+
+
+def how_to_load(out: Path, *, layout: Layout = "fla") -> str:
+    """Return a line that says how an export is loaded."""
+    name = shown(str(out))
+    if out.suffix == ".pth":
+        return f"load it with: streaming-rwkv generate {name} PROMPT --tokenizer NAME, or `rwkv`"
+    if out.suffix == ".gguf":
+        return f"load it with: llama-cli -m {name} -p PROMPT"
+    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}; "
+    return f"load it with: {registers}AutoModelForCausalLM.from_pretrained({name!r}); see its {CARD_NAME}"
+
+
+def export_bytes(out: Path) -> int:
+    """Return the size of an export."""
+    files = [out] if out.is_file() else [file for file in out.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        raise GgufError(f"{out}: a .gguf holds its tokenizer, and none is stored with the checkpoint; give --tokenizer")
+    config = infer_config(state, where=str(out))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise GgufError(
+            f"{out}: the model has {config.vocab_size} tokens, the tokenizer {tokenizer.name!r} "
+            f"{tokenizer.vocab_size}; name the one it was trained with by --tokenizer"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(state, config, out, dtype=dtype, vocabulary=gguf_vocabulary(tokenizer), name=out.stem)
 
 
 def _write_world_for_transformers(folder: Path) -> None:
@@ -117,49 +170,29 @@ def _write_world_for_transformers(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.export`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.export", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("out", help="NAME.pth, or a folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
-    options = parser.parse_args(arguments)
-    tolerate_any_encoding()
-    try:
-        out = _local_out(options.out)
-        if not options.overwrite:
-            check_overwrites_nothing(out)
-        with local_checkpoint(options.checkpoint) as checkpoint:
-            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-            export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer)
-    except UserError as error:
-        print_error(error)
-        return 1
-    without = "" if tokenizer or out.suffix == ".pth" else ", without a tokenizer: none is stored with it"
-    files = [out] if out.is_file() else [file for file in out.iterdir() if file.is_file()]
-    size = shown_bytes(sum(file.stat().st_size for file in files))
-    print(f"wrote {shown(str(out))}: {size}, {options.dtype}{without}")
-    if out.suffix == ".pth":
-        print(f"load it with: python -m streaming_rwkv.generate {shown(str(out))} PROMPT --tokenizer NAME, or `rwkv`")
-    else:
-        print(
-            f"load it with: import fla; AutoModelForCausalLM.from_pretrained({shown(str(out))!r}); see its {CARD_NAME}"
-        )
+def run(options: argparse.Namespace) -> int:
+    """Export a checkpoint, say where it is and how it is loaded, and return the exit status."""
+    out = local_out(options.out)
+    if not options.overwrite:
+        check_overwrites_nothing(out)
+    with local_checkpoint(options.checkpoint) as checkpoint:
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
+        export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
+    without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
+    print(f"wrote {shown(str(out))}: {shown_bytes(export_bytes(out))}, {options.dtype}{without}")
+    print(how_to_load(out, layout=options.layout))
     return 0
 
 
-def _local_out(name: str) -> Path:
+def local_out(name: str) -> Path:
+    """Return the path to write to.
+
+    Raises:
+        UserError: not on this machine, or of the other kind than what is written: a file, or a folder.
+    """
     out = Path(checked_local(name, remedy="give a local path, and copy the export from there"))
-    if out.suffix == ".pth" and out.is_dir():
-        raise UserError(f"{out}: is a folder, but a .pth is one file; use another name")
-    if out.suffix != ".pth" and out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name NAME.pth, or a folder")
+    if out.suffix in FILE_SUFFIXES and out.is_dir():
+        raise UserError(f"{out}: is a folder, but a {out.suffix} is one file; use another name")
+    if out.suffix not in FILE_SUFFIXES and out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
     return out
-
-
-if __name__ == "__main__":
-    sys.exit(main())

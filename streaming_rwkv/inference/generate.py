@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import shown
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
-from streaming_rwkv.inference.sampling import GenerationError, generate
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.inference.sampling import GenerationError
+from streaming_rwkv.inference.text import check_prompt, continue_prompt
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m streaming_rwkv.generate`, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m streaming_rwkv.generate", description="Continue a text with a trained model."
-    )
-    parser.add_argument("checkpoint", help="a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://")
-    parser.add_argument("prompt", nargs="?", default="", help="beginning of the text (default: empty)")
-    parser.add_argument("--tokenizer", help="default: the tokenizer stored with the checkpoint")
-    parser.add_argument(
-        "--max-tokens", type=int, default=256, help="largest number of tokens to generate (default: 256)"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1.0)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="probability mass to sample from (default: 0.9)")
-    parser.add_argument("--seed", type=int, help="random seed: the same seed repeats a text")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
-    options = parser.parse_args(arguments)
-    tolerate_any_encoding()
-    try:
-        return run(options)
-    except UserError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at exit
-        return 141
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,26 +30,23 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"
             )
-        model = load_model(checkpoint, dtype=dtype).to(device)
+        model = read_model(checkpoint, dtype=dtype).to(device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerationError(
             f"{options.checkpoint}: the model has {model.config.vocab_size} tokens, the tokenizer "
             f"{tokenizer.name!r} has {tokenizer.vocab_size}; name the one it was trained with by --tokenizer"
         )
-    generator = torch.Generator()
-    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
     sampled: list[int] = []
 
     def counted() -> Iterator[int]:
-        for token in generate(
+        for token in continue_prompt(
             model,
-            [tokenizer.bos_id, *tokenizer.encode(options.prompt).tolist()],
+            tokenizer,
+            options.prompt,
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
-            vocab_size=tokenizer.vocab_size,
-            stop={tokenizer.eos_id},
-            generator=generator,
+            seed=options.seed,
         ):
             sampled.append(token)
             yield token
@@ -98,13 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Check the options before the model is read."""
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(options.prompt[error.start]) & 0xFF  # Python keeps an undecodable byte as a surrogate
-        raise GenerationError(
-            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
-        ) from None
+    check_prompt(options.prompt)
     if options.max_tokens < 0:
         raise GenerationError(f"--max-tokens {options.max_tokens}: expected a whole number, at least 0")
     if options.seed is not None and not -(1 << 63) <= options.seed < 1 << 64:
@@ -114,7 +74,3 @@ def _check(options: argparse.Namespace) -> None:
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """Yield the text of `tokens` in parts, each as soon as no later token can change it."""
     return tokenizer.decode_stream(tokens)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,12 +14,14 @@ class DeviceError(UserError):
     """A device that this machine does not have or cannot use."""
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device that `--device` names.
+def find_device(name: str | None) -> torch.device:
+    """Return the device that `--device` names, by default a GPU if there is one.
 
     Raises:
         DeviceError: it cannot be used on this machine.
     """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device("cuda" if name == "gpu" else name)  # a run's settings call it gpu
         torch.empty(1, device=device)

@@ -20,7 +20,7 @@ class GenerationError(UserError):
 
 
 @torch.no_grad()  # as a decorator it does not reach the code that consumes the iterator
-def generate(
+def generate_tokens(
     model: RWKV7,
     tokens: Sequence[int],
     *,

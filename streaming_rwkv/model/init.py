@@ -28,6 +28,9 @@ def initialize(model: RWKV7, *, seed: int) -> None:
     """Initialize every parameter in place. The model must be on the CPU and not sharded yet.
 
     The same seed gives the same bits for any number of processes and threads.
+
+        model = RWKV7(RWKV7Config(vocab_size=65536, hidden_size=768, num_layers=12))
+        initialize(model, seed=17)
     """
 
     @torch.no_grad()

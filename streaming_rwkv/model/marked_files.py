@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.filesystem import is_plain_name, read_regular_file
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import sha256_of_file
 
 FORMAT = "streaming-rwkv-checkpoint/2"
@@ -27,6 +28,19 @@ LARGEST_COUNT = 1 << 62
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model or run that loads it."""
+
+
+def check_exists(location: str | Path) -> None:
+    """Refuse a local checkpoint that does not exist; one in object storage is found out when it is read.
+
+    Raises:
+        CheckpointError: no such file or folder.
+    """
+    if not is_remote(location) and not Path(location).exists():
+        raise CheckpointError(
+            f"{location}: no such file or folder; give a run's save folder, one of its checkpoints, a .pth, or a "
+            "Hugging Face folder"
+        )
 
 
 class MarkedFile(Config):

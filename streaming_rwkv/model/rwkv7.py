@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from streaming_rwkv.model.checkpointing import recomputed
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.head import Head, compute_dtype
 from streaming_rwkv.ops import (
@@ -50,7 +50,15 @@ def _vector(*shape: int) -> nn.Parameter:
 
 
 class TimeMixing(nn.Module):
-    """Attention's place in RWKV-7; `layer` 0 gives its values to all later layers."""
+    """Attention's place in RWKV-7; `layer` 0 gives its values to all later layers.
+
+    With u = norm(x + branch) and u_m = u + (previous u - u) x_m for each mix m:
+
+        r, k, v = receptance u_r, key u_k, value u_v        v ← v + (v_first - v) σ(v0 + (u_v v1) v2)
+        log_decay = -exp(-½) σ(w0 + tanh(u_w w1) w2)        a = σ(a0 + (u_a a1) a2)
+        κ = normalize(k k_k) per head                       k ← k (1 + (a - 1) k_a)
+        y = wkv7(r, log_decay, k, v, -κ, κ a)               branch = output ((ln_x y + (Σ r k r_k) v) σ(u_g g1) g2)
+    """
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -92,35 +100,22 @@ class TimeMixing(nn.Module):
         receptance, key, value, output, w1, w2, a1, a2, g1, g2, *v12 = cast_together(
             (*linears, *loras, *residual), dtype
         )
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        projections = ((receptance,), (w1.T,), (key,), (value, *(v1.T for v1 in v12[:1])), (a1.T,), (g1.T,))
+        last = state.att_shift if state else None
         x, (r, w, k, v, *v_hidden, a, g), shift = mixed_projections(
-            x,
-            branch,
-            norm,
-            (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g),
-            ((receptance,), (w1.T,), (key,), (value, *(v1.T for v1 in v12[:1])), (a1.T,), (g1.T,)),
-            dtype=dtype,
-            last=state.att_shift if state else None,
-            cu_seqlens=cu_seqlens,
+            x, branch, norm, mixes, projections, dtype=dtype, last=last, cu_seqlens=cu_seqlens
         )
-        if v_first is None:
-            v_first = v
+        v_first = v if v_first is None else v_first
+        decay, share = (torch.tanh(w), w2, self.w0), (a, a2, self.a0)
+        value_residual = (v_hidden[0], v12[1], self.v0) if self.has_value_residual else None
         log_decay, k, v, removal, replacement = wkv7_inputs(
-            k,
-            v,
-            v_first if self.has_value_residual else None,
-            (torch.tanh(w), w2, self.w0),
-            (a, a2, self.a0),
-            (v_hidden[0], v12[1], self.v0) if self.has_value_residual else None,
-            self.k_k,
-            self.k_a,
+            k, v, v_first if value_residual else None, decay, share, value_residual, self.k_k, self.k_a,
             head_size=self.head_shape[1],
-        )
-        r = r.unflatten(-1, self.head_shape)
-        y, wkv = wkv7(
-            r, log_decay, k, v, removal, replacement,
-            initial_state=state.wkv if state else None,
-            cu_seqlens=cu_seqlens,
         )  # fmt: skip
+        r = r.unflatten(-1, self.head_shape)
+        before = state.wkv if state else None
+        y, wkv = wkv7(r, log_decay, k, v, removal, replacement, initial_state=before, cu_seqlens=cu_seqlens)
         gate = torch.sigmoid(g) @ g2
         z = wkv7_output(y, r, k, v, gate, self.ln_x.weight, self.ln_x.bias, self.r_k, eps=self.ln_x.eps)
         return x, z @ output.T, v_first, shift, wkv
@@ -141,7 +136,7 @@ class ChannelMixing(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor, norm: nn.LayerNorm, cu_seqlens: Tensor | None, state: LayerState | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x, branch (B, T, C) → x + branch, our branch (B, T, C); the last token's input."""
+        """Return x + branch and this layer's branch, all (B, T, C), and the last token's input."""
         dtype = compute_dtype(x)
         key, value = cast_together((self.key.weight, self.value.weight), dtype)
         last = state.ffn_shift if state else None
@@ -163,6 +158,7 @@ class Block(nn.Module):
         self.att = TimeMixing(config, layer)
         self.ffn = ChannelMixing(config)
 
+    @recomputed
     def forward(
         self,
         x: Tensor,
@@ -176,22 +172,6 @@ class Block(nn.Module):
         x, branch (B, T, C) → x and branch after this layer, whose sum the next one reads; layer 0's values; the state
         for a next token.
         """
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # There is no randomness within a block, so none is saved for the second pass.
-            result: tuple[Tensor, Tensor, Tensor, LayerState] = checkpoint(
-                self._mix, x, branch, v_first, cu_seqlens, state, use_reentrant=False, preserve_rng_state=False
-            )
-            return result
-        return self._mix(x, branch, v_first, cu_seqlens, state)
-
-    def _mix(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        v_first: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: LayerState | None,
-    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
         if self.ln0 is not None:
             x = self.ln0(x)
         x, branch, v_first, att_shift, wkv = self.att(x, branch, self.ln1, v_first, cu_seqlens, state)
@@ -226,12 +206,9 @@ class RWKV7(nn.Module):
         Raises:
             ValueError: cu_seqlens with more than one row, or of another type.
         """
-        x = self.emb(tokens)
-        branch: Tensor | None = None
-        v_first: Tensor | None = None
+        x, branch, v_first = self.emb(tokens), None, None
         for block in self.blocks:
             x, branch, v_first, _ = block(x, branch, v_first, cu_seqlens)
-        assert branch is not None
         x = self.ln_out(x + branch)
         return self.head(x.to(compute_dtype(x)), targets)
 
@@ -244,9 +221,7 @@ class RWKV7(nn.Module):
         Returns:
             logits (B, V) of the token to come; the state after these tokens.
         """
-        x = self.emb(tokens)
-        branch: Tensor | None = None
-        v_first: Tensor | None = None
+        x, branch, v_first = self.emb(tokens), None, None
         after = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state[index]

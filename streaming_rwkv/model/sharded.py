@@ -101,6 +101,27 @@ def _check_places(metadata: Metadata, folder: Path) -> None:
             raise ValueError(f"{name} has {sizes[name]} bytes, expected {offset + length}: it is cut off")
 
 
+class ShardedWeights:
+    """The model's tensors of a checkpoint, read one at a time; its files are compared with their hashes first.
+
+    Raises:
+        pickle.UnpicklingError: the index names a global that no checkpoint needs.
+        ValueError: a file differs from the completion mark, or the checkpoint has no model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_hashes(folder)
+        self._prefix, self._entries = _of_model(folder)
+        self.shapes = {name.removeprefix(self._prefix): tuple(entry.size) for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        key = self._prefix + name
+        entry = self._entries[key]
+        return _load(self.folder, {key: torch.empty(entry.size, dtype=entry.properties.dtype)})[key]
+
+
 def read_sharded(folder: Path) -> dict[str, Tensor]:
     """Return the model's tensors of a checkpoint written by any number of processes, without the optimizer's.
 
@@ -112,6 +133,13 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         ValueError: a file differs from the completion mark, or the checkpoint has no such model.
     """
     _check_hashes(folder)
+    prefix, of_model = _of_model(folder)
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in of_model.items()}
+    return {name.removeprefix(prefix): value for name, value in _load(folder, tensors).items()}
+
+
+def _of_model(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:
+    """Return the prefix of the model's tensors, and their entries in the index."""
     entries = SafeReader(folder).read_metadata().state_dict_metadata
     prefixes = [name.removesuffix("emb.weight") for name in entries if name.endswith("emb.weight")]
     if len(prefixes) != 1:
@@ -125,7 +153,11 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     if needed > 2 * stored + (1 << 20):
         raise ValueError(f"{INDEX_NAME}: has {needed} bytes of weights, the files have {stored}")
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in of_model.items()}
+    return prefixes[0], of_model
+
+
+def _load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fill `tensors` from a checkpoint's files."""
     with warnings.catch_warnings():
         # It warns that a single process reads, which is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is")
@@ -134,7 +166,7 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         except CheckpointException as error:  # a BaseException of torch
             reason = next(iter(error.failures.values()), (error, None))[0]
             raise ValueError(f"{type(reason).__name__}: {reason}") from None
-    return {name.removeprefix(prefixes[0]): value for name, value in tensors.items()}
+    return tensors
 
 
 def _check_hashes(folder: Path) -> None:

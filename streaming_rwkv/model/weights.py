@@ -6,7 +6,7 @@ the model is inferred. No reader runs code from a file: only tensors and plain v
     format               description
     BlinkDL's            one file; a flat dict, usually bfloat16; layer 0 may or may not have att.v0, v1, v2
                          (.pth, .safetensors, .st; also behind prefixes, or under `state_dict`, `model`, `module`)
-    Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf
+    Hugging Face's       a folder; config.json, *.safetensors; names of fla and rwkv7_hf, or of transformers' own model
     a training run's     a folder of shards with a `.metadata`: one of the run's checkpoints
     Composer's           one file (state → model → …), or a folder of shards
 """
@@ -20,7 +20,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.filesystem import atomic_file
+from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
     FLAT,
     LAYER_NORM_EPS,
@@ -49,6 +50,14 @@ from streaming_rwkv.model.state import (
     load_state,
     some_names,
 )
+from streaming_rwkv.model.transformers_layout import (
+    from_transformers_name,
+    is_transformers_name,
+    to_transformers,
+    transformers_values,
+)
+
+Layout = Literal["fla", "transformers"]
 
 _VECTOR = re.compile(r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav]0|k_[ka])|ffn\.x_k)")
 _CONFIG_NAME = "config.json"
@@ -64,7 +73,7 @@ _FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
+def read_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
     """Return the model of a checkpoint of any known format, on the CPU.
 
     Args:
@@ -132,6 +141,8 @@ def _read(path: Path) -> State:
         raise CheckpointError(
             f"{path}: {unexpected[0]!r} is no tensor; expected a flat dict of weights, as BlinkDL has"
         )
+    if "rwkv7.emb.weight" in content:
+        content = {from_transformers_name(name): value for name, value in content.items()}
     if any(name.endswith("embeddings.weight") for name in content):
         raise CheckpointError(
             f"{path}: its weights have Hugging Face's names, and it has no configuration; give the Hugging Face folder "
@@ -249,14 +260,28 @@ def _read_huggingface(folder: Path) -> State:
     else:
         files = [_SAFETENSORS_NAME]
     state: State = {}
+    layouts: dict[str, str] = {}  # a name that shows each
     for file in files:
         if not (folder / file).is_file() or Path(file).name != file:
             raise CheckpointError(f"{folder}: has no file {file!r}; weights as safetensors are needed, copy them again")
         for name, value in _guarded(safetensors.torch.load_file, folder / file).items():
             own_name = from_huggingface_name(name)
-            if own_name is None:
-                raise CheckpointError(f"{folder}/{file}: unknown parameter {name}")
-            state[own_name] = value.T if is_transposed(name) else value
+            if is_transformers_name(name):
+                layouts.setdefault("transformers", name)
+                state[from_transformers_name(name)] = value
+            elif own_name is not None:
+                layouts.setdefault("fla", name)
+                state[own_name] = value.T if is_transposed(name) else value
+            else:
+                raise CheckpointError(
+                    f"{folder}/{file}: unknown parameter {name}; expected the names of fla (model.layers.0.attn.…) or "
+                    "of transformers (rwkv7.blocks.0.att.…)"
+                )
+    if len(layouts) > 1:
+        raise CheckpointError(
+            f"{folder}: has names of two layouts, transformers' {layouts['transformers']} and fla's {layouts['fla']}; "
+            "it was put together from two models: copy it again from its source"
+        )
     if config.get("tie_word_embeddings") and "emb.weight" in state:
         head = state.setdefault("head.weight", state["emb.weight"])
         if not torch.equal(head, state["emb.weight"]):
@@ -308,11 +333,14 @@ def write_huggingface(
     dtype: torch.dtype = torch.bfloat16,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    layout: Layout = "fla",
 ) -> None:
-    """Write a folder that `fla` and `rwkv7_hf` load: model.safetensors, then config.json.
+    """Write a folder in Hugging Face's format: model.safetensors, then config.json.
 
     The tokenizer's files are not written: `tokenizer.save(folder)` puts them beside these.
 
+    Args:
+        layout: `fla`, which `fla`, `rwkv7_hf` and llama.cpp's converter load, or that of transformers' own model.
     Raises:
         CheckpointError: a head size for which those implementations compute something else, or a value that is not
             finite in `dtype`.
@@ -321,6 +349,11 @@ def write_huggingface(
     config = infer_config(state, where=str(folder))
     check_group_norm(config.head_size, where=f"{folder}: head size")
     folder.mkdir(parents=True, exist_ok=True)
+    if layout == "transformers":
+        converted = {name: converted_to(name, value, dtype, where=str(folder)) for name, value in state.items()}
+        values = transformers_values(config, norm_eps=LAYER_NORM_EPS, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+        _write_folder(folder, to_transformers(converted, config, dtype=dtype), values)
+        return
     weights = {}
     for name, value in state.items():
         if UNUSED.fullmatch(name):
@@ -330,11 +363,20 @@ def write_huggingface(
         value = value.T if is_transposed(their_name) else value
         value = value.flatten() if their_name.endswith(FLAT) else value
         weights[their_name] = value.contiguous().clone()
+    _write_folder(folder, weights, _fla_values(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+
+
+def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
-    values = {
+    (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _fla_values(config: RWKV7Config, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """Return the content of config.json in fla's layout."""
+    return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
         "attn_mode": "chunk",
@@ -359,4 +401,3 @@ def write_huggingface(
         "pad_token_id": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")

@@ -84,7 +84,7 @@ def wkv7_inputs_reference(
     *,
     head_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `streaming_rwkv.ops.wkv7_inputs`."""
+    """Compute `streaming_rwkv.ops.wkv7_inputs` by its definition."""
     dtype, wide = k.dtype, torch.promote_types(k.dtype, torch.float32)
     heads = (k.shape[-1] // head_size, head_size)
     w0, a0, k_k, k_a = (z.reshape(-1) for z in (w0, a0, k_k, k_a))
@@ -104,7 +104,7 @@ def wkv7_inputs_reference(
 def wkv7_output_reference(
     y: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, r_k: Tensor, *, eps: float
 ) -> Tensor:
-    """As `streaming_rwkv.ops.wkv7_output`."""
+    """Compute `streaming_rwkv.ops.wkv7_output` by its definition."""
     dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
     normal = F.group_norm(y.flatten(2).flatten(0, 1).to(wide), y.shape[2], weight.to(wide), bias.to(wide), eps)
     bonus = (r * k * r_k.to(dtype)).sum(-1, keepdim=True, dtype=wide).to(dtype) * v
@@ -112,7 +112,7 @@ def wkv7_output_reference(
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:
-    """max(x, 0)²."""
+    """Return max(x, 0)²."""
     positive = torch.relu(x)
     return positive * positive  # not square(): autocast would make that float32
 
@@ -120,7 +120,7 @@ def relu_squared_reference(x: Tensor) -> Tensor:
 def cross_entropy_reference(
     logits: Tensor, targets: Tensor, scales: Tensor | None, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `streaming_rwkv.ops.cross_entropy_`, with the gradient as a tensor of its own."""
+    """Compute `streaming_rwkv.ops.cross_entropy_` by its definition, with the gradient as a tensor of its own."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     counted = targets != IGNORED
     target = targets.clamp_min(0).unsqueeze(1)

@@ -92,7 +92,7 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 
 def run(op: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Tensor]:
-    """y, final_state, and the gradients: dr, dlog_decay, …, dinitial_state."""
+    """Return y, final_state, and the gradients: dr, dlog_decay, …, dinitial_state."""
     leaves = [x.detach().requires_grad_() for x in (*case.inputs, case.initial_state)]
     y, final_state = op(*leaves[:6], initial_state=leaves[6], cu_seqlens=case.cu_seqlens)
     gradients = torch.autograd.grad((y, final_state), leaves, (case.dy, case.dfinal_state))

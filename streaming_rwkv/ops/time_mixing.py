@@ -45,6 +45,8 @@ def wkv7(
     bfloat16 on a GPU runs in chunks, in fp16 with scales that assume the model's bounds: log_decay ≥ -exp(-0.5), and a
     and b no longer than 1. Beyond some twice of either, results turn into inf and NaN.
 
+        y, state = wkv7(r, log_decay, k, v, a, b, cu_seqlens=torch.tensor([0, 7, 32], dtype=torch.int32))
+
     Args:
         r, log_decay, k, v, a, b: (B, T, H, N), one dtype of float32, bfloat16 and float64; log_decay < 0.
         initial_state: (num_documents, H, N, N) float32, or None for zeros; float64 where the inputs are.
@@ -156,7 +158,7 @@ def _forward_op(
     cu_seqlens: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
+    """Return y, final_state, and two tensors of the kernel's own for its backward pass, empty unless `save`."""
     check_bounds("wkv7", cu_seqlens, r.shape[1])
     inputs = tuple(x.contiguous() for x in (r, log_decay, k, v, a, b))
     initial = initial_state.contiguous() if initial_state is not None else None

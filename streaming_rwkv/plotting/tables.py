@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def last_validation(run: Run) -> list[list[str]]:
 
 
 def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]]:
-    """Return a heading, and one row each for all packs, every source and every bucket in `metrics`."""
+    """Return a heading, and one row each for all packs, every source, bucket and range of positions in `metrics`."""
     prefix = "validation/loss/"
     groups = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     shown = [name for name in groups if name.startswith(("source/", "bucket/"))]
@@ -53,6 +54,12 @@ def validation_rows(metrics: Mapping[str, Any], *, title: str) -> list[list[str]
         rows.append(
             [name.replace("/", " "), *("–" if value is None else _shown(kind, value) for kind, value in values)]
         )
+    prefix = "validation/loss_by_position/"
+    for name, loss in metrics.items():  # in their order
+        if name.startswith(prefix):
+            perplexity = math.exp(min(700.0, loss))
+            label = f"position {name.removeprefix(prefix)}"
+            rows.append([label, _shown("loss", loss), _shown("perplexity", perplexity), "–"])
     return rows
 
 

@@ -6,51 +6,122 @@ import argparse
 import contextlib
 import io
 import logging
+import os
+import signal
+import sys
 from pathlib import Path
 
+from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
 
+STOPPED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # Composer exits with them before training begins
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `train.py` with these arguments, by default the command line's, and return its exit status."""
+
+def main(arguments: list[str] | None = None, *, program: str | None = None) -> int:
+    """Run `train.py` with these arguments, by default the command line's, and return its exit status.
+
+    Args:
+        program: its name in the help.
+    """
     if has_launcher():  # a process without a launcher may outlive its shell
         die_with_parent()
     exit_if_missing(*BASE, *TRAIN, extra="train", is_reporting=is_local_rank_zero())
-    # Imported after the call above, since imports take time; torch and composer follow when the arguments are known.
-    from streaming_rwkv.config import UserError, load_config
-    from streaming_rwkv.console import print_error, tolerate_any_encoding
+    try:
+        return _run(_parse(arguments, program or _program()))
+    except KeyboardInterrupt:
+        status = STOPPED_BY_SIGNAL[0]
+    except SystemExit as ending:
+        if ending.code not in STOPPED_BY_SIGNAL:
+            raise
+        status = int(ending.code)
+    if is_local_rank_zero():
+        print("stopped at once; the same command resumes from the newest checkpoint", file=sys.stderr, flush=True)
+    return status
 
-    parser = argparse.ArgumentParser(prog="composer train.py", description="Train RWKV-7 from packed MDS shards.")
-    parser.add_argument("config", help="a YAML file, e.g. yamls/stage2.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+
+def _program() -> str:
+    if has_launcher():
+        return "composer train.py"
+    script = Path(sys.argv[0]).name
+    return f"python {script}" if script == "train.py" else "python -m streaming_rwkv.train"
+
+
+def command_parser(program: str) -> CommandParser:
+    """Return the parser of the command line."""
+    parser = CommandParser(
+        prog=program,
+        description="Train RWKV-7 from packed MDS shards. The same command resumes a run that was stopped.",
+        examples=[
+            "{prog} yamls/tiny_cpu.yaml data.path=mine/shards save_folder=runs/mine",
+            "{prog} yamls/stage2.yaml data.path=/data/stage2 --processes 8 --dry-run",
+            "{prog} yamls/stage2.yaml data.path=s3://bucket/stage2 data.stages.0.tokens=1_000_000_000",
+        ],
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file; docs/settings.md lists its keys")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that replace those of the file"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the run and one batch, and exit")
     parser.add_argument(
         "--processes",
-        type=int,
-        default=1,
         metavar="N",
-        help="with --dry-run: number of processes of the run (default: 1)",
+        help="number of processes on this machine, one for each GPU; also processes=N (default: 1, or as many as a "
+        "launcher started)",
     )
+    return parser
+
+
+def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
+    from streaming_rwkv.console import tolerate_any_encoding
+
+    parser = command_parser(program)
     is_reporting = is_local_rank_zero()  # one rank of each node reports an error of all ranks
     tolerate_any_encoding()
     try:
         with contextlib.nullcontext() if is_reporting else contextlib.redirect_stderr(io.StringIO()):
             options = parser.parse_intermixed_args(arguments)  # options may be between settings
-            if options.processes < 1:
-                parser.error(f"--processes: found {options.processes}, expected 1 or more")
+            for override in [text for text in options.overrides if text.startswith("processes=")]:
+                options.overrides.remove(override)
+                options.processes = override.partition("=")[2]
+            options.processes = _count(parser, options.processes or "1")
+            if options.processes > 1 and has_launcher() and not options.dry_run:
+                parser.error("--processes: a launcher has started this process already; leave the option out")
     except SystemExit as ending:
         if ending.code and not is_reporting:
             wait_for_launcher()
         raise
+    return options
+
+
+def _count(parser: argparse.ArgumentParser, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        parser.error(f"--processes: found {text}, expected 1 or more")
+    return int(text)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from streaming_rwkv.config import UserError, load_config
+    from streaming_rwkv.console import print_error
+
+    is_reporting = is_local_rank_zero()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
         from streaming_rwkv.train.config import RunConfig
+        from streaming_rwkv.train.early_checks import check_paths
 
         config = load_config(RunConfig, options.config, overrides=options.overrides)
-        # After the settings have been checked: importing torch, streaming and composer takes many seconds.
+        check_paths(config)
+        if options.processes > 1 and not options.dry_run:
+            from streaming_rwkv.train.launcher import launch
+
+            command = [sys.executable, "-m", "streaming_rwkv.train", options.config, *options.overrides]
+            return launch(command, processes=options.processes)
+        if os.environ.get("RANK", "0") == "0":
+            print("loading torch and Composer …", file=sys.stderr, flush=True)
+        # After settings and paths have been checked: importing torch, streaming and composer takes many seconds.
         from streaming_rwkv.train.dry_run import dry_run
         from streaming_rwkv.train.faults import explained_faults
         from streaming_rwkv.train.fit import fit

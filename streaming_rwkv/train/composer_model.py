@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from streaming_rwkv.data.batch import NO_STREAM, Batch
 from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.train.position import BINS, sums_by_position
 
 
 def sharding() -> FSDP2Config:
@@ -55,7 +56,7 @@ class RWKV7ForTraining(ComposerModel):
         return {} if is_train else {"loss": LossByStream(self.num_streams)}
 
     def update_metric(self, batch: Batch, outputs: dict[str, Tensor], metric: Metric) -> None:
-        metric.update(outputs["pack_nll"], batch)
+        metric.update(outputs["pack_nll"], batch, outputs["nll"])
 
     def flops_per_batch(self, batch: Batch) -> int:
         return self.flops_per_token * batch["tokens"].numel()
@@ -69,7 +70,7 @@ def add_by_stream(sums: Tensor, values: Tensor, streams: Tensor) -> None:
 
 
 class LossByStream(Metric):
-    """Sums of loss, targets and text bytes of each stream over all ranks; the value is the loss of all streams."""
+    """Sums of loss, targets and text bytes by stream, and by position, over all ranks; the value is the whole loss."""
 
     full_state_update = False
 
@@ -77,16 +78,29 @@ class LossByStream(Metric):
         super().__init__(dist_sync_on_step=False)
         for name in ("nll", "targets", "text_bytes"):
             self.add_state(name, default=torch.zeros(num_streams, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("position_nll", "position_targets"):
+            self.add_state(name, default=torch.zeros(BINS, dtype=torch.float64), dist_reduce_fx="sum")
         self.totals: dict[str, list[float]] = {}
 
-    def update(self, pack_nll: Tensor, batch: Batch) -> None:
+    def update(self, pack_nll: Tensor, batch: Batch, nll: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            pack_nll: (K,) sums of packs.
+            nll: (1, T) losses of targets, for the sums by position.
+        """
+        if nll is not None:
+            of_bins, counts = sums_by_position(nll, batch)
+            self.position_nll += of_bins
+            self.position_targets += counts
         add_by_stream(self.nll, pack_nll, batch["streams"])
         add_by_stream(self.targets, batch["pack_starts"].diff(), batch["streams"])
         add_by_stream(self.text_bytes, batch["text_bytes"], batch["streams"])
 
     def compute(self) -> Tensor:
         # Called when the states hold the sums of all ranks; ValidationReport reads them.
-        self.totals = {name: getattr(self, name).tolist() for name in ("nll", "targets", "text_bytes")}
+        names = ("nll", "targets", "text_bytes", "position_nll", "position_targets")
+        self.totals = {name: getattr(self, name).tolist() for name in names}
         return self.nll.sum() / self.targets.sum().clamp(min=1)
 
 

@@ -5,6 +5,8 @@ This module imports no torch, streaming or composer, so a misspelt key is report
 
 from __future__ import annotations
 
+import os
+import re
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -80,6 +82,9 @@ class DataConfig(Config):
     """Tokens per step ('32k' is 32,000), rounded to whole packs on every process. Give either this or `batch_packs`."""
     batch_packs: PositiveInt | None = None
     """Packs per step, over all processes."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of every stream's packs to train on, chosen by the seed: a small run then repeats data as a large one on all
+    of it does. Validation is not reduced."""
     shuffle_block_shards: PositiveInt = 4
     """Number of shards in a shuffle block: packs of a stream are shuffled within a block."""
     workers: int = Field(default=2, ge=0)
@@ -90,8 +95,19 @@ class DataConfig(Config):
     """Attempts to copy a shard of a local data set; downloads from s3:// are limited by `timeout_seconds` alone."""
     timeout_seconds: PositiveFloat = 120.0
     """Time without progress of a download after which the run stops."""
+    skip_steps: list[tuple[PositiveInt, PositiveInt]] = Field(default=[])
+    """Steps to leave out, as [first, last], both included, with the numbers of the log: their packs are read, but
+    change neither weights nor moments."""
 
     _location = field_validator("path")(checked_location)
+
+    @field_validator("skip_steps")
+    @classmethod
+    def _first_to_last(cls, skipped: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        backwards = [[first, last] for first, last in skipped if first > last]
+        if backwards:
+            raise ValueError(f"found {backwards[0]}; expected [first, last], such as [158, 160]")
+        return sorted(skipped)
 
     @field_validator("cache")
     @classmethod
@@ -167,12 +183,24 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(default=3, ge=0)
     """Number of most recent checkpoints to keep; 0 keeps all."""
-    allow_changed: list[Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "tokenizer"]] = Field(
-        default=[]
-    )
+    keep_every: PositiveInt | None = None
+    """Also keep the checkpoints of steps that are multiples of this; must be a multiple of `interval_steps`."""
+    allow_changed: list[
+        Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "skip_steps", "tokenizer"]
+    ] = Field(default=[])
     """Settings that may differ from those of the checkpoint, by the names in the error that refuses it."""
     upload_timeout_seconds: PositiveFloat = 300.0
     """Time without progress of an upload to `save_remote` after which the run stops."""
+
+    @model_validator(mode="after")
+    def _kept_steps_have_checkpoints(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.interval_steps:
+            above = -(-self.keep_every // self.interval_steps) * self.interval_steps
+            raise ValueError(
+                f"keep_every: found {self.keep_every}, but checkpoints are written every {self.interval_steps} steps "
+                f"(interval_steps); give a multiple of that, such as {above}"
+            )
+        return self
 
 
 class WandbConfig(Config):
@@ -225,7 +253,34 @@ class LogConfig(Config):
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
     progress_bar: bool = False
-    """Show Composer's progress bar instead of lines on the console."""
+    """Show Composer's progress bar instead of lines; only on a terminal."""
+
+
+class SpikeConfig(Config):
+    """Reaction to a step whose gradient norm is far above the running median."""
+
+    norm_over: float = Field(gt=1)
+    """Multiple of the running median of the norm, before clipping, above which a step is a spike."""
+    window: PositiveInt = 128
+    """Number of last steps whose median is taken; there are no spikes before a quarter of them."""
+    reaction: Literal["skip", "stop"] = "skip"
+    """Skip the step, so that weights and moments stay as they are, or stop the run."""
+
+
+class ProfileConfig(Config):
+    """Traces of some steps, one for each rank, in `{save_folder}/profile`."""
+
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last step of the trace, with the numbers of the log."""
+    memory: bool = False
+    """Record the sizes of tensors too, and on CUDA a snapshot of the allocator's history."""
+
+    @field_validator("steps")
+    @classmethod
+    def _first_to_last(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError(f"found {list(steps)}; expected [first, last], such as [20, 23]")
+        return steps
 
 
 class RunConfig(LoadedConfig):
@@ -241,6 +296,9 @@ class RunConfig(LoadedConfig):
     """Folder for checkpoints, metrics and logs; a run that is started again with the same folder resumes."""
     save_remote: str | None = None
     """s3://bucket/prefix to which checkpoints and logs are also uploaded; an empty machine resumes from there."""
+    branch_from: str | None = None
+    """Checkpoint of another run to start from, with its moments, step and place in the data: `RUN@step-00010000`, or
+    `RUN` for its newest; local or on s3://. Settings must be that run's but for those in `checkpoint.allow_changed`."""
     seed: int = Field(default=17, ge=0)
     """Random seed for weight initialization and data order."""
     data: DataConfig
@@ -255,6 +313,8 @@ class RunConfig(LoadedConfig):
     """By default a GPU if there is one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite: stop the run, or skip the step."""
+    on_spike: SpikeConfig | None = None
+    profile: ProfileConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -274,3 +334,32 @@ class RunConfig(LoadedConfig):
         if not is_remote(location):
             raise ValueError(f"found {location!r}; expected s3://bucket/prefix (`save_folder` is the local folder)")
         return checked_location(location)
+
+    @field_validator("branch_from")
+    @classmethod
+    def _run_at_step(cls, location: str | None) -> str | None:
+        if location is None:
+            return None
+        run, at, name = location.rpartition("@step-")
+        if at and not re.fullmatch(r"\d{8,}", name):
+            raise ValueError(f"found {location!r}; expected RUN@step-00010000, with the name of its checkpoint")
+        return checked_location(run) + at + name if at else checked_location(location)
+
+    @model_validator(mode="after")
+    def _branch_has_its_own_folder(self) -> RunConfig:
+        if self.branch_from is None:
+            return self
+        parent = self.branch_from.rpartition("@step-")[0] or self.branch_from
+        for name, own in (("save_folder", self.save_folder), ("save_remote", self.save_remote)):
+            if own is not None and _same_place(own, parent):
+                raise ValueError(
+                    f"branch_from: found {self.branch_from!r}, the run in `{name}` itself; a branch needs a "
+                    f"`{name}` of its own"
+                )
+        return self
+
+
+def _same_place(one: str, other: str) -> bool:
+    if is_remote(one) or is_remote(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return os.path.abspath(one) == os.path.abspath(other)

@@ -6,25 +6,19 @@ from dataclasses import dataclass
 
 from composer.core import DataSpec, Evaluator
 
-from streaming_rwkv.data.loader import (
-    Batches,
-    LoaderOptions,
-    PackDataset,
-    data_spec,
-    evaluation_batches,
-    training_batches,
-)
+from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, loader_spec
+from streaming_rwkv.data.steps import StepDataset, open_packs
 from streaming_rwkv.distributed import world_size
-from streaming_rwkv.shards import StreamRecord
+from streaming_rwkv.shards import Split
 from streaming_rwkv.train.callbacks.validation import evaluation_interval
 from streaming_rwkv.train.prepare import PreparedRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunDatasets:
-    """The training packs with their loader, and an evaluator over the validation packs, if there are any."""
+    """The training data with its loader, and an evaluator over the validation packs, if there are any."""
 
-    train_set: PackDataset
+    train_set: StepDataset
     train_loader: DataSpec
     evaluators: list[Evaluator]
 
@@ -35,37 +29,27 @@ def build_datasets(prepared: PreparedRun, *, microbatch: int) -> RunDatasets:
     Args:
         microbatch: packs of one training pass on each process.
     """
-    data, train_set = prepared.config.data, open_training_packs(prepared)
+    data = prepared.config.data
+    train_set = StepDataset(open_training_packs(prepared), workers=data.workers, timeout_seconds=data.timeout_seconds)
     return RunDatasets(
         train_set=train_set,
-        train_loader=data_spec(train_set, workers=data.workers, timeout_seconds=data.timeout_seconds),
+        train_loader=loader_spec(train_set.loader),
         evaluators=build_evaluators(prepared, microbatch=microbatch),
     )
 
 
 def open_training_packs(prepared: PreparedRun) -> PackDataset:
     """Return the packs of the whole run, in the order of its plan."""
-    plan = prepared.plan
-    return _open_packs(prepared, plan.streams, *training_batches(plan), plan.batch_packs)
+    return open_packs(prepared.shard_set, prepared.plan, options=_loader_options(prepared, "train"))
 
 
-def _open_packs(
-    prepared: PreparedRun, records: list[StreamRecord], batches: Batches, num_batches: int, batch_packs: int
-) -> PackDataset:
+def _loader_options(prepared: PreparedRun, split: Split) -> LoaderOptions:
     data = prepared.config.data
-    options = LoaderOptions(
-        fetch_ahead=max(data.fetch_ahead, batch_packs),
-        cache_limit=prepared.cache_limits[records[0].split],
+    return LoaderOptions(
+        fetch_ahead=data.fetch_ahead,
+        cache_limit=prepared.cache_limits[split],
         download_attempts=data.download_attempts,
         timeout_seconds=data.timeout_seconds,
-    )
-    return PackDataset(
-        prepared.shard_set,
-        records,
-        batches=batches,
-        num_batches=num_batches,
-        batch_packs=batch_packs,
-        options=options,
     )
 
 
@@ -80,7 +64,14 @@ def build_evaluators(prepared: PreparedRun, *, microbatch: int) -> list[Evaluato
     batches, num_batches = evaluation_batches(
         [record.packs for record in records], batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
     )
-    dataset = _open_packs(prepared, records, batches, num_batches, batch_packs)
+    dataset = PackDataset(
+        prepared.shard_set,
+        records,
+        batches=batches,
+        num_batches=num_batches,
+        batch_packs=batch_packs,
+        options=_loader_options(prepared, "validation"),
+    )
     return [
         Evaluator(
             label="eval",

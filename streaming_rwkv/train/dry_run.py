@@ -18,6 +18,7 @@ from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.checkpoints.branch import branch_mark
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.restore import check_same_settings, plan_from
 from streaming_rwkv.train.config import RunConfig
@@ -43,11 +44,15 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
         mark = newest_mark(root, store)
     if mark is None:
         newest_checkpoint(root)  # raises if checkpoints are damaged
+    branching = mark is None and config.branch_from is not None
+    if branching:
+        mark = branch_mark(str(config.branch_from))
     prepared = prepare(config, world_size=processes, fetch=True, shape=mark.run.model if mark else None)
     step = 0
     if mark is not None:
-        step, where = mark.step, config.save_folder
-        check_same_settings(mark, prepared.identity, allow=frozenset(config.checkpoint.allow_changed), where=where)
+        step, where = mark.step, str(config.branch_from) if branching else config.save_folder
+        allow = frozenset(config.checkpoint.allow_changed)
+        check_same_settings(mark, prepared.identity, allow=allow, where=where, branching=branching)
         prepared = replace(prepared, plan=plan_from(prepared.plan, mark, where=where))
     plan = prepared.plan
     print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))

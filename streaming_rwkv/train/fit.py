@@ -9,17 +9,18 @@ import torch
 from composer import Trainer
 
 from streaming_rwkv.console import print_rich
-from streaming_rwkv.data.loader import PackDataset
+from streaming_rwkv.data.steps import StepDataset
 from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.flops import peak_flops
 from streaming_rwkv.train.callbacks.build import RunCallbacks, build_callbacks
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
+from streaming_rwkv.train.checkpoints.branch import remove_copy
 from streaming_rwkv.train.checkpoints.local import load_checkpoint
 from streaming_rwkv.train.checkpoints.record import Checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, sharding
 from streaming_rwkv.train.datasets import RunDatasets, build_datasets
-from streaming_rwkv.train.loggers import RunLoggers, build_loggers
+from streaming_rwkv.train.loggers import RunLoggers, build_loggers, omit_settings, shows_progress_bar
 from streaming_rwkv.train.microbatch import choose_microbatch
 from streaming_rwkv.train.network import build_model
 from streaming_rwkv.train.startup import CheckedRun
@@ -46,11 +47,13 @@ def fit(run: CheckedRun) -> int:
     trainer = build_trainer(
         run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch
     )
+    omit_settings(trainer.logger.destinations)
     loggers.log_settings()
     average_gradients(model.network)
     if run.checkpoint is not None:
         load_checkpoint(run.checkpoint, model=model.network, optimizer=optimizer)
         restore_progress(run.checkpoint, trainer, datasets.train_set, callbacks)
+        remove_copy(Path(config.save_folder))
     for log in (loggers.lines, callbacks.samples):
         log.rewind(run.checkpoint.step if run.checkpoint else 0)
     status = train(trainer, callbacks.checkpointer, run.mirror)
@@ -88,7 +91,7 @@ def build_trainer(
         seed=config.seed,
         dist_timeout=run.timeout_seconds,
         parallelism_config={"fsdp": sharding()} if world_size() > 1 else None,
-        progress_bar=config.log.progress_bar,
+        progress_bar=shows_progress_bar(config.log),
         spin_dataloaders=False,
         # Composer's own checkpoints and autoresume are not used: see train/checkpoints/.
         save_folder=None,
@@ -96,7 +99,7 @@ def build_trainer(
     )
 
 
-def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDataset, callbacks: RunCallbacks) -> None:
+def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: StepDataset, callbacks: RunCallbacks) -> None:
     """Continue the trainer's clock, the order of packs and the callbacks' counts after a checkpoint's step."""
     mark = checkpoint.mark
     trainer.state.timestamp = trainer.state.timestamp.copy(
@@ -110,7 +113,7 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: PackDa
     )
     train_set.start_at(checkpoint.step)
     callbacks.consumption.load(mark.consumed)
-    callbacks.clipping.skipped = mark.steps_skipped
+    callbacks.clipping.load(skipped=mark.steps_skipped, norms=mark.gradient_norms or [])
 
 
 def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.loggers import LoggerDestination, TensorboardLogger
+from composer.loggers.progress_bar_logger import ProgressBarLogger
 
 from streaming_rwkv.train.callbacks.console import Console
 from streaming_rwkv.train.callbacks.json_lines import JSONLines
-from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.config import LogConfig, RunConfig
 from streaming_rwkv.train.trackers import build_trackers, flat_settings
 
 
@@ -30,12 +33,24 @@ class RunLoggers:
             tracker.log_hyperparameters(self.settings)
 
 
+def shows_progress_bar(log: LogConfig) -> bool:
+    """Return True if a run draws a progress bar: it moves the cursor, so only on a terminal."""
+    return log.progress_bar and sys.stderr.isatty()
+
+
+def omit_settings(loggers: Sequence[LoggerDestination]) -> None:
+    """Have Composer's progress bar leave out its list of settings, which are its own environment's."""
+    for logger in loggers:
+        if isinstance(logger, ProgressBarLogger):
+            logger.hparams_already_logged_to_console = True
+
+
 def build_loggers(config: RunConfig, *, last_step: int) -> RunLoggers:
     """Return the loggers that a run's configuration asks for."""
     log, save_folder = config.log, Path(config.save_folder)
     settings = flat_settings(config.with_interpolations(config.model_dump(mode="json", exclude_none=True)))
     lines = JSONLines(save_folder / "metrics.jsonl")
-    console = Console(interval_steps=log.interval_steps, last_step=last_step, has_lines=not log.progress_bar)
+    console = Console(interval_steps=log.interval_steps, last_step=last_step, has_lines=not shows_progress_bar(log))
     loggers: list[LoggerDestination] = [lines, console]
     if log.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))

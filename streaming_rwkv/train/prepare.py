@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, make_plan
-from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
+from streaming_rwkv.data.mixture import ORDER_VERSION, Plan, StageConfig, count_batch_packs, make_plan
+from streaming_rwkv.data.shard_set import ShardSet, cached_sizes, check_shards, least_cache_bytes, open_shard_set
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import read_state
@@ -61,14 +61,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
             f"evaluation.prompts: texts are sampled at evaluations, but {data.path} has no validation packs; "
             "build it with `validation` above 0, or leave the prompts out"
         )
-    stages = all_stages(data)
-    plan = make_plan(
-        stages,
-        manifest.select("train"),
-        batch_packs=count_batch_packs(data, pack_tokens=manifest.pack_tokens, world_size=world_size),
-        seed=config.seed,
-        block_shards=data.shuffle_block_shards,
-    )
+    plan = _plan(config, manifest, world_size=world_size)
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
@@ -77,7 +70,6 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     model = resolve_model(config.model, manifest.tokenizer, shape)
     total_tokens = round(float(plan.expected_targets().sum()))
     lr_multiplier(config.optimizer, tokens_seen=0, total_tokens=total_tokens)  # raises if the schedule does not fit
-    memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
     return PreparedRun(
         config=config,
         shard_set=shard_set,
@@ -85,15 +77,47 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
         model=model,
         total_tokens=total_tokens,
         cache_limits=limits,
-        identity={
-            "data": manifest.fingerprint,
-            "tokenizer": manifest.tokenizer.sha256,
-            "mixture": [stage.model_dump(exclude_none=True) for stage in stages],
-            "batch_packs": plan.batch_packs,
-            "order": {"version": ORDER_VERSION, "block_shards": data.shuffle_block_shards, "seed": config.seed},
-            "model": model.model_dump(exclude=memory_only),
-            "optimizer": config.optimizer.model_dump(mode="json"),
+        identity=_identity(config, manifest=manifest, plan=plan, model=model),
+    )
+
+
+def _identity(config: RunConfig, *, manifest: Manifest, plan: Plan, model: RWKV7Config) -> dict[str, Any]:
+    """Return the settings that decide the steps of a run; a part that is not used is left out, as in older marks."""
+    data = config.data
+    memory_only = {"activation_checkpointing", "loss_chunk_tokens", "preset"}
+    return {
+        "data": manifest.fingerprint,
+        "tokenizer": manifest.tokenizer.sha256,
+        "mixture": [stage.model_dump(exclude_none=True) for stage in all_stages(data)],
+        "batch_packs": plan.batch_packs,
+        "order": {
+            "version": ORDER_VERSION,
+            "block_shards": data.shuffle_block_shards,
+            "seed": config.seed,
+            **({"fraction": data.fraction} if data.fraction != 1 else {}),
         },
+        "model": model.model_dump(exclude=memory_only),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        **({"skip_steps": [list(steps) for steps in data.skip_steps]} if data.skip_steps else {}),
+    }
+
+
+def _plan(config: RunConfig, manifest: Manifest, *, world_size: int) -> Plan:
+    data = config.data
+    batch_packs = count_batch_packs(
+        batch_tokens=data.batch_tokens,
+        batch_packs=data.batch_packs,
+        pack_tokens=manifest.pack_tokens,
+        world_size=world_size,
+        where="data.",
+    )
+    return make_plan(
+        all_stages(data),
+        manifest.select("train"),
+        batch_packs=batch_packs,
+        seed=config.seed,
+        block_shards=data.shuffle_block_shards,
+        share=data.fraction,
     )
 
 
@@ -159,24 +183,6 @@ def all_stages(data: DataConfig) -> list[StageConfig]:
     return once * cycles
 
 
-def count_batch_packs(data: DataConfig, *, pack_tokens: int, world_size: int) -> int:
-    """Return the packs of a step, a multiple of `world_size`.
-
-    Raises:
-        ConfigError: `batch_packs` is not divisible by `world_size`.
-    """
-    if data.batch_packs is not None:
-        if data.batch_packs % world_size:
-            raise ConfigError(
-                f"data.batch_packs: {data.batch_packs} packs do not divide among {world_size} processes; "
-                f"the nearest that do are {data.batch_packs // world_size * world_size or world_size} and "
-                f"{-(-data.batch_packs // world_size) * world_size}"
-            )
-        return data.batch_packs
-    assert data.batch_tokens is not None
-    return max(1, round(data.batch_tokens / (pack_tokens * world_size))) * world_size
-
-
 def split_cache_limit(limit: int | None, manifest: Manifest) -> dict[Split, int | None]:
     """Split `cache_limit` between the training and validation datasets; each evicts only its own shards.
 
@@ -187,11 +193,8 @@ def split_cache_limit(limit: int | None, manifest: Manifest) -> dict[Split, int 
     """
     if limit is None:
         return {"train": None, "validation": None}
-    sizes = {
-        split: [shard.raw_bytes + shard.bytes for stream in manifest.select(split) for shard in stream.shards]
-        for split in SPLITS
-    }
-    least = {split: 4 * max(sizes[split], default=0) for split in SPLITS}
+    sizes = {split: cached_sizes(manifest.select(split)) for split in SPLITS}
+    least = {split: least_cache_bytes(manifest.select(split)) for split in SPLITS}
     part = min(sum(sizes["validation"]), max(limit // 10, least["validation"]))
     if limit - part < least["train"]:
         raise ConfigError(

@@ -33,7 +33,7 @@ EDGE_TOKENS = 4
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     """Return a table of each stream's requested and effective token shares by stage, and its number of passes."""
     targets = plan.expected_targets()
-    packs = np.array([stream.packs for stream in plan.streams])
+    packs = np.array([order.packs for order in plan.orders])
     repeats = plan.end / packs
     table = Table(title="Mixture: shares of tokens, requested → effective", title_justify="left")
     table.add_column("source", overflow="fold")
@@ -49,7 +49,14 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
             for i, stage in enumerate(plan.stages)
         ]
         seen = f"{repeats[s]:.2f}×" + (" !" if repeats[s] > max_repeats else "") if plan.end[s] else "never"
-        table.add_row(stream.source, stream.bucket, f"{stream.targets:,}", f"{stream.packs:,}", *shares, seen)
+        table.add_row(
+            stream.source,
+            stream.bucket,
+            f"{round(packs[s] * stream.targets_per_pack):,}",
+            f"{packs[s]:,}",
+            *shares,
+            seen,
+        )
     too_often = [
         f"{s.source}/{s.bucket}" for s, times in zip(plan.streams, repeats, strict=True) if times > max_repeats
     ]
@@ -117,7 +124,8 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
     steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
     shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
     each = 12 * parameter_count(model)
-    keep = min(config.checkpoint.keep or len(steps), len(steps))
+    kept, every = set(steps[-config.checkpoint.keep :]), config.checkpoint.keep_every
+    keep = len(kept | {step for step in steps if every and step % every == 0})
     written = f"after steps {shown}; about {shown_bytes(each)} each, {keep} kept: {shown_bytes(keep * each)}"
     if len(steps) == 1:
         written = f"after step {shown}; about {shown_bytes(each)}"

@@ -33,6 +33,7 @@ from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
+from streaming_rwkv.train.checkpoints.branch import fetch_branch
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.record import Checkpoint, CompletionMark
 from streaming_rwkv.train.checkpoints.remote import newest_remote
@@ -87,17 +88,28 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
-    initial = find_initial_weights(config.model.init_from, save_folder, store)
+    own = result_of_rank_zero(lambda: newest_mark(save_folder / "checkpoints", store))
+    parent = None
+    if own is None and config.branch_from is not None:
+        parent = fetch_branch(config.branch_from, save_folder, save_remote=config.save_remote)
+    mark = parent.mark if parent else own
+    initial = find_initial_weights(config.model.init_from, save_folder, mark)
     fetch, ranks, shape = is_local_rank_zero(), world_size(), initial.shape if initial else None
     prepared = run_on_local_rank_zero_first(lambda: prepare(config, world_size=ranks, fetch=fetch, shape=shape))
-    mirror = Mirror(store, save_folder, keep=config.checkpoint.keep) if store else None
-    prepared, checkpoint = find_resume_point(prepared, store, mirror)
+    kept = config.checkpoint
+    mirror = Mirror(store, save_folder, keep=kept.keep, keep_every=kept.keep_every) if store else None
+    prepared, checkpoint = find_resume_point(prepared, store, mirror, parent)
     if checkpoint is not None and checkpoint.step == prepared.plan.steps:
+        if checkpoint is parent:
+            raise CheckpointError(
+                f"branch_from: {config.branch_from}: has taken all {checkpoint.step} steps of these settings; name an "
+                "earlier checkpoint, or train on more tokens (checkpoint.allow_changed=[mixture])"
+            )
         if mirror:
             mirror.finish()
         print_rich(f"{checkpoint.path}: this run is finished ({checkpoint.step} steps); nothing to do")
         return None
-    record_start(prepared, checkpoint)
+    record_start(prepared, checkpoint, is_branch=checkpoint is not None and checkpoint is parent)
     if mirror:
         mirror.send_logs()
     return CheckedRun(
@@ -115,6 +127,8 @@ def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
     """Choose this rank's device, and connect the ranks of the run with each other."""
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
+    # Composer's own use of its attribute.
+    warnings.filterwarnings("ignore", message="The _fsdp_wrap attribute will be removed", category=DeprecationWarning)
     check_device(device_name)
     device = get_device(device_name)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -137,15 +151,17 @@ def check_device(device_name: str | None) -> None:
         )
 
 
-def find_initial_weights(location: str | None, save_folder: Path, store: Store | None) -> InitialWeights | None:
+def find_initial_weights(location: str | None, save_folder: Path, mark: CompletionMark | None) -> InitialWeights | None:
     """Resolve `model.init_from`, on all ranks together; rank 0 reads the shape for all of them.
 
-    A run that resumes from its own checkpoint no longer needs the weights that it started from.
+    A run that resumes, or branches, from a checkpoint does not need the weights that its first step started from.
+
+    Args:
+        mark: completion mark of the checkpoint that the run starts from.
     """
     if location is None:
         return None
-    root, copy = save_folder / "checkpoints", save_folder / "init_from"
-    mark = result_of_rank_zero(lambda: newest_mark(root, store))
+    copy = save_folder / "init_from"
     if mark is not None:
         remove_initial_weights(save_folder)
         return InitialWeights(shape=mark.run.model, path=None)
@@ -184,24 +200,29 @@ def run_on_local_rank_zero_first(work: Callable[[], Value]) -> Value:
 
 
 def find_resume_point(
-    prepared: PreparedRun, store: Store | None, mirror: Mirror | None
+    prepared: PreparedRun, store: Store | None, mirror: Mirror | None, parent: Checkpoint | None
 ) -> tuple[PreparedRun, Checkpoint | None]:
-    """Return the newest checkpoint, after a check that this run made it, and the plan as it continues from there."""
+    """Return the newest checkpoint, after a check that this run made it, and the plan as it continues from there.
+
+    Args:
+        parent: the checkpoint to branch from if the run has none of its own.
+    """
     config = prepared.config
     allow = frozenset(config.checkpoint.allow_changed)
     if store and mirror:
         check_place(store, prepared.identity, allow=allow)
         mirror.take_over()  # before the newest checkpoint is looked for: from here on no other run adds one
     checkpoint, in_store = restore(store, Path(config.save_folder))
+    own, checkpoint = checkpoint, checkpoint or parent
     if checkpoint is None:
         return prepared, None
-    check_same_run(checkpoint, prepared.identity, allow=allow)
-    if mirror and not in_store:
+    check_same_run(checkpoint, prepared.identity, allow=allow, branching=own is None)
+    if mirror and own and not in_store:
         mirror.begin(checkpoint.path, all_on_rank_zero=True)
     return replace(prepared, plan=plan_from(prepared.plan, checkpoint.mark, where=str(checkpoint.path))), checkpoint
 
 
-def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
+def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None, *, is_branch: bool) -> None:
     """Write the tokenizer and the configuration into the save folder, and print the mixture and the number of steps."""
     config, plan = prepared.config, prepared.plan
     save_folder = Path(config.save_folder)
@@ -211,4 +232,6 @@ def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None) -> None:
     write_atomically(save_folder / "config.yaml", config.to_yaml().encode())
     print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))
     where = f"resuming from {checkpoint.path}" if checkpoint else "starting at step 0"
+    if is_branch and checkpoint:
+        where = f"branching from {config.branch_from} at step {checkpoint.step}"
     print_rich(f"{plan.steps} steps of {plan.batch_packs} packs, {prepared.total_tokens:,} tokens; {where}")

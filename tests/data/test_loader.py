@@ -329,9 +329,9 @@ def test_runs_that_start_at_the_same_time_do_not_take_each_others_names(data, tm
 
     def start_again_and_again(number):
         for _ in range(10):
-            together.wait(30)
+            together.wait(200)
             dataset, _, shard_set = open_dataset(data, tmp_path / f"cache{number}")
-            together.wait(30)
+            together.wait(200)
             dataset.close()
             shard_set.lock.release()
 

@@ -185,3 +185,47 @@ def test_shares_that_cannot_be_met_are_refused(stage, message):
 def test_stages_that_contradict_themselves_are_refused(stage, message):
     with pytest.raises(ConfigError, match=message):
         validate(StageConfig, stage, where="stage")
+
+
+def partial_plan(stages, *, share, streams=THREE):
+    configs = [validate(StageConfig, stage, where="stage") for stage in stages]
+    return make_plan(configs, streams, batch_packs=16, seed=1, block_shards=2, share=share)
+
+
+def test_a_pass_over_a_part_sees_each_of_its_packs_once_and_no_other():
+    plan = partial_plan([{"passes": 4}], share=0.25)
+    packs = 25 + 13 + 244  # a quarter of 101, 53 and 977
+    assert [order.packs for order in plan.orders] == [25, 13, 244]
+    assert plan.steps == 4 * packs // 16
+    ids = plan.packs(0, plan.steps).ravel()
+    first = ids[:packs].tolist()
+    assert len(set(first)) == packs
+    assert set(ids.tolist()) == set(first)
+    for pass_number in range(3):
+        assert sorted(ids[pass_number * packs : (pass_number + 1) * packs]) == sorted(first)
+
+
+def test_a_part_repeats_its_packs_as_the_whole_does_its_own():
+    """A sixteenth of the tokens of a run with a sixteenth of the data: the same passes over each stream."""
+    streams = [stream("web", 256, 1600), stream("code", 256, 16000)]
+    shares = {"sources": {"web": 0.5, "code": 0.5}}
+    whole = partial_plan([{"tokens": 1_600_000, **shares}], share=1.0, streams=streams)
+    part = partial_plan([{"tokens": 100_000, **shares}], share=0.0625, streams=streams)
+    repeats = [plan.end / [order.packs for order in plan.orders] for plan in (whole, part)]
+    # Whole steps of 16 packs, and one pack more or less: within a few packs of a hundred.
+    assert repeats[1] == pytest.approx(repeats[0], rel=0.05)
+    counts = np.bincount(part.packs(0, part.steps).ravel(), minlength=17600)[:1600]
+    assert (counts > 0).sum() == 100
+    assert counts.max() - counts[counts > 0].min() <= 1
+
+
+def test_the_whole_is_the_plan_without_a_part():
+    stages = [{"tokens": 30_000, "sources": {"web": 0.3, "code": 0.7}}, {"passes": 1}]
+    assert partial_plan(stages, share=1.0).packs(0, 50).tolist() == plan_of(stages).packs(0, 50).tolist()
+
+
+def test_other_parts_of_the_seed_are_other_packs():
+    configs = [validate(StageConfig, {"passes": 1}, where="stage")]
+    plans = [make_plan(configs, THREE, batch_packs=16, seed=seed, block_shards=2, share=0.25) for seed in (1, 2)]
+    one, two = (set(plan.packs(0, plan.steps).ravel().tolist()) for plan in plans)
+    assert one != two

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streaming_rwkv.data.order import StreamOrder, permutation
+from streaming_rwkv.data.order import StreamOrder, permutation, stream_order
 
 
 def test_each_pack_comes_once_in_every_pass():
@@ -45,3 +45,33 @@ def test_a_cache_of_one_block_of_shards_fetches_each_shard_once_a_pass():
     for shard in range(shards):  # … and yet a shard is never needed again once its block is over
         at = np.flatnonzero(walk == shard)
         assert at[-1] - at[0] < block * packs_per_shard
+
+
+def test_a_part_of_a_stream_is_passed_over_as_a_stream_of_its_own():
+    order = stream_order([40, 30, 50], key="17/train/c4/1-256", block_shards=2, share=0.1)
+    assert order.packs == 12
+    first, second = order.take(0, 12), order.take(12, 24)
+    assert len(set(first.tolist())) == 12
+    assert sorted(first.tolist()) == sorted(second.tolist())
+    assert first.tolist() != second.tolist()
+    assert np.concatenate([order.take(0, 5), order.take(5, 20)]).tolist() == order.take(0, 20).tolist()
+
+
+def test_the_part_depends_on_the_seed_and_is_in_few_shards():
+    shards = [10] * 100
+    parts = [stream_order(shards, key=f"{seed}/train/c4/1-256", block_shards=4, share=0.0625) for seed in (17, 17, 18)]
+    one, same, other = (sorted(part.take(0, part.packs).tolist()) for part in parts)
+    assert one == same != other
+    assert len(one) == 62  # of 1000
+    assert len({pack // 10 for pack in one}) <= 8  # two blocks of four shards
+
+
+def test_the_whole_and_the_smallest_part():
+    whole, plain = (
+        stream_order([3, 4], key="k", block_shards=2, share=1.0),
+        StreamOrder([3, 4], key="k", block_shards=2),
+    )
+    assert whole.take(0, 14).tolist() == plain.take(0, 14).tolist()
+    smallest = stream_order([3, 4], key="k", block_shards=2, share=0.001)
+    assert smallest.packs == 1
+    assert len(set(smallest.take(0, 5).tolist())) == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +166,21 @@ def test_streaming_finds_names_and_memory_where_they_are_replaced():
     assert streaming_dataset.get_shm_prefix is prefix.get_shm_prefix
     assert prefix.SharedMemory is array.SharedMemory is SharedMemory
     assert list(inspect.signature(prefix.get_shm_prefix).parameters)[2] == "world"
+
+
+def test_a_process_that_reads_on_its_own_is_a_world_of_one(opened, monkeypatch):
+    """Whatever the launcher's environment says: Streaming would start a process group, and wait for the other rank."""
+    _, shard_set = opened
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    other = replace(shard_set, cache=shard_set.cache.with_name("other"))
+    streams = other.streams(other.manifest.select("train"), download_attempts=1, timeout_seconds=20)
+    for stream in streams:
+        shutil.copytree(shard_set.cache / stream.folder, stream.local)
+    options = {"lock": other.cache / ".lock", "cache_limit": None, "fetch_ahead": 8, "batch": 4}
+    dataset = VerifiedDataset(streams, as_rank=(1, 3), **options)
+    try:
+        assert (dataset.rank, dataset.num_ranks, dataset.worker()) == (1, 3, (0, 1))
+        assert len(dataset[0]["tokens"])
+    finally:
+        dataset.close()

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference.evaluate import main
+from streaming_rwkv.inference.command_line import evaluate as main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import load_model, write_pth
+from streaming_rwkv.model.weights import read_model, write_pth
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import load_tokenizer
 from tests.conftest import pack_of
@@ -46,7 +46,7 @@ def write_model(path: Path, *, vocab_size: int) -> Path:
 @torch.no_grad()
 def by_document(checkpoint: Path) -> dict[str, float]:
     """nats per target and bits per byte, over all and of one source."""
-    model = load_model(checkpoint)
+    model = read_model(checkpoint)
     sums: Counter[str] = Counter()
     for number, ((source, lower, upper), packs) in enumerate(VALIDATION.items()):
         for i in range(packs):
@@ -121,3 +121,19 @@ def test_a_checkpoint_and_data_that_do_not_match_are_refused(
     assert "nothing" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), str(data)]) == 1
     assert "nothing: no such file or folder; give a run's save folder" in capsys.readouterr().err
+
+
+def test_loss_by_position_adds_up_to_the_total(
+    checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(checkpoint), str(data), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    losses, targets = (
+        {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+        for prefix in ("validation/loss_by_position/", "validation/targets_by_position/")
+    )
+    assert list(losses) == ["1", "2", "3-4", "5-8", "9-16", "17-32"]
+    mean = sum(losses[name] * targets[name] for name in losses) / sum(targets.values())
+    assert mean == pytest.approx(metrics["validation/loss/all"], rel=1e-9)  # float64 sums in another order
+    assert main([str(checkpoint), str(data)]) == 0
+    assert "position 17-32" in capsys.readouterr().out

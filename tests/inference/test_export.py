@@ -8,14 +8,16 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from streaming_rwkv.inference.export import export, main
+from streaming_rwkv.inference import command_line
+from streaming_rwkv.inference.export import export, how_to_load, model_card
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import write_pth
+from streaming_rwkv.model.weights import Layout, write_pth
 from streaming_rwkv.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -101,11 +103,34 @@ def test_an_export_is_replaced_only_on_request(
     folder: Path, tmp_path: Path, name: str, found: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(folder.parent / "w.pth"), str(tmp_path / name)]
-    assert main(arguments) == 0
+    assert command_line.export(arguments) == 0
     shown = capsys.readouterr().out
     assert "MB, bfloat16" in shown
     assert "load it with: " in shown
-    assert main(arguments) == 1
+    assert command_line.export(arguments) == 1
     expected = f"error: {tmp_path / found}: exists already; name another place, or replace it with --overwrite\n"
-    assert capsys.readouterr().err == expected
-    assert main([*arguments, "--overwrite"]) == 0
+    assert capsys.readouterr().err.endswith(expected)
+    assert command_line.export([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "line"),
+    [
+        ("m.pth", "fla", "streaming-rwkv generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
+        ("m.gguf", "fla", "llama-cli -m m.gguf -p PROMPT"),
+        ("m", "fla", "import fla; AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
+        ("m", "transformers", "AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
+    ],
+)
+def test_each_format_is_loaded_in_its_way(name: str, layout: Layout, line: str) -> None:
+    assert how_to_load(Path(name), layout=layout) == f"load it with: {line}"
+
+
+def test_only_the_layout_of_fla_needs_fla() -> None:
+    state = model_state(RWKV7(RWKV7Config(vocab_size=16, hidden_size=64, num_layers=1)))
+    cards = {
+        layout: model_card(state, dtype=torch.bfloat16, tokenizer=None, layout=layout) for layout in get_args(Layout)
+    }
+    assert "import fla" in cards["fla"]
+    assert "import fla" not in cards["transformers"]
+    assert "AutoTokenizer" not in cards["fla"]

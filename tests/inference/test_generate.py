@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import export, generate, sampling
+from streaming_rwkv.inference import command_line, sampling
 from streaming_rwkv.inference.generate import stream_text
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.inference.sampling import GenerationError, choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import load_model, write_huggingface, write_pth
+from streaming_rwkv.model.weights import read_model, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
@@ -100,7 +100,7 @@ def test_ids_beyond_the_tokenizer_are_not_sampled() -> None:
         model.head.weight[50:] *= 10
     for temperature in (0.0, 1.0):
         highest = [
-            max(sampling.generate(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
+            max(sampling.generate_tokens(model, [1], max_tokens=20, temperature=temperature, vocab_size=vocab_size))
             for vocab_size in (None, 50)
         ]
         assert highest[1] < 50 <= highest[0]
@@ -109,7 +109,7 @@ def test_ids_beyond_the_tokenizer_are_not_sampled() -> None:
 def test_the_same_seed_generates_the_same_text() -> None:
     model = model_of(50)
     texts = [
-        list(sampling.generate(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
+        list(sampling.generate_tokens(model, [1], max_tokens=20, generator=torch.Generator().manual_seed(seed)))
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -117,12 +117,12 @@ def test_the_same_seed_generates_the_same_text() -> None:
 
 def test_a_stop_token_ends_the_text_and_is_not_yielded(memorized: RWKV7, world: Tokenizer) -> None:
     prompt = [world.bos_id, *world.encode("The quick").tolist()]
-    ids = list(sampling.generate(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
+    ids = list(sampling.generate_tokens(memorized, prompt, max_tokens=200, temperature=0, stop={world.eos_id}))
     assert world.decode(ids) == TEXT.removeprefix("The quick")
 
 
 def test_generating_leaves_gradients_on_for_the_caller() -> None:
-    iterator = sampling.generate(model_of(50), [1], max_tokens=3)
+    iterator = sampling.generate_tokens(model_of(50), [1], max_tokens=3)
     next(iterator)
     assert torch.is_grad_enabled()
 
@@ -138,7 +138,7 @@ def test_generating_leaves_gradients_on_for_the_caller() -> None:
 )
 def test_impossible_settings_are_refused(arguments: dict[str, object], error: str) -> None:
     with pytest.raises(GenerationError, match=error):
-        next(sampling.generate(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
+        next(sampling.generate_tokens(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
 
 
 def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:
@@ -158,9 +158,9 @@ def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: To
     subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True, timeout=120)
     their_ids, their_text = json.loads((tmp_path / "out.json").read_text())
 
-    model = load_model(tmp_path / "model.pth")
+    model = read_model(tmp_path / "model.pth")
     tokens = [0, *world.encode(prompt).tolist()]
-    ids = list(sampling.generate(model, tokens, max_tokens=100, temperature=0, stop={0}))
+    ids = list(sampling.generate_tokens(model, tokens, max_tokens=100, temperature=0, stop={0}))
     assert ids == their_ids
     assert "".join(stream_text(world, ids)) == their_text == TEXT.removeprefix(prompt)
 
@@ -169,7 +169,7 @@ def test_greedy_text_equals_that_of_the_rwkv_package(memorized: RWKV7, world: To
 
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = generate.main([str(argument) for argument in arguments])
+    code = command_line.generate([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -186,14 +186,14 @@ def test_an_exported_folder_is_complete_in_itself(
     memorized: RWKV7, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pth(model_state(memorized), tmp_path / "model.pth")
-    assert export.main([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
+    assert command_line.export([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
     assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'hf'}: ")
     code, out, _ = run(tmp_path / "hf", "The quick", "--temperature", 0, capsys=capsys)
     assert (code, out) == (0, TEXT.removeprefix("The quick") + "\n")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 0)
 
-    assert export.main([str(tmp_path / "hf"), str(tmp_path / "back.pth")]) == 0
+    assert command_line.export([str(tmp_path / "hf"), str(tmp_path / "back.pth")]) == 0
     before, after = torch.load(tmp_path / "model.pth"), torch.load(tmp_path / "back.pth")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -242,13 +242,14 @@ def test_an_export_to_an_impossible_place_is_refused(
     write_pth(model_state(model_of(50)), tmp_path / "model.pth")
     (tmp_path / "file").touch()
     (tmp_path / "d.pth").mkdir()
-    assert export.main(["model.pth", out]) == 1
+    assert command_line.export(["model.pth", out]) == 1
     assert error in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.pth", "file", "model.pth"]
 
 
 @pytest.mark.parametrize("device", ["mps", "nonsense"])
 def test_a_missing_device_is_refused(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.pth").touch()  # the device is checked before the checkpoint is read
     code, _, err = run(tmp_path / "model.pth", "--device", device, capsys=capsys)
     assert code == 1
     assert f"--device {device}: cannot be used here" in err
@@ -256,9 +257,9 @@ def test_a_missing_device_is_refused(device: str, tmp_path: Path, capsys: pytest
 
 def test_an_export_without_a_tokenizer_names_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
-    assert export.main([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
+    assert command_line.export([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
     assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
-    assert export.main([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 1
+    assert command_line.export([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 
 
@@ -285,4 +286,4 @@ def test_an_impossible_argument_is_one_line(
 
 def test_fewer_than_no_tokens_are_refused() -> None:
     with pytest.raises(GenerationError, match="max_tokens -3: expected a whole number, at least 0"):
-        next(sampling.generate(model_of(50), [1], max_tokens=-3))
+        next(sampling.generate_tokens(model_of(50), [1], max_tokens=-3))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.processes import end_with
 
 
@@ -28,7 +28,7 @@ def main(folder: Path, rank: int) -> None:
         "float32": MixedPrecisionPolicy(),
         "bfloat16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
     }.items():
-        model = load_model(folder / "model.pth", activation_checkpointing=True)
+        model = read_model(folder / "model.pth", activation_checkpointing=True)
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.state import load_state, model_state
-from streaming_rwkv.model.weights import CheckpointError, load_model, read_state, write_huggingface, write_pth
+from streaming_rwkv.model.weights import CheckpointError, read_model, read_state, write_huggingface, write_pth
 
 Build = Callable[..., RWKV7]
 
@@ -101,7 +101,7 @@ def tied(weights: dict[str, Tensor], folder: Path, **more: Tensor) -> Path:
 
 
 def test_a_tied_head_is_the_embedding(weights: dict[str, Tensor], tmp_path: Path):
-    model = load_model(tied(weights, tmp_path))
+    model = read_model(tied(weights, tmp_path))
     assert same(model_state(model), weights | {"head.weight": weights["emb.weight"]})
 
 
@@ -118,7 +118,7 @@ def test_quantized_weights_are_refused_by_name(weights: dict[str, Tensor], tmp_p
     name = "blocks.0.att.key.weight"
     file = saved({**weights, name: torch.zeros_like(weights[name], dtype=torch.int8)}, tmp_path / "int8.pth")
     with pytest.raises(CheckpointError, match=rf"{name} is int8 .*quantized models cannot be read"):
-        load_model(file)
+        read_model(file)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, weights: 
     file = saved({**weights, "head.weight": wrong}, tmp_path / "nan.pth")
     error = r"head\.weight: has values that are not finite: the training that wrote it has diverged"
     with pytest.raises(CheckpointError, match=error):
-        load_model(file)
+        read_model(file)
     with pytest.raises(CheckpointError, match=error):
         write_pth(read_state(file), tmp_path / "out.pth")
     with pytest.raises(CheckpointError, match=error):
@@ -146,7 +146,7 @@ def test_weights_that_float16_cannot_hold_are_refused_by_name(weights: dict[str,
     with pytest.raises(CheckpointError, match=error):
         write_huggingface(state, tmp_path / "hf", dtype=torch.float16)
     with pytest.raises(CheckpointError, match=error):
-        load_model(saved(state, tmp_path / "big.pth"), dtype=torch.float16)
+        read_model(saved(state, tmp_path / "big.pth"), dtype=torch.float16)
     write_pth(state, tmp_path / "out.pth", dtype=torch.bfloat16)
     assert not list(tmp_path.glob("hf/*.safetensors"))
 
@@ -158,7 +158,7 @@ def test_weights_that_float16_cannot_hold_are_refused_by_name(weights: dict[str,
 def test_a_gap_in_the_layers_is_refused(layer: str, weights: dict[str, Tensor], tmp_path: Path):
     file = saved({**weights, f"blocks.{layer}.att.v1": torch.zeros(2, 2)}, tmp_path / "gap.pth")
     with pytest.raises(CheckpointError, match=rf"none of blocks\.3; layers are numbered|has blocks\.{layer}\.att\.v1"):
-        load_model(file)
+        read_model(file)
 
 
 def test_many_layers_of_one_tensor_each_are_refused_before_a_model_is_built(weights: dict[str, Tensor], tmp_path: Path):
@@ -167,7 +167,7 @@ def test_many_layers_of_one_tensor_each_are_refused_before_a_model_is_built(weig
     with pytest.raises(
         CheckpointError, match=r"has no blocks\.10\.att\.a0 \(.* 0 unknown\); found a model of 200 layers"
     ):
-        load_model(file)
+        read_model(file)
 
 
 def test_an_expanded_tensor_is_refused(weights: dict[str, Tensor], tmp_path: Path):
@@ -175,7 +175,7 @@ def test_an_expanded_tensor_is_refused(weights: dict[str, Tensor], tmp_path: Pat
     with pytest.raises(
         CheckpointError, match=r"emb\.weight says that it has 8589934592 values, of which it stores fewer"
     ):
-        load_model(file)
+        read_model(file)
 
 
 def test_tensors_that_share_one_storage_are_refused(weights: dict[str, Tensor], tmp_path: Path):
@@ -183,12 +183,12 @@ def test_tensors_that_share_one_storage_are_refused(weights: dict[str, Tensor], 
     state = {**weights, **{f"blocks.{layer}.att.v1": large for layer in range(2, 12)}}
     file = saved(state, tmp_path / "shared.pth")
     with pytest.raises(CheckpointError, match=r"bytes of weights in \d+ bytes of files: many of them share one tensor"):
-        load_model(file)
+        read_model(file)
 
 
 def test_an_embedding_that_is_the_head_too_is_fine(weights: dict[str, Tensor], tmp_path: Path):
     file = saved({**weights, "head.weight": weights["emb.weight"]}, tmp_path / "tied.pth")
-    assert torch.equal(load_model(file).head.weight, weights["emb.weight"])
+    assert torch.equal(read_model(file).head.weight, weights["emb.weight"])
 
 
 def test_a_model_keeps_its_weights_where_a_checkpoint_does_not_fit(random_model: Build, weights: dict[str, Tensor]):
@@ -222,17 +222,17 @@ def test_a_shard_that_is_cut_off_or_missing_is_named(sharded: Path):
     with pytest.raises(
         CheckpointError, match=rf"{shard.name} has {len(content) // 2} bytes, expected \d+: it is cut off"
     ):
-        load_model(sharded)
+        read_model(sharded)
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"the file '{shard.name}' is missing"):
-        load_model(sharded)
+        read_model(sharded)
 
 
 def test_a_shard_with_other_bytes_is_named(sharded: Path):
     (shard,) = sharded.glob("*.distcp")
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
-        load_model(sharded)
+        read_model(sharded)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_an_index_that_places_a_tensor_outside_its_files_is_refused(
 ):
     change_index(sharded, lambda metadata: setattr(next(iter(metadata.storage_data.values())), field, value))
     with pytest.raises(CheckpointError, match=error):
-        load_model(sharded)
+        read_model(sharded)
 
 
 def test_an_index_with_larger_tensors_than_the_files_is_refused(sharded: Path):
@@ -261,10 +261,10 @@ def test_an_index_with_larger_tensors_than_the_files_is_refused(sharded: Path):
 
     change_index(sharded, enlarge)
     with pytest.raises(CheckpointError, match=r"has \d+ bytes of weights, the files have \d+"):
-        load_model(sharded)
+        read_model(sharded)
 
 
 def test_an_index_without_places_is_refused(sharded: Path):
     change_index(sharded, lambda metadata: setattr(metadata, "storage_data", None))
     with pytest.raises(CheckpointError, match="storage_data is a NoneType, expected a mapping"):
-        load_model(sharded)
+        read_model(sharded)

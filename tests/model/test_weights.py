@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from torch import Tensor
 from streaming_rwkv.model.huggingface_names import from_huggingface_name, to_huggingface_name
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import infer_config, load_state, model_state
-from streaming_rwkv.model.weights import CheckpointError, load_model, read_state, write_huggingface, write_pth
+from streaming_rwkv.model.weights import CheckpointError, read_model, read_state, write_huggingface, write_pth
+from tests.fork_server import ForkServer
 
 Build = Callable[..., RWKV7]
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
@@ -34,7 +34,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_pth_round_trip_is_bitwise(dtype: torch.dtype, random_model: Build, tmp_path: Path) -> None:
     model = random_model().to(dtype)
     write_pth(model_state(model), tmp_path / "a.pth", dtype=dtype)
-    loaded = load_model(tmp_path / "a.pth", dtype=torch.float32)
+    loaded = read_model(tmp_path / "a.pth", dtype=torch.float32)
     assert loaded.config == model.config
     write_pth(model_state(loaded), tmp_path / "b.pth", dtype=dtype)
     first, second = torch.load(tmp_path / "a.pth"), torch.load(tmp_path / "b.pth")
@@ -83,7 +83,7 @@ def test_files_with_and_without_layer_0s_value_residual_load_alike(
         "late": {**without, **{key: torch.ones(shape) for key, shape in extra.items()}},
     }.items():
         torch.save(state, tmp_path / f"{name}.pth")
-        loaded = load_model(tmp_path / f"{name}.pth")
+        loaded = read_model(tmp_path / f"{name}.pth")
         assert loaded.config == model.config
         assert same(model_state(loaded), without)
 
@@ -91,18 +91,18 @@ def test_files_with_and_without_layer_0s_value_residual_load_alike(
 def test_vectors_stored_flat_load_too(random_model: Build, tmp_path: Path) -> None:
     model = random_model()
     torch.save({name: value.squeeze() for name, value in model_state(model).items()}, tmp_path / "flat.pth")
-    assert same(model_state(load_model(tmp_path / "flat.pth")), model_state(model))
+    assert same(model_state(read_model(tmp_path / "flat.pth")), model_state(model))
 
 
 def test_old_files_that_are_not_zipped_load_too(random_model: Build, tmp_path: Path) -> None:
     model = random_model()
     torch.save(model_state(model), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(model_state(load_model(tmp_path / "old.pth")), model_state(model))
+    assert same(model_state(read_model(tmp_path / "old.pth")), model_state(model))
 
 
 def test_options_that_weights_do_not_determine_are_arguments(random_model: Build, tmp_path: Path) -> None:
     write_pth(model_state(random_model()), tmp_path / "model.pth")
-    model = load_model(tmp_path / "model.pth", dtype=torch.float64, activation_checkpointing=True)
+    model = read_model(tmp_path / "model.pth", dtype=torch.float64, activation_checkpointing=True)
     assert model.config.activation_checkpointing
     assert model.blocks[0].activation_checkpointing
     assert model.emb.weight.dtype == torch.float64
@@ -115,7 +115,7 @@ def test_huggingface_round_trip_is_bitwise(random_model: Build, tmp_path: Path) 
     model = random_model().bfloat16()
     write_huggingface(model_state(model), tmp_path / "hf", bos_id=3, eos_id=4)
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
-    loaded = load_model(tmp_path / "hf", dtype=torch.bfloat16)
+    loaded = read_model(tmp_path / "hf", dtype=torch.bfloat16)
     assert loaded.config == model.config
     assert same(model_state(loaded), model_state(model))
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -129,7 +129,7 @@ def test_rwkv7_hf_computes_our_logits_from_our_folder(oracles: Any) -> None:
 
 
 def test_a_folder_that_rwkv7_hf_converted_is_the_file_it_came_from(oracles: Any) -> None:
-    loaded = load_model(oracles.converted)
+    loaded = read_model(oracles.converted)
     assert loaded.config == oracles.model.config
     assert same(model_state(loaded), model_state(oracles.model))
 
@@ -146,7 +146,7 @@ def test_weights_in_several_files_are_read(random_model: Build, tmp_path: Path) 
     index = {name: "one.safetensors" if name in names[:20] else "two.safetensors" for name in names}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "model.safetensors").unlink()
-    assert same(model_state(load_model(tmp_path)), model_state(model))
+    assert same(model_state(read_model(tmp_path)), model_state(model))
 
 
 def test_every_name_has_one_counterpart(random_model: Build) -> None:
@@ -179,7 +179,7 @@ def test_a_sharded_checkpoint_is_read(wrapper: str | None, root: str, random_mod
     model = random_model()
     state = training_state(model, root)
     save_sharded({wrapper: state} if wrapper else state, tmp_path)
-    assert same(model_state(load_model(tmp_path)), model_state(model))
+    assert same(model_state(read_model(tmp_path)), model_state(model))
 
 
 def test_a_shard_that_differs_from_its_mark_is_refused(random_model: Build, tmp_path: Path) -> None:
@@ -189,16 +189,18 @@ def test_a_shard_that_differs_from_its_mark_is_refused(random_model: Build, tmp_
     mark = {"format": "streaming-rwkv-checkpoint/1", "step": 1, "run": {}, "files": files}
     (tmp_path / "complete.json").write_text(json.dumps(mark))
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is not what was written"):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_file_that_composer_wrote_is_read(random_model: Build, tmp_path: Path) -> None:
+def test_a_file_that_composer_wrote_is_read(random_model: Build, programs: ForkServer, tmp_path: Path) -> None:
     program = """
-import sys, torch
+import sys, torch, warnings
 from composer import Trainer
 from composer.models import ComposerModel
-from streaming_rwkv.model.weights import load_model
+from streaming_rwkv.model.weights import read_model
+
+warnings.simplefilter("ignore")
 
 class Network(ComposerModel):
     def __init__(self, network):
@@ -209,15 +211,16 @@ class Network(ComposerModel):
     def loss(self, outputs, batch):
         return outputs.mean()
 
-network = load_model(sys.argv[1])
+network = read_model(sys.argv[1])
 data = torch.utils.data.DataLoader(torch.zeros(4, 8, dtype=torch.int64), batch_size=2)
 Trainer(model=Network(network), train_dataloader=data, max_duration="2ba", save_folder=sys.argv[2], device="cpu",
         save_filename="model.pt", optimizers=torch.optim.AdamW(network.parameters()), progress_bar=False).fit()
 torch.save(network.state_dict(), sys.argv[2] + "/expected.pth")
 """
     write_pth(model_state(random_model()), tmp_path / "start.pth")
-    arguments = [sys.executable, "-W", "ignore", "-c", program, tmp_path / "start.pth", tmp_path / "run"]
-    subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=200)
+    (tmp_path / "program.py").write_text(program)
+    arguments = [sys.executable, tmp_path / "program.py", tmp_path / "start.pth", tmp_path / "run"]
+    programs.run(arguments, check=True, timeout=200)
     written, expected = read_state(tmp_path / "run" / "model.pt"), read_state(tmp_path / "run" / "expected.pth")
     assert same(written, expected)
     assert not same(written, model_state(random_model()))
@@ -241,7 +244,7 @@ def test_a_malicious_pth_is_refused_and_runs_nothing(random_model: Build, tmp_pa
     with pytest.raises(
         CheckpointError, match=r"evil\.pth: refused, since .* would run code .*it asks for posix\.mkdir"
     ):
-        load_model(tmp_path / "evil.pth")
+        read_model(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)  # the file is armed
     assert (tmp_path / "owned").exists()
@@ -251,7 +254,7 @@ def test_a_malicious_index_is_refused_and_runs_nothing(random_model: Build, tmp_
     save_sharded(training_state(random_model(), ""), tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
     with pytest.raises(CheckpointError, match=r"refused.*it asks for (posix|nt)\.mkdir"):
-        load_model(tmp_path)
+        read_model(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -259,7 +262,7 @@ def test_a_malicious_composer_file_is_refused_and_runs_nothing(random_model: Bui
     state = {"state": training_state(random_model(), ""), "rng": Payload(tmp_path / "owned")}
     torch.save(state, tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match="refused"):
-        load_model(tmp_path / "evil.pt")
+        read_model(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
 
 
@@ -279,7 +282,7 @@ def test_another_kind_of_file_is_not_reported_as_an_attack(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=error) as caught:
-        load_model(tmp_path / name)
+        read_model(tmp_path / name)
     assert "weights_only" not in str(caught.value)
 
 
@@ -290,7 +293,7 @@ def test_an_index_of_files_with_another_content_is_refused(
     write_huggingface(model_state(random_model()), tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map of files"):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 def test_a_truncated_file_is_named(random_model: Build, tmp_path: Path) -> None:
@@ -298,7 +301,7 @@ def test_a_truncated_file_is_named(random_model: Build, tmp_path: Path) -> None:
     content = (tmp_path / "model.pth").read_bytes()
     (tmp_path / "model.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"model\.pth: damaged or no checkpoint"):
-        load_model(tmp_path / "model.pth")
+        read_model(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_another_model_than_rwkv7_is_refused(
     change(state)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=error):
-        load_model(tmp_path / "x.pth")
+        read_model(tmp_path / "x.pth")
 
 
 def test_a_checkpoint_of_another_depth_is_refused(random_model: Build) -> None:
@@ -333,9 +336,9 @@ def test_a_checkpoint_of_another_depth_is_refused(random_model: Build) -> None:
 
 def test_a_missing_or_empty_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rwkv: no such file; give a \.pth"):
-        load_model(tmp_path / "rwkv")
+        read_model(tmp_path / "rwkv")
     with pytest.raises(CheckpointError, match="no checkpoint in this folder; expected a Hugging Face folder"):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_a_huggingface_model_that_computes_something_else_is_refused(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=error):
-        load_model(tmp_path)
+        read_model(tmp_path)
 
 
 def test_a_weight_file_outside_the_folder_is_not_read(random_model: Build, tmp_path: Path) -> None:
@@ -364,7 +367,7 @@ def test_a_weight_file_outside_the_folder_is_not_read(random_model: Build, tmp_p
     index = {"weight_map": {"emb.weight": "../model.safetensors"}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"has no file '\.\./model\.safetensors'"):
-        load_model(tmp_path / "hf")
+        read_model(tmp_path / "hf")
 
 
 def test_another_head_size_is_not_exported_to_huggingface(random_model: Build, tmp_path: Path) -> None:

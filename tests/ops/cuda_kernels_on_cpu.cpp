@@ -33,6 +33,9 @@ RUN(wkv7_chunked_backward_split_in_four)
 RUN(wkv7_chunked_gradients)
 #endif
 
+// The barrier, commit or wait at this line of this file does nothing from now on; 0: all are there.
+void leave_out(const char* file, int line) { cuda_on_cpu::leave_out(file, line); }
+
 // Of the last launch, or "".
 const char* first_error() { return cuda_on_cpu::first_error.c_str(); }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,27 +16,53 @@ from streaming_rwkv.ops import (
     cross_entropy_,
     launch,
     mixed_projections,
+    nvrtc,
     relu_squared_projection,
     wkv7_inputs,
     wkv7_output,
 )
 from streaming_rwkv.ops.build import build_cpp, kernel_source
 
+SOURCE = kernel_source(launch.CUDA_SOURCE)
 RUNNER = Path(__file__).with_name("layer_kernels_on_cpu.cpp")
 
 
-def cuda_on_cpu(*, source: Path | None = None, seed: int = 0) -> launch.Launch:
-    """A substitute for the GPU: layer.cu under cuda_on_cpu.h; `seed` decides the order of its threads."""
-    source = source or kernel_source(launch.CUDA_SOURCE)
+def cuda_on_cpu(*, seed: int = 0, left_out: int = 0) -> launch.Launch:
+    """A substitute for the GPU: layer.cu under cuda_on_cpu.h.
+
+    Args:
+        seed: decides the order of threads.
+        left_out: the line of a barrier that does nothing, or 0.
+    """
 
     def run(kernel: launch.Kernel, blocks: int, arguments: Sequence[launch.Argument]) -> None:
-        flags = [f'-DSOURCE="{source}"', *(f"-D{name}={value}" for name, value in launch.macros(kernel))]
-        library = ctypes.CDLL(str(build_cpp(RUNNER, flags=flags, reads=[source])))
-        values = launch.integers(arguments)
-        packed = (ctypes.c_int64 * len(values))(*values)
-        getattr(library, f"run_{kernel.name}")(blocks, launch.cuda_threads(kernel), seed, packed)
+        threads, values = launch.cuda_threads(kernel), launch.integers(arguments)
+        emulate(kernel.name, launch.macros(kernel), blocks, threads, values, seed=seed, left_out=left_out)
 
     return run
+
+
+def emulate(
+    name: str,
+    macros: nvrtc.Macros,
+    blocks: int,
+    threads: int,
+    arguments: Sequence[int],
+    *,
+    seed: int = 0,
+    left_out: int = 0,
+) -> None:
+    """Run one kernel of layer.cu on the CPU; `seed` and `left_out` as for `cuda_on_cpu`."""
+    library = _library(macros)
+    library.leave_out(SOURCE.name.encode(), left_out)
+    packed = (ctypes.c_int64 * len(arguments))(*arguments)
+    getattr(library, f"run_{name}")(blocks, threads, seed, packed)
+
+
+@functools.cache
+def _library(macros: nvrtc.Macros) -> ctypes.CDLL:
+    flags = [f'-DSOURCE="{SOURCE}"', "-O1", *(f"-D{name}={value}" for name, value in macros)]
+    return ctypes.CDLL(str(build_cpp(RUNNER, flags=flags, reads=[SOURCE])))
 
 
 class OpCase(NamedTuple):

@@ -6,6 +6,9 @@
 
 __shared__ char always_some[1] __attribute__((used));  // a kernel may have no shared memory
 
+// The barrier at this line of this file does nothing from now on; 0: all are there.
+extern "C" void leave_out(const char* file, int line) { cuda_on_cpu::leave_out(file, line); }
+
 #define RUN(kernel)                                                                                             \
     extern "C" void run_##kernel(unsigned blocks, unsigned threads, unsigned seed, const int64_t* arguments) { \
         cuda_on_cpu::launch(blocks, threads, seed, kernel, arguments);                                          \

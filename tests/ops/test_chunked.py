@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -281,12 +282,14 @@ def test_shapes_that_a_small_gpu_cannot_hold() -> None:
 
 # --- what the emulation notices ---
 
-# Fragments are stored word by word here: stmatrix would hide that other lanes have read the same words.
+# sm_80 has no stmatrix, which would also hide that other lanes have read the same words.
+WORD_BY_WORD = ["-DHAS_STORE_MATRICES=0"]
 SYNCHRONISATION = re.compile(r"\b(?:__syncthreads|__syncwarp|wait_for_copies|commit_copies)\(\);")
 PLACES = [
     (name, number)
     for name in ("chunk.h", "chunked_chains.cu", "chunked_gradients.cu")
-    for number in range(len(SYNCHRONISATION.findall((SOURCES / name).read_text())))
+    for number, line in enumerate((SOURCES / name).read_text().splitlines(), 1)
+    if SYNCHRONISATION.search(line)
 ]
 
 
@@ -303,18 +306,13 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(("name", "number"), PLACES)
-def test_each_barrier_and_each_wait_is_missed(
-    chunked_on_cpu: BuildKernel, sources: Path, name: str, number: int
-) -> None:
-    text = (sources / name).read_text()
-    place = list(SYNCHRONISATION.finditer(text))[number]
-    (sources / name).write_text(text[: place.start()] + text[place.end() :])
+@pytest.mark.parametrize(("file", "line"), PLACES)
+def test_no_barrier_and_no_wait_can_be_left_out(chunked_on_cpu: BuildKernel, file: str, line: int) -> None:
     case = bfloat16_case((150,))
 
     def run_both_ways() -> None:
         for shape in (NARROW, SPLIT_IN_TWO):
-            chunked_on_cpu(folder=sources, shape=shape, flags=["-O1", "-DHAS_STORE_MATRICES=0"])(case)
+            chunked_on_cpu(shape=shape, flags=WORD_BY_WORD, left_out=(file, line))(case)
 
     with pytest.raises(RuntimeError, match=r"no barrier between|has not waited for|nobody waits for"):
         run_both_ways()
@@ -327,7 +325,7 @@ def test_a_warp_that_is_not_together_is_noticed(chunked_on_cpu: BuildKernel, sou
         "if (lane() < 16) __syncwarp();\n else\n __syncwarp();",
     )
     with pytest.raises(RuntimeError, match=r"lanes .* are at lines"):
-        chunked_on_cpu(folder=sources, flags=["-O1"])(bfloat16_case((20,)))
+        chunked_on_cpu(folder=sources)(bfloat16_case((20,)))
 
 
 def test_shared_memory_beyond_the_end_is_noticed(chunked_on_cpu: BuildKernel) -> None:
@@ -348,7 +346,7 @@ def test_tiles_that_are_not_swizzled_meet_in_banks(
     chunked_on_cpu: BuildKernel, emulation: Callable[..., object], sources: Path
 ) -> None:
     replace(sources / "chunk.h", "((segment ^ row) & 7) * 16", "segment * 16")
-    launch = emulation(folder=sources, flags=["-O1"])
+    launch = emulation(folder=sources)
     chunked_on_cpu(emulation=launch)(bfloat16_case((20,)))
     assert max(launch.bank_conflicts.values()) == 8  # type: ignore[attr-defined]
 
@@ -388,46 +386,53 @@ def random_model(generator: torch.Generator) -> RWKV7:
     return model
 
 
+class Distances(NamedTuple):
+    """Of a model in bfloat16 autocast from the same model in float32."""
+
+    losses: float  # root mean square over the tokens' losses
+    gradients: float  # of all gradients together, relative to their size
+
+
 def distances_from_float32(
     seed: int, kernels: dict[str, OnCpu], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, tuple[float, float]]:
-    """Of the loss, and of all gradients together relative to their size, in bfloat16 autocast, by kernel."""
+) -> dict[str, Distances]:
+    """Distances by kernel, of a model and a pack made from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     model = random_model(generator)
     tokens, targets = torch.randint(97, (2, 1, 120), generator=generator)
     cu_seqlens = torch.tensor([0, 17, 120], dtype=torch.int32)
 
-    def loss_and_gradients() -> list[Tensor]:
-        loss = model(tokens, cu_seqlens=cu_seqlens, targets=targets).float().mean()
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+    def losses_and_gradients() -> list[Tensor]:
+        nll = model(tokens, cu_seqlens=cu_seqlens, targets=targets).float()
+        return [nll.detach(), *torch.autograd.grad(nll.mean(), list(model.parameters()), materialize_grads=True)]
 
     with monkeypatch.context() as patch:
-        expected = loss_and_gradients()
+        expected = losses_and_gradients()
         distances = {}
         for name, kernel in kernels.items():
             patch.setattr(time_mixing, "_kernel", lambda _, kernel=kernel: kernel)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = loss_and_gradients()
-            difference, size = (
-                torch.stack([x.norm() for x in xs]).norm()
-                for xs in ([x - y for x, y in zip(found[1:], expected[1:], strict=True)], expected[1:])
-            )
-            distances[name] = (abs(float(found[0] - expected[0])), float(difference / size))
+                found = losses_and_gradients()
+            losses, *gradients = (x - y for x, y in zip(found, expected, strict=True))
+            difference, size = (torch.stack([x.norm() for x in xs]).norm() for xs in (gradients, expected[1:]))
+            distances[name] = Distances(float(losses.square().mean().sqrt()), float(difference / size))
     return distances
 
 
 def test_in_bfloat16_autocast_a_model_is_as_near_to_float32_as_with_the_sequential_kernel(
     emulation: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nearly all of the distance is the rounding of matrix products and of y, which both kernels have. It falls
-    differently, by 15 % from model to model (one standard deviation), and neither way on average: so over 8 models,
-    with three times what is left of that."""
+    """Nearly all of the distance is the rounding of matrix products and of y, which both kernels have. Another rounding
+    of one y changes all that follow, so distances of one model differ by chance: the losses' by 10 % (one standard
+    deviation), the gradients' by 5 % and in one model of 20 by far more, with either kernel the larger. Hence the
+    median. Over 77 models it was 1.009 ± 0.007 for gradients, and 1.001 ± 0.014 for losses; the bounds are 1 and four
+    standard deviations of what is left to chance in 8 models."""
     kernels = {
         "sequential": OnCpu(cuda, {"launch": emulation()}),
         "chunked": OnCpu(cuda_chunked, {"launch": emulation(), "shape": WIDE}),
     }
     distances = [distances_from_float32(seed, kernels, monkeypatch) for seed in range(8)]
-    ratio = math.prod(x["chunked"][1] / x["sequential"][1] for x in distances) ** (1 / len(distances))
-    assert ratio <= 1.16
-    sequential, chunked = (math.hypot(*(x[name][0] for x in distances)) for name in ("sequential", "chunked"))
-    assert chunked <= 1.5 * sequential
+    gradients = statistics.median(x["chunked"].gradients / x["sequential"].gradients for x in distances)
+    assert gradients <= 1 + 4 * 1.25 * 0.05 / 8**0.5  # a median's deviation is 1.25 of a mean's
+    sequential, chunked = (math.hypot(*(x[name].losses for x in distances)) for name in ("sequential", "chunked"))
+    assert chunked / sequential <= 1 + 4 * 0.10 / 8**0.5

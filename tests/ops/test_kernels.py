@@ -38,9 +38,11 @@ def test_float32_equals_the_definition(kernel: RunCase, decays: Decays) -> None:
     check_float32(kernel(make_case(LENGTHS, decays=decays)), expected(LENGTHS, decays, 2), decays)
 
 
+@pytest.mark.parametrize("lengths", [(2047, 2048), pytest.param((5000,), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("decays", ["whole range", "all slowest"])
-def test_float32_equals_the_definition_over_thousands_of_tokens(kernel: RunCase, decays: Decays) -> None:
-    lengths = (2047, 2048, 5000)
+def test_float32_equals_the_definition_over_thousands_of_tokens(
+    kernel: RunCase, decays: Decays, lengths: tuple[int, ...]
+) -> None:
     check_float32(kernel(make_case(lengths, decays=decays, heads=1)), expected(lengths, decays, 1), decays)
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from streaming_rwkv.ops import launch, layer, nvrtc
+from streaming_rwkv.ops import launch, nvrtc
 from streaming_rwkv.ops.build import kernel_source
 from streaming_rwkv.ops.launch import Kernel
 from streaming_rwkv.ops.testing import errors
 from tests.ops import layer_kernels as kernels
 
-BARRIER = "__syncthreads();"
 SOURCE = kernel_source(launch.CUDA_SOURCE)
 
 
@@ -46,21 +44,22 @@ def errors_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
 USES: tuple[Callable[[], dict[str, float]], ...] = (norm_mix, cross_entropy, cross_entropy, sums)
 
 
-def test_every_barrier_is_known() -> None:
-    assert SOURCE.read_text().count(BARRIER) == len(USES)
+BARRIERS = [number for number, line in enumerate(SOURCE.read_text().splitlines(), 1) if "__syncthreads();" in line]
 
 
-@pytest.mark.parametrize("number", range(len(USES)))
-def test_each_barrier_is_missed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a broken kernel is not worth keeping
-    pieces = SOURCE.read_text().split(BARRIER)
-    source = tmp_path / "layer.cu"
-    source.write_text(BARRIER.join(pieces[: number + 1]) + BARRIER.join(pieces[number + 1 :]))
+def test_every_barrier_has_its_use() -> None:
+    assert len(BARRIERS) == len(USES)
+
+
+@pytest.mark.parametrize(("line", "use"), list(zip(BARRIERS, USES, strict=False)))
+def test_no_barrier_can_be_left_out(
+    line: int, use: Callable[[], dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     worst = 0.0
     for seed in range(3):
-        broken = kernels.cuda_on_cpu(source=source, seed=seed)
-        monkeypatch.setattr(layer, "launcher", lambda _, broken=broken: broken)
-        worst = max(worst, *USES[number]().values())
+        broken = kernels.cuda_on_cpu(left_out=line, seed=seed)
+        monkeypatch.setattr(launch, "launcher", lambda _, broken=broken: broken)
+        worst = max(worst, *use().values())
     assert worst > 1e-3
 
 
@@ -69,7 +68,7 @@ def test_the_order_of_threads_changes_no_bit(width: int, monkeypatch: pytest.Mon
     found = []
     for seed in (1, 2):
         run = kernels.cuda_on_cpu(seed=seed)
-        monkeypatch.setattr(layer, "launcher", lambda _, run=run: run)
+        monkeypatch.setattr(launch, "launcher", lambda _, run=run: run)
         found.append(kernels.run(kernels.norm_mix_case([40, 17], width=width), torch.float32))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

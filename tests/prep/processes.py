@@ -65,7 +65,7 @@ def workers(group: int) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], Found], *, seconds: float = 60) -> Found:
+def wait_for(condition: Callable[[], Found], *, seconds: float = 240) -> Found:
     """Wait until the condition is true, and return its value."""
     end = time.monotonic() + seconds
     while not (found := condition()):

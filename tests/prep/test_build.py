@@ -144,7 +144,8 @@ def test_the_split_does_not_change_when_files_move(config, write_lines, tmp_path
 
 
 # Streaming leaves its shard files to the garbage collector.
-@pytest.mark.slow  # not beside other tests: Streaming takes names of shared memory without a lock
+@pytest.mark.slow
+@pytest.mark.alone  # Streaming takes names of shared memory without a lock
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_streaming_reads_the_data_set(config, write_lines, tmp_path):
     from streaming import StreamingDataset

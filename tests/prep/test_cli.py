@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prep.__main__ import _parse, main
+from prep.__main__ import command_parser, main
 from prep.build import build
 from prep.config import PrepConfig
+from streaming_rwkv.arguments import parse_with_overrides
 from streaming_rwkv.config import load_config
 from streaming_rwkv.tokenizer import load_tokenizer
 
@@ -134,7 +135,7 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
     to = tmp_path / "bpe"
     arguments = ["seed=3", "--vocab-size", "260", "edges=[128]", "--to", str(to), "validation=0.1", "seed=4"]
     assert main(["train-tokenizer", recipe, *arguments]) == 0
-    parsed = _parse(["train-tokenizer", recipe, *arguments])
+    parsed = parse_with_overrides(command_parser(), ["train-tokenizer", recipe, *arguments])
     assert parsed.overrides == ["seed=3", "edges=[128]", "validation=0.1", "seed=4"]
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from streaming_rwkv.data.batch import Batch
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
@@ -44,7 +44,7 @@ def results(batch: Batch, *, sharded: bool) -> tuple[torch.Tensor, dict[str, tor
         if p.grad is not None
     }
     with torch.autocast("cpu", torch.bfloat16):
-        sampled = list(generate(network, [1, 2, 3], max_tokens=4, temperature=0))
+        sampled = list(generate_tokens(network, [1, 2, 3], max_tokens=4, temperature=0))
     return outputs["nll"].detach(), gradients, sampled
 
 

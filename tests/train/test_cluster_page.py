@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from streaming_rwkv.config import load_config, validate
 from streaming_rwkv.train.config import RunConfig
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from streaming_rwkv.data.batch import Batch, blank_pack, collate, count_tokens, split_batch
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.train.composer_model import LossByStream, RWKV7ForTraining, add_by_stream
+from tests.fork_server import ForkServer
 
 VOCAB_SIZE = 23
 
@@ -122,14 +122,14 @@ def test_composer_computes_no_metrics_of_its_own_in_training() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_sharding_does_not_change_what_is_computed_in_bf16() -> None:
+def test_sharding_does_not_change_what_is_computed_in_bf16(programs: ForkServer) -> None:
     """Composer's own setting rounds the residual stream and the states to bf16; then no texts could be sampled."""
     worker = Path(__file__).with_name("sharding_worker.py")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1",
         str(worker),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = programs.run(command, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "sharding_worker.py equal"
 

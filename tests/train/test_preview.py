@@ -171,7 +171,7 @@ def test_begin_and_end_of_a_document_are_marked(capsys, monkeypatch):
 
 
 def test_every_setting_that_a_checkpoint_is_compared_by_can_be_allowed_to_change(config):
-    run = load_config(RunConfig, str(config), overrides=[])
+    run = load_config(RunConfig, str(config), overrides=["data.skip_steps=[[1, 1]]"])
     prepared = prepare(run, world_size=1, fetch=True)
     (allowed,) = get_args(CheckpointConfig.model_fields["allow_changed"].annotation)
     assert set(get_args(allowed)) == set(prepared.identity)
@@ -182,6 +182,15 @@ def test_processes_must_be_positive(config, capsys):
     with pytest.raises(SystemExit):
         main([str(config), "--dry-run", "--processes", "0"])
     assert "--processes: found 0, expected 1 or more" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_kept_are_counted(config, capsys):
+    assert main([str(config), "--dry-run"]) == 0
+    assert "2 kept" in capsys.readouterr().out
+    assert main([str(config), "--dry-run", "checkpoint.interval_steps=5", "checkpoint.keep_every=10"]) == 0
+    out = capsys.readouterr().out
+    steps = int(re.search(r"│ steps +│ ([\d,]+) of", out)[1].replace(",", ""))
+    assert f"{len({*range(10, steps + 1, 10), steps, steps // 5 * 5 - 5 * (steps % 5 == 0)})} kept" in out
 
 
 def test_checkpoints_are_due_at_each_interval_and_at_the_end():

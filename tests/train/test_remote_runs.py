@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming_rwkv.inference import export
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main
 from tests.fault_proxy import Fault, FaultProxy
 from tests.fork_server import ForkServer
-from tests.s3_server import SECRET_KEY, S3Server
 from tests.train.test_runs import (
     FREEZE,
     SETTINGS,
@@ -33,6 +32,7 @@ from tests.train.test_runs import (
     last_weights,
     newest_step,
 )
+from tools.s3_server import SECRET_KEY, S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -110,7 +110,7 @@ def test_a_run_whose_machine_is_lost_resumes_from_the_bucket_alone(
         "checkpoints", "config.yaml", "metrics.jsonl", "tensorboard", "tokenizer"
     }  # fmt: skip
 
-    assert export.main([f"{s3_place}/run", str(tmp_path / "model.pth"), "--dtype", "float32"]) == 0
+    assert command_line.export([f"{s3_place}/run", str(tmp_path / "model.pth"), "--dtype", "float32"]) == 0
     exported, expected = read_state(tmp_path / "model.pth"), last_weights(tmp_path / "quiet")
     assert all(torch.equal(exported[name], expected[name].squeeze()) for name in ("emb.weight", "head.weight"))
 

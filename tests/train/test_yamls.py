@@ -14,15 +14,17 @@ import torch
 
 from prep.config import PrepConfig
 from streaming_rwkv.config import load_config
-from streaming_rwkv.inference import export
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.data.mixture import make_plan
+from streaming_rwkv.inference import command_line
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.weights import load_model, read_state
+from streaming_rwkv.model.weights import read_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import prepare
+from tests.data.streams import stream
 from tests.fork_server import ForkServer
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "yamls").rglob("*.yaml"))
@@ -155,7 +157,7 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     assert "this run is finished" in run("stage2", *settings)
 
     # The trained model, exported, continues a text in BlinkDL's package as it does in ours.
-    assert export.main([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
+    assert command_line.export([str(tmp_path / "stage2"), str(tmp_path / "model.pth")]) == 0
     tokenizer_json = tmp_path / "stage2" / "tokenizer" / "tokenizer.json"
     worker = [
         ROOT / "tests" / "inference" / "rwkv_worker.py",
@@ -169,11 +171,33 @@ def test_stage_1_then_stage_2_run_on_a_cpu_with_overrides_only(
     their_ids, their_text = json.loads((tmp_path / "out").read_text())
     tokenizer = load_tokenizer(tmp_path / "stage2" / "tokenizer")
     prompt = [tokenizer.bos_id, *tokenizer.encode("abc de").tolist()]
-    model = load_model(tmp_path / "model.pth")
-    ids = list(generate(model, prompt, max_tokens=100, temperature=0, stop={tokenizer.eos_id}))
+    model = read_model(tmp_path / "model.pth")
+    ids = list(generate_tokens(model, prompt, max_tokens=100, temperature=0, stop={tokenizer.eos_id}))
     ours, theirs = ([*found, tokenizer.eos_id][:100] for found in (ids, their_ids))  # its end is a choice too
     compared = clear_choices(model, prompt, ours)
     assert compared >= 5
     assert ours[:compared] == theirs[:compared]
     assert tokenizer.decode(their_ids) == their_text
     assert len(ids) > 20
+
+
+def test_stage_3_reads_long_documents_in_the_shares_that_it_names() -> None:
+    recipe = load_config(PrepConfig, ROOT / "yamls" / "prep" / "long.yaml")
+    run = load_config(RunConfig, ROOT / "yamls" / "stage3_long.yaml")
+    assert recipe.pack_tokens == recipe.edges[-1] == 32768
+    bounds = list(zip([1, *(edge + 1 for edge in recipe.edges)], recipe.edges, strict=False))
+    streams = [
+        stream(source, upper, 400, targets_per_pack=32_000).model_copy(update={"lower": lower})
+        for source in recipe.sources
+        for lower, upper in bounds
+    ]
+    plan = make_plan(run.data.stages, streams, batch_packs=32, seed=17, block_shards=4)
+    for part, targets in zip(run.data.stages, plan.expected_targets(), strict=True):
+        assert targets.sum() == pytest.approx(part.tokens, rel=1e-3)  # whole steps of a million tokens
+        by_bucket = {
+            f"{lower}-{upper}": sum(t for s, t in zip(streams, targets, strict=True) if s.lower == lower)
+            for lower, upper in bounds
+        }
+        assert by_bucket["1-1024"] == 0
+        for bucket, share in (part.buckets or {}).items():
+            assert by_bucket[bucket] / targets.sum() == pytest.approx(share, abs=1e-3), bucket

@@ -13,6 +13,7 @@ from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.callbacks.learning_rate import LearningRate
+from streaming_rwkv.train.callbacks.profiling import Profile
 from streaming_rwkv.train.callbacks.samples import Samples
 from streaming_rwkv.train.callbacks.stage_number import StageNumber
 from streaming_rwkv.train.callbacks.step_seed import StepSeed
@@ -43,11 +44,17 @@ def build_callbacks(prepared: PreparedRun, *, mirror: Mirror | None, peak_flops:
     save_folder, interval = Path(config.save_folder), config.log.interval_steps
     validation_records = prepared.shard_set.manifest.select("validation")
     consumption = Consumption(plan.streams, interval_steps=interval)
-    clipping = ClipGradient(config.optimizer.gradient_clip, on_nonfinite=config.on_nonfinite)
+    clipping = ClipGradient(
+        config.optimizer.gradient_clip,
+        on_nonfinite=config.on_nonfinite,
+        on_spike=config.on_spike,
+        skip_steps=config.data.skip_steps,
+    )
     checkpointer = Checkpointer(
         save_folder / "checkpoints",
         interval_steps=config.checkpoint.interval_steps,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
         last_step=plan.steps,
         run=prepared.identity,
         slots_before=plan.slots_before,
@@ -76,6 +83,8 @@ def build_callbacks(prepared: PreparedRun, *, mirror: Mirror | None, peak_flops:
         ),
         checkpointer,
     ]
+    if config.profile is not None:
+        callbacks.append(Profile(save_folder, config.profile))
     if validation_records:
         callbacks.append(ValidationReport(validation_records))
     return RunCallbacks(

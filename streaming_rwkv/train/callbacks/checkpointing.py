@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,16 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from streaming_rwkv.distributed import all_reduce_sum
+from streaming_rwkv.distributed import all_reduce_sum, is_rank_zero
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
 from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
+
+STDERR = 2
+STOPPING = b"stopping: finishing this step and writing a checkpoint; press Ctrl-C again to stop at once\n"
 
 
 class Checkpointer(Callback):
@@ -30,6 +35,7 @@ class Checkpointer(Callback):
         *,
         interval_steps: int,
         keep: int,
+        keep_every: int | None = None,
         last_step: int,
         run: dict[str, Any],
         slots_before: Callable[[int], int],
@@ -40,6 +46,7 @@ class Checkpointer(Callback):
         self.root = root
         self.interval_steps = interval_steps
         self.keep = keep
+        self.keep_every = keep_every
         self.last_step = last_step
         self.run = run
         self.slots_before = slots_before
@@ -51,7 +58,7 @@ class Checkpointer(Callback):
 
     def listen(self) -> None:
         """Handle SIGTERM and the first Ctrl-C as requests to stop at the end of the step."""
-        interrupted = False
+        interrupted, announces = False, is_rank_zero()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             nonlocal interrupted
@@ -60,6 +67,9 @@ class Checkpointer(Callback):
             if number == signal.SIGINT and interrupted:
                 raise KeyboardInterrupt
             interrupted = interrupted or number == signal.SIGINT
+            if announces and not self.asked_to_stop:
+                with contextlib.suppress(OSError):
+                    os.write(STDERR, STOPPING)  # `print` may be what the signal interrupts, and cannot be re-entered
             self.asked_to_stop = True
 
         signal.signal(signal.SIGTERM, on_signal)
@@ -89,6 +99,7 @@ class Checkpointer(Callback):
             slots=self.slots_before(step),
             seconds=state.timestamp.total_wct.total_seconds(),
             steps_skipped=self.clipping.skipped,
+            gradient_norms=self.clipping.gradient_norms,
             consumed=self.consumption.consumed(),
         )
         path = save_checkpoint(
@@ -98,6 +109,7 @@ class Checkpointer(Callback):
             progress=progress,
             run=self.run,
             keep=0 if mirror and self.stopping else self.keep,
+            keep_every=self.keep_every,
         )
         if mirror and not failed and self.stopping:
             failed = not mirror.settle()

@@ -18,7 +18,7 @@ from composer.loggers import Logger, TensorboardLogger
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
@@ -77,7 +77,7 @@ class Samples(Callback):
     def _sample(self, model: RWKV7ForTraining, number: int) -> list[int]:
         # No stop token: ranks whose logits differ in the last bit must still take the same number of steps, or they
         # would wait for each other indefinitely.
-        tokens = generate(
+        tokens = generate_tokens(
             model.network,
             self.prompts[number],
             max_tokens=self.config.sample_tokens,

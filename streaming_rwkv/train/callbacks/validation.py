@@ -10,6 +10,7 @@ from composer.loggers import Logger
 
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.composer_model import LossByStream
+from streaming_rwkv.train.position import position_metrics
 
 
 def groups_of(streams: Sequence[StreamRecord]) -> dict[str, list[int]]:
@@ -44,7 +45,7 @@ def validation_metrics(groups: Mapping[str, Sequence[int]], totals: Mapping[str,
 
 
 class ValidationReport(Callback):
-    """Loss, perplexity and bits per byte on the validation packs: of all, by source, by bucket and by stream."""
+    """Loss, perplexity and bits per byte on the validation packs: of all, by source, bucket, stream and position."""
 
     def __init__(self, streams: Sequence[StreamRecord]) -> None:
         self.groups = groups_of(streams)
@@ -52,7 +53,7 @@ class ValidationReport(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         metric = state.eval_metrics["eval"]["loss"]
         assert isinstance(metric, LossByStream)
-        logger.log_metrics(validation_metrics(self.groups, metric.totals))
+        logger.log_metrics(validation_metrics(self.groups, metric.totals) | position_metrics(metric.totals))
 
 
 def evaluation_interval(interval_steps: int, *, last_step: int) -> Callable[[State, Event], bool]:

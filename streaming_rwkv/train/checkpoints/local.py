@@ -120,11 +120,13 @@ def save_checkpoint(
     progress: Progress,
     run: Mapping[str, Any],
     keep: int,
+    keep_every: int | None = None,
 ) -> Path:
     """Write a checkpoint with all ranks together, then keep the `keep` newest on disk (0: all).
 
     Args:
         run: the settings of the run, as JSON values.
+        keep_every: the checkpoints of steps that are multiples of it stay on disk too.
     """
     step = progress.step
     final, writing = root / step_name(step), temporary_path(root / step_name(step))
@@ -148,10 +150,12 @@ def save_checkpoint(
     # Rank 0's mark for all: each rank measures slightly different times.
     content = broadcast_object(mark_content(run=run, progress=progress, files=files))
     if is_rank_zero():
-        _complete(writing, final, content, keep=keep, step=step)
+        install(writing, final, content)
+        prune(LocalCheckpoints(root), keep=keep, last_step=step, keep_every=keep_every)
     barrier()
     if own_disk:  # decided once above: NFS may still show a folder that another node has just renamed
-        _complete(writing, final, content, keep=keep, step=step)
+        install(writing, final, content)
+        prune(LocalCheckpoints(root), keep=keep, last_step=step, keep_every=keep_every)
     barrier()
     return final
 
@@ -173,11 +177,6 @@ def _make_room(final: Path, writing: Path) -> None:
 def replaced_path(path: Path) -> Path:
     """Return the name that a damaged checkpoint has from when it is replaced until it is removed."""
     return temporary_path(path.with_name(f"{path.name}.replaced"))
-
-
-def _complete(writing: Path, final: Path, content: bytes, *, keep: int, step: int) -> None:
-    install(writing, final, content)
-    prune(LocalCheckpoints(final.parent), keep=keep, last_step=step)
 
 
 def install(writing: Path, final: Path, mark: bytes) -> None:

@@ -78,6 +78,8 @@ class Progress(Config):
     """Missing in marks of an earlier version, where a batch never changed its size."""
     seconds: NonNegativeFloat
     steps_skipped: NonNegativeInt = 0
+    gradient_norms: list[NonNegativeFloat] | None = None
+    """Of the last steps, if `on_spike` is configured."""
     consumed: dict[str, NonNegativeFloat]
     """Targets trained on, by stream."""
 

@@ -26,7 +26,7 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import fsync, temporary_path
 from streaming_rwkv.location import checked_location, is_remote
-from streaming_rwkv.model.marked_files import FORMAT, CheckpointError
+from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, check_exists
 from streaming_rwkv.model.weights import is_weights_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import Store, open_store
@@ -64,17 +64,24 @@ def plan_from(plan: Plan, mark: CompletionMark, *, where: str) -> Plan:
     return plan
 
 
-def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str]) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, run: Mapping[str, Any], *, allow: frozenset[str], branching: bool = False
+) -> None:
     """Refuse to resume with other data, another mixture or another batch size than the checkpoint was made with.
 
     Raises:
         CheckpointError: names each key that differs, with both values.
     """
-    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path))
+    check_same_settings(checkpoint.mark, run, allow=allow, where=str(checkpoint.path), branching=branching)
 
 
-def check_same_settings(mark: CompletionMark, run: Mapping[str, Any], *, allow: frozenset[str], where: str) -> None:
+def check_same_settings(
+    mark: CompletionMark, run: Mapping[str, Any], *, allow: frozenset[str], where: str, branching: bool = False
+) -> None:
     """Compare the settings in a completion mark with those of a run.
+
+    Args:
+        branching: the run starts from another run's checkpoint; decides the advice in the error.
 
     Raises:
         CheckpointError: made with a data set of an earlier format, or names each key that differs, with both values.
@@ -85,17 +92,30 @@ def check_same_settings(mark: CompletionMark, run: Mapping[str, Any], *, allow: 
             "with `python -m prep build RECIPE`, and start a run from these weights in another `save_folder` "
             f"(`model.init_from: {where}`)"
         )
-    before = mark.run.settings()
+    before, run = (_until(mark.step, settings) for settings in (mark.run.settings(), run))
     differing = [key for key in sorted({*before, *run}) if before.get(key) != run.get(key) and key not in allow]
     if differing:
         lines = [
             f"{key}: the checkpoint has {_short(before.get(key))}, this run {_short(run.get(key))}" for key in differing
         ]
+        names = ",".join(differing)
+        advice = (
+            f"Set the value back, or, if the change is meant, say checkpoint.allow_changed=[{names}]"
+            if branching
+            else "Give the run another `save_folder`, set the value back, or, if the change is meant, say "
+            f"checkpoint.allow_changed=[{names}]"
+        )
         raise CheckpointError(
             f"{where}: made by a run with other settings; steps already taken would not be those of this "
-            "run.\n  " + "\n  ".join(lines) + "\nGive the run another `save_folder`, set the value back, or, if the "
-            f"change is meant, say checkpoint.allow_changed=[{','.join(differing)}]"
+            "run.\n  " + "\n  ".join(lines) + f"\n{advice}"
         )
+
+
+def _until(step: int, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings as they decided the steps until `step`: steps can still be left out after it."""
+    skipped = [[first, min(last, step)] for first, last in run.get("skip_steps", []) if first <= step]
+    others = {key: value for key, value in run.items() if key != "skip_steps"}
+    return {**others, "skip_steps": skipped} if skipped else others
 
 
 def _short(value: object) -> str:
@@ -228,7 +248,20 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
             store.get_file(name, folder / path)
 
 
-# Reading weights
+# Reading
+
+
+def mark_at(location: str | Path) -> CompletionMark:
+    """Return the completion mark of a run's newest checkpoint, or of the one at `location`; nothing else is fetched.
+
+    Raises:
+        CheckpointError: no complete checkpoint there.
+        StorageError: the store cannot be read.
+    """
+    if not is_remote(location):
+        return read_mark(_find_local(Path(location)))
+    with _run_of(location) as (store, step):
+        return _find(store, step, location).mark
 
 
 @contextmanager
@@ -244,17 +277,36 @@ def local_checkpoint(location: str | Path) -> Iterator[Path]:
         StorageError: the store cannot be read, or sends damaged objects.
     """
     if not is_remote(location):
-        if not Path(location).exists():
-            raise CheckpointError(
-                f"{location}: no such file or folder; give a run's save folder, one of its checkpoints, a .pth, or a "
-                "Hugging Face folder"
-            )
+        check_exists(location)
         yield _find_local(Path(location))
         return
     with _run_of(location) as (store, step), TemporaryDirectory(prefix="checkpoint-") as temporary:
         found = _find(store, step, location)
         _fetch(store, found, Path(temporary), logs=[TOKENIZER_FOLDER])
         yield Path(temporary) / CHECKPOINTS / found.name
+
+
+@contextmanager
+def local_run(location: str | Path, *, last: int) -> Iterator[Path]:
+    """Yield a folder with a run's newest checkpoints. Those in object storage are copied for the block.
+
+    Args:
+        location: the save folder of a run, or its place on s3://….
+        last: number of checkpoints to copy.
+    Raises:
+        CheckpointError: a checkpoint in the store is damaged, or `location` is not a run.
+        StorageError: the store cannot be read, or sends damaged objects.
+    """
+    if not is_remote(location):
+        if not (Path(location) / CHECKPOINTS).is_dir():
+            raise CheckpointError(f"{location}: not a run: it has no folder {CHECKPOINTS!r}; give a run's save folder")
+        yield Path(location)
+        return
+    with _run_of(location) as (store, _), TemporaryDirectory(prefix="run-") as temporary:
+        place = RemoteCheckpoints(store)
+        for step in sorted(step for step in place.steps() if not place.is_interrupted(step))[-last:]:
+            _fetch(store, _find(store, step, location), Path(temporary), logs=[TOKENIZER_FOLDER])
+        yield Path(temporary)
 
 
 def node_checkpoint(location: str, folder: Path) -> Path:

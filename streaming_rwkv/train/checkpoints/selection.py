@@ -69,17 +69,20 @@ def newest(place: CheckpointPlace[FoundT]) -> FoundT | None:
     return None
 
 
-def prune(place: CheckpointPlace[object], *, keep: int, last_step: int) -> None:
+def prune(place: CheckpointPlace[object], *, keep: int, last_step: int, keep_every: int | None = None) -> None:
     """Remove all but the `keep` newest checkpoints up to `last_step`, and interrupted ones before it.
 
     A checkpoint of a later step is damaged, or the run would have resumed from it: a person has to look at it.
 
     Args:
         keep: 0 keeps all.
+        keep_every: the checkpoints of steps that are multiples of it are kept too.
     """
     steps = sorted(step for step in place.steps() if step <= last_step)
     marked = [step for step in steps if place.has_mark(step)]
     kept = {last_step, *marked[-keep:]}
+    if keep_every is not None:
+        kept |= {step for step in marked if step % keep_every == 0}
     for step in steps:
         if step not in kept and (keep or place.is_interrupted(step)):
             place.remove(step)

@@ -50,17 +50,19 @@ class MirrorError(UserError):
 class Mirror:
     """This rank's uploads of a run's folder to a store. All ranks call the methods together."""
 
-    def __init__(self, store: Store, folder: Path, *, keep: int) -> None:
+    def __init__(self, store: Store, folder: Path, *, keep: int, keep_every: int | None = None) -> None:
         """Connect the save folder with the store; nothing is sent yet.
 
         Args:
             store: the run's folder; its timeout limits how long an upload may make no progress before the run stops.
             folder: the save folder, which is only read.
             keep: the number of checkpoints that stay in the store, the newest ones; 0 keeps all.
+            keep_every: the checkpoints of steps that are multiples of it stay too.
         """
         self.store = store
         self.folder = folder
         self.keep = keep
+        self.keep_every = keep_every
         self._stage: Literal["idle", "files", "sealing"] = "idle"
         self._checkpoint = Path()
         self._sent: dict[str, tuple[int, int]] = {}  # logs by name: time and size when uploaded
@@ -190,7 +192,8 @@ class Mirror:
         self._check_writer()
         self.store.put_bytes((checkpoint / MARK_NAME).read_bytes(), folder + MARK_NAME)
         self.store.delete(name for name in self.store.list(folder) if name.startswith(folder + UPLOADING))
-        prune(RemoteCheckpoints(self.store), keep=self.keep, last_step=read_mark(checkpoint).step)
+        step = read_mark(checkpoint).step
+        prune(RemoteCheckpoints(self.store), keep=self.keep, last_step=step, keep_every=self.keep_every)
 
     def _send_logs(self) -> None:
         self._check_writer()

@@ -25,7 +25,7 @@ from streaming_rwkv.shards import SPLITS, DataError
 from streaming_rwkv.storage import StorageError, Store, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.prep.processes import wait_for
-from tests.s3_server import S3Server
+from tools.s3_server import S3Server
 
 
 @pytest.fixture

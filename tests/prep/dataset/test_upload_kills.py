@@ -16,7 +16,7 @@ from prep.dataset.verification import verify
 from streaming_rwkv.storage import Store, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.prep.processes import kill, started, wait_for
-from tests.s3_server import S3Server
+from tools.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +113,7 @@ def test_a_build_killed_during_uploads_gives_the_same_bytes(recipe, expected, st
         assert "Uploads" not in client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
 
 
+@pytest.mark.alone  # the server must be back before patience ends
 def test_a_build_survives_a_restart_of_the_server(recipe, expected, store, proxy, s3_server):
     proxy.add(
         Fault(kind="status", status=503, method="PUT", path="manifest"),  # no end before the kills

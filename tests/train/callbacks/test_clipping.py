@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from composer.core import State
 from composer.loggers import Logger
 
 from streaming_rwkv.train.callbacks.clipping import ClipGradient, TrainingStopped
+from streaming_rwkv.train.config import SpikeConfig
 from tests.train.callbacks.run_state import state_at
 
 
@@ -68,3 +69,41 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(value: float) -> None:
     clip.after_train_batch(state, logger)
     state.optimizers[0].step()  # the next step is taken again
     assert not any(torch.equal(a, b) for a, b in zip(state.model.parameters(), before, strict=True))
+
+
+def spiking(reaction: Literal["skip", "stop"]) -> ClipGradient:
+    """After norms of 0.5, so that the 5 of `with_gradient` is ten times their median."""
+    clip = ClipGradient(1.0, on_nonfinite="stop", on_spike=SpikeConfig(norm_over=8, window=4, reaction=reaction))
+    clip.load(skipped=2, norms=[0.5, 0.5, 0.5])
+    return clip
+
+
+def test_a_spike_is_skipped_and_counted() -> None:
+    state, logger, metrics, before = with_gradient(3.0)
+    clip = spiking("skip")
+    clip.after_train_batch(state, logger)
+    state.optimizers[0].step()
+    assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), before, strict=True))
+    assert (clip.skipped, clip.gradient_norms) == (3, [0.5, 0.5, 0.5, 5.0])
+    assert metrics["optimizer/steps_skipped"] == 3
+
+
+def test_a_spike_stops_the_run_with_the_step_to_leave_out() -> None:
+    state, logger, _, _ = with_gradient(3.0)
+    with pytest.raises(TrainingStopped) as stopped:
+        spiking("stop").after_train_batch(state, logger)
+    assert str(stopped.value) == (
+        "step 7: the gradient's norm is 5, 10.0 times the running median 0.5, and on_spike.norm_over is 8. Resume from "
+        "the last checkpoint with data.skip_steps=[[7,7]] to leave the step out, or raise on_spike.norm_over"
+    )
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan])
+@pytest.mark.parametrize(("skip_steps", "left_out"), [([(5, 7)], True), ([(7, 7)], True), ([(1, 6), (8, 9)], False)])
+def test_steps_are_left_out_by_their_number(value: float, skip_steps: list[tuple[int, int]], left_out: bool) -> None:
+    state, logger, _, _ = with_gradient(value)  # of step 7
+    clip = ClipGradient(1.0, on_nonfinite="skip", skip_steps=skip_steps)
+    clip.after_train_batch(state, logger)
+    assert clip.skipped == int(left_out or math.isnan(value))
+    gradients = [parameter.grad for parameter in state.model.parameters()]
+    assert all(gradient is None for gradient in gradients) == bool(clip.skipped)

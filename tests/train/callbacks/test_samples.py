@@ -20,16 +20,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.inference.sampling import generate
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
-from streaming_rwkv.model.weights import load_model, read_state
+from streaming_rwkv.model.weights import read_model, read_state
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.callbacks.samples import Samples, text_until_end
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 from tests.fork_server import ForkServer
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[3]
 WORDS = 20
@@ -96,7 +96,9 @@ def test_each_prompt_is_continued_as_generation_does(tokenizer_folder: Path, tmp
     expected = []
     for number, tokens in enumerate([[0, 3, 4], [0]]):
         generator = torch.Generator().manual_seed(5 + number)
-        sampled = list(generate(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator))
+        sampled = list(
+            generate_tokens(state.model.network, tokens, max_tokens=6, top_p=0.9, stop={0}, generator=generator)
+        )
         expected.append({"step": 12, "prompt": prompts[number], "text": tokenizer.decode(sampled)})
     assert lines_of(tmp_path / "samples.jsonl") == expected
     assert all(line["text"] for line in expected)
@@ -199,9 +201,9 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
     assert len({line["text"] for line in lines}) > 1
     tokenizer = load_tokenizer(sampled / "tokenizer")
     for place, line in enumerate(lines):
-        model = load_model(sampled / "checkpoints" / f"step-{line['step']:08}")
+        model = read_model(sampled / "checkpoints" / f"step-{line['step']:08}")
         tokens = [tokenizer.bos_id, *tokenizer.encode(line["prompt"]).tolist()]
         generator = torch.Generator().manual_seed(17 + place % 2)  # each prompt has its own, the same at every step
-        sampled = list(generate(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
+        sampled = list(generate_tokens(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
         assert line["text"] == tokenizer.decode(sampled)
     assert not (plain / "samples.jsonl").exists()

@@ -55,9 +55,25 @@ def progress(step: int) -> Progress:
     return Progress(step=step, tokens=100 * step, samples=step, seconds=0, consumed={})
 
 
-def save(root: Path, step: int, *, keep: int = 0, seed: int | None = None, layers: int = 1) -> Path:
+def save(
+    root: Path,
+    step: int,
+    *,
+    keep: int = 0,
+    keep_every: int | None = None,
+    seed: int | None = None,
+    layers: int = 1,
+) -> Path:
     network, optimizer = trained(seed=step if seed is None else seed, layers=layers)
-    return save_checkpoint(root, model=network, optimizer=optimizer, progress=progress(step), run=RUN, keep=keep)
+    return save_checkpoint(
+        root,
+        model=network,
+        optimizer=optimizer,
+        progress=progress(step),
+        run=RUN,
+        keep=keep,
+        keep_every=keep_every,
+    )
 
 
 def steps_below(root: Path) -> list[str]:
@@ -220,6 +236,14 @@ def test_the_last_n_on_disk_are_kept(tmp_path: Path) -> None:
     assert steps_below(tmp_path) == ["step-00000005"]
     save(tmp_path, 6, keep=0)
     assert steps_below(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_checkpoints_of_every_nth_step_stay_beside_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        save(tmp_path, step, keep=2, keep_every=4)
+    assert steps_below(tmp_path) == ["step-00000004", "step-00000008", "step-00000010"]
+    save(tmp_path, 12, keep=1)  # without it, they are as the others
+    assert steps_below(tmp_path) == ["step-00000012"]
 
 
 def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A real S3 server on loopback: SeaweedFS, one process, with credentials, that can be killed and started again.
 
-`python -m tests.s3_server` (or `make s3`) starts one for hand trials; the fixture `s3_server` is one for all tests.
+`python -m tools.s3_server` (or `make s3`) starts one for hand trials; the fixture `s3_server` is one for all tests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ports import free_ports
+from tools.ports import free_ports
 
 ACCESS_KEY = "test-access-key"
 PUBLIC_BUCKET = "public"

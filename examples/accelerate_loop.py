@@ -1,0 +1,66 @@
+"""Train a small RWKV-7 with Hugging Face Accelerate, on one process or many.
+
+    pip install '.[examples]'
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py DATA_SET runs/accelerate
+
+The data set divides each step among the processes itself, so it does not go through `accelerator.prepare`. Its state
+is saved with the others, and may be loaded by another number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from streaming_rwkv import RWKV7, RWKV7Config, initialize, open_dataset
+
+
+def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
+    """Train for one pass over the data, or up to a step; return the last step's loss in nats per token."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # it would not look for other processes on a CPU
+    state, loss = folder / "state", float("nan")
+    with open_dataset(
+        data,
+        batch_packs=batch_packs,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        cache=folder / "cache",
+    ) as dataset:
+        shape = RWKV7Config(vocab_size=dataset.manifest.tokenizer.vocab_size, hidden_size=64, num_layers=2)
+        network = RWKV7(shape)
+        initialize(network, seed=17)
+        model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters(), lr=1e-3))
+        accelerator.register_for_checkpointing(dataset)
+        if state.exists():
+            accelerator.load_state(str(state))
+        for batch in dataset:
+            tokens, targets = batch["tokens"].to(accelerator.device), batch["targets"].to(accelerator.device)
+            nll = model(tokens, cu_seqlens=batch["cu_seqlens"], targets=targets)
+            # Gradients are averaged over processes, and the loss is the mean over all their targets.
+            sums = accelerator.reduce(torch.stack([nll.detach().sum(), (targets >= 0).sum()]), "sum")
+            optimizer.zero_grad()
+            accelerator.backward(nll.sum() * accelerator.num_processes / sums[1])
+            optimizer.step()
+            loss = float(sums[0] / sums[1])
+            step = dataset.step  # the number of batches so far
+            is_last = step in (len(dataset), stop_at)
+            if is_last or step % 10 == 0:
+                accelerator.print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
+            if is_last or step % save_every == 0:
+                accelerator.save_state(str(state))
+            if is_last:
+                break
+    accelerator.end_training()
+    return loss
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("data", help="a folder, or s3://bucket/prefix")
+    parser.add_argument("folder", type=Path, help="for the state and the cache of shards")
+    parser.add_argument("--batch-packs", type=int, default=2, help="packs of a step (default: 2)")
+    options = parser.parse_args()
+    train(options.data, options.folder, batch_packs=options.batch_packs)

@@ -1,0 +1,9 @@
+"""Average a run's newest checkpoints: `python -m streaming_rwkv.average`; see `streaming_rwkv.inference.average`."""
+
+from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
+
+if __name__ == "__main__":
+    exit_if_missing(*BASE, *TRAIN, extra="train")  # before imports that would end in a traceback
+    from streaming_rwkv.inference.command_line import average
+
+    raise SystemExit(average())

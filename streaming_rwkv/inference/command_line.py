@@ -1,0 +1,209 @@
+"""Command lines of generate, evaluate, export and average, which check arguments and paths before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from streaming_rwkv.arguments import CommandParser
+from streaming_rwkv.config import UserError
+from streaming_rwkv.console import print_error, tolerate_any_encoding
+from streaming_rwkv.extras import TRAIN, exit_if_missing
+from streaming_rwkv.location import checked_local, checked_location
+from streaming_rwkv.model.marked_files import check_exists
+from streaming_rwkv.shards import SPLITS, check_is_finished
+
+_CHECKPOINT = "a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://"
+_DEVICE = "cpu, cuda, cuda:1, … (default: cuda if there is a GPU, otherwise cpu)"
+_OUT = "NAME.pth, NAME.gguf, or a folder for Hugging Face's format"
+DTYPES = ("bfloat16", "float16", "float32")
+LAYOUTS = ("fla", "transformers")
+SCHEMES = ("equal", "linear", "1-sqrt")
+
+
+def generate_parser(program: str) -> CommandParser:
+    """Return the parser of the command that generates text."""
+    parser = CommandParser(
+        prog=program,
+        description="Continue a text with a trained model.",
+        examples=[
+            '{prog} runs/mine "def "',
+            '{prog} RWKV-x070-World-0.1B.pth "Once upon a time" --tokenizer rwkv-world --max-tokens 100 --seed 1',
+            '{prog} s3://bucket/runs/stage2 "import" --temperature 0',
+        ],
+    )
+    parser.add_argument("checkpoint", help=_CHECKPOINT)
+    parser.add_argument("prompt", nargs="?", default="", help="beginning of the text (default: empty)")
+    parser.add_argument("--tokenizer", help="default: the tokenizer stored with the checkpoint")
+    parser.add_argument("--max-tokens", type=int, default=256, help="largest number of tokens to generate")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.9, help="probability mass to sample from")
+    parser.add_argument("--seed", type=int, help="random seed: the same seed repeats a text (default: random)")
+    parser.add_argument("--device", help=_DEVICE)
+    return parser
+
+
+def generate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.generate") -> int:
+    """Run the command that generates text, and return its exit status."""
+    options = generate_parser(program).parse_args(arguments)
+
+    def run() -> int:
+        check_exists(options.checkpoint)
+        _announce()
+        from streaming_rwkv.inference.generate import run
+
+        return run(options)
+
+    return _status(run)
+
+
+def evaluate_parser(program: str) -> CommandParser:
+    """Return the parser of the command that measures a checkpoint."""
+    parser = CommandParser(
+        prog=program,
+        description="Measure a checkpoint's loss on a data set, or its scores on tasks.",
+        examples=[
+            "{prog} runs/stage2 /data/stage2",
+            "{prog} model.pth s3://bucket/stage2 --packs-per-stream 20 --json",
+            "{prog} runs/stage2 --tasks lambada_openai,piqa --task-folder tasks --limit 500",
+        ],
+    )
+    parser.add_argument("checkpoint", help=_CHECKPOINT)
+    parser.add_argument("data", nargs="?", help="a data set that prep built: a folder, or s3://bucket/prefix")
+    tasks = parser.add_argument_group("standard tasks, instead of or beside a data set (extra: tasks)")
+    tasks.add_argument("--tasks", metavar="NAMES", help="names of lm-evaluation-harness, such as lambada_openai,piqa")
+    tasks.add_argument("--task-folder", metavar="DIR", help="folder with task YAMLs of your own")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
+    tasks.add_argument("--tokenizer", help="for tasks; default: the tokenizer stored with the checkpoint")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="the split to evaluate")
+    parser.add_argument(
+        "--packs-per-stream", type=int, metavar="N", help="evaluate only the first N packs of each stream"
+    )
+    parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
+    parser.add_argument("--device", help=_DEVICE)
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON, with the names that runs log")
+    return parser
+
+
+def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.evaluate") -> int:
+    """Run the command that measures a checkpoint, and return its exit status."""
+    parser = evaluate_parser(program)
+    options = parser.parse_args(arguments)
+    if options.packs_per_stream is not None and options.packs_per_stream < 1:
+        parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
+    if options.data is None and options.tasks is None:
+        parser.error("give a data set, or --tasks")
+
+    def run() -> int:
+        check_exists(options.checkpoint)
+        if options.data is not None:
+            check_is_finished(checked_location(options.data))
+        if options.tasks is not None:
+            exit_if_missing("lm_eval", extra="tasks")
+        _announce()
+        from streaming_rwkv.inference.evaluate import run
+
+        return run(options)
+
+    return _status(run)
+
+
+def export_parser(program: str) -> CommandParser:
+    """Return the parser of the command that writes weights for other programs."""
+    parser = CommandParser(
+        prog=program,
+        description="Write a checkpoint's weights for other programs: NAME.pth in BlinkDL's format (rwkv, RWKV-Runner, "
+        "his\ntrainers), NAME.gguf for llama.cpp, or a Hugging Face folder with the tokenizer.",
+        examples=[
+            "{prog} runs/stage2 model.pth",
+            "{prog} runs/stage2 model-hf --dtype float32",
+            "{prog} runs/stage2 model.gguf",
+        ],
+    )
+    parser.add_argument("checkpoint", help=_CHECKPOINT)
+    parser.add_argument("out", help=_OUT)
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="fla",
+        help="names of a folder's weights: those of fla, which llama.cpp, vLLM and SGLang read too, or those of "
+        "transformers' own RWKV-7",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
+    return parser
+
+
+def export(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.export") -> int:
+    """Run the command that writes weights for other programs, and return its exit status."""
+    options = export_parser(program).parse_args(arguments)
+
+    def run() -> int:
+        checked_local(options.out, remedy="give a local path, and copy the export from there")
+        check_exists(options.checkpoint)
+        _announce()
+        from streaming_rwkv.inference.export import run
+
+        return run(options)
+
+    return _status(run)
+
+
+def average_parser(program: str) -> CommandParser:
+    """Return the parser of the command that averages checkpoints."""
+    parser = CommandParser(
+        prog=program,
+        description="Average the weights of a run's newest checkpoints.",
+        examples=["{prog} runs/stage2 model.pth", "{prog} s3://bucket/runs/stage2 model-hf --last 4 --weights 1-sqrt"],
+    )
+    parser.add_argument("run", help="a training run's save folder, or its save_remote on s3://")
+    parser.add_argument("out", help=_OUT)
+    parser.add_argument("--last", type=int, default=8, metavar="N", help="number of checkpoints")
+    parser.add_argument(
+        "--weights", choices=SCHEMES, default="equal",
+        help="equal: as a linear decay of the learning rate; 1-sqrt: as a decay by 1 - √(progress), the oldest weighs "
+        "most; linear: the newest weighs most",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def average(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.average") -> int:
+    """Run the command that averages checkpoints, and return its exit status."""
+    parser = average_parser(program)
+    options = parser.parse_intermixed_args(arguments)
+    if options.last < 1:
+        parser.error(f"--last: found {options.last}, expected 1 or more")
+
+    def run() -> int:
+        checked_local(options.out, remedy="give a local path, and copy the export from there")
+        check_exists(options.run)
+        _announce()
+        from streaming_rwkv.inference.average import run
+
+        return run(options)
+
+    return _status(run)
+
+
+def _announce() -> None:
+    exit_if_missing(*TRAIN, extra="train")
+    print("loading torch and the checkpoint …", file=sys.stderr, flush=True)
+
+
+def _status(run: Callable[[], int]) -> int:
+    """Run a command; print an error that the user can fix in one line."""
+    tolerate_any_encoding()
+    try:
+        return run()
+    except UserError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at exit
+        return 141

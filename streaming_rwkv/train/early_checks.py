@@ -1,0 +1,37 @@
+"""Checks of a run's paths that need no torch: a wrong path is reported before torch and Composer are imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from streaming_rwkv.config import ConfigError
+from streaming_rwkv.distributed import local_world_size
+from streaming_rwkv.model.marked_files import CheckpointError, check_exists
+from streaming_rwkv.shards import check_is_finished
+from streaming_rwkv.train.config import RunConfig
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuse a run whose local data set or initial weights are missing on this machine.
+
+    Raises:
+        UserError: names the setting and the path.
+    """
+    check_is_finished(config.data.path)
+    if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
+        return
+    try:
+        check_exists(config.model.init_from)
+    except CheckpointError as error:
+        raise ConfigError(f"model.init_from: {error}") from None
+
+
+def may_resume(config: RunConfig) -> bool:
+    """Return True if there may be a checkpoint of this run, which then needs its initial weights no longer."""
+    return config.save_remote is not None or (Path(config.save_folder) / "checkpoints").exists()
+
+
+def is_one_of_many_nodes() -> bool:
+    """Return True if only the node of rank 0 needs the initial weights."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > local_world_size()

@@ -1,0 +1,122 @@
+"""Launcher of several processes on this machine: `streaming-rwkv train CONFIG processes=N`.
+
+It gives each rank the environment variables that `composer` gives, without importing torch or Composer itself, and
+prints nothing but the error of a rank that failed. Several machines need `composer` or a scheduler: docs/cluster.md.
+
+Local rank 0 writes to the terminal. The output of the other ranks goes to temporary files, and is printed if their rank
+was the one that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from tempfile import TemporaryFile
+from types import FrameType
+from typing import IO
+
+from streaming_rwkv.distributed import rank_environment
+
+STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
+POLL_SECONDS = 0.1
+SHOWN_BYTES = 1 << 14  # of the end of a failed rank's output
+
+
+class Ranks:
+    """The processes of one run on this machine; a request to stop (Ctrl-C, SIGTERM) is passed on to all of them.
+
+    Ranks get SIGTERM for both: a terminal sends Ctrl-C to them too, and they take the second for "at once".
+    """
+
+    def __init__(self, command: Sequence[str], count: int) -> None:
+        self.asked_to_stop = False
+        self._outputs: list[IO[bytes] | None] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        port = free_port()
+        for local_rank in range(count):
+            output = TemporaryFile() if local_rank else None  # noqa: SIM115 - until `wait` returns
+            environment = os.environ | rank_environment(local_rank, count, port=port)
+            self._outputs.append(output)
+            self._processes.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None)
+            )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+        self._terminate()
+
+    def _terminate(self) -> None:
+        for process in self._processes:
+            if process.returncode is None:
+                process.terminate()
+
+    def wait(self) -> int:
+        """Wait for all ranks; if one fails, stop the others. Return the first failed rank's status, or 0."""
+        try:
+            failed = self._wait_for_failure()
+            if failed is None:
+                return 0
+            self._terminate()
+            # Asked to stop, they are writing a checkpoint together.
+            self._end_all(seconds=None if self.asked_to_stop else STOP_SECONDS)
+            return self._status(failed)
+        finally:
+            self._end_all(seconds=0.0)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            for output in filter(None, self._outputs):
+                output.close()
+
+    def _wait_for_failure(self) -> int | None:
+        """Return the number of the first rank that ends with a status other than 0, or None when all have ended."""
+        while True:
+            statuses = [process.poll() for process in self._processes]
+            failed = [local_rank for local_rank, status in enumerate(statuses) if status]
+            if failed or None not in statuses:
+                return failed[0] if failed else None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._processes[statuses.index(None)].wait(timeout=POLL_SECONDS)
+
+    def _end_all(self, *, seconds: float | None) -> None:
+        """Wait for all ranks, and after this time kill those that are left."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        for process in self._processes:
+            try:
+                process.wait(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _status(self, failed: int) -> int:
+        """Return the run's exit status, after saying why it ended if rank 0 could not."""
+        status, output = self._processes[failed].returncode, self._outputs[failed]
+        if self.asked_to_stop:
+            if self._processes[0].returncode < 0:  # before it listened to signals
+                print("stopped before training began; the same command starts it again", file=sys.stderr, flush=True)
+        elif output is not None:
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(0, size - SHOWN_BYTES))
+            text = output.read().decode(errors="replace").rstrip()
+            print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
+        elif status < 0:
+            print(f"rank {failed} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
+        return 128 - status if status < 0 else status
+
+
+def free_port() -> int:
+    """Return a port that no process listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(command: Sequence[str], *, processes: int) -> int:
+    """Run `command` in this number of processes, the ranks of one run, and return the run's exit status."""
+    return Ranks(command, processes).wait()

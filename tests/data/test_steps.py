@@ -1,0 +1,214 @@
+"""`open_dataset`: the packs that training reads, for any rank, number of workers and first step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.ports import free_ports
+
+from streaming_rwkv.config import UserError, validate
+from streaming_rwkv.data.batch import Batch
+from streaming_rwkv.data.loader import pack_loader
+from streaming_rwkv.data.steps import StepDataset, open_dataset
+from streaming_rwkv.shards import DataError
+from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.datasets import open_training_packs
+from streaming_rwkv.train.prepare import prepare
+from tests.fork_server import ForkServer
+
+TRAIN = {("web", 1, 16): 24, ("web", 17, 32): 20, ("code", 1, 16): 16}
+VALIDATION = {("web", 1, 16): 4, ("code", 1, 16): 3}
+STAGES = [{"tokens": 1000, "sources": {"web": 0.5, "code": 0.5}}, {"passes": 1.3}, {"tokens": 600, "min_length": 17}]
+Packs = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path]) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("steps") / "data", TRAIN, validation=VALIDATION)
+
+
+def packs_of(batch: Batch) -> Packs:
+    bounds = batch["pack_starts"].tolist()
+    return [batch["tokens"][0, low:high].tolist() for low, high in itertools.pairwise(bounds)]
+
+
+def read(dataset: StepDataset) -> list[Packs]:
+    with dataset:
+        return [packs_of(batch) for batch in dataset]
+
+
+def read_as_training(data: Path, folder: Path, *, rank: int, world_size: int) -> list[Packs]:
+    """What a rank of `composer train.py` reads; the cache is locked until the caller's next collection of garbage."""
+    values = {
+        "save_folder": str(folder),
+        "seed": 5,
+        "data": {"path": str(data), "stages": STAGES, "batch_packs": 4},
+        "model": {"hidden_size": 64, "num_layers": 1},
+    }
+    prepared = prepare(validate(RunConfig, values, where="test"), world_size=world_size, fetch=True)
+    packs = open_training_packs(prepared)
+    packs.rank, packs.num_ranks = rank, world_size
+    try:
+        return [packs_of(batch) for batch in pack_loader(packs, workers=0, timeout_seconds=60)]
+    finally:
+        packs.close()
+        assert prepared.shard_set.lock is not None
+        prepared.shard_set.lock.release()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_rank_reads_the_packs_that_it_trains_on(data: Path, world_size: int, tmp_path: Path) -> None:
+    for rank in range(world_size):
+        expected = read_as_training(data, tmp_path / f"{rank}", rank=rank, world_size=world_size)
+        assert len(expected) == 26
+        given = {"stages": STAGES, "batch_packs": 4, "seed": 5, "rank": rank, "world_size": world_size}
+        for workers in (0, 2) if rank == world_size - 1 else (0,):
+            assert read(open_dataset(data, workers=workers, **given)) == expected  # type: ignore[arg-type]
+        middle = 5 * (rank + 1)
+        assert read(open_dataset(data, workers=0, start_step=middle, **given)) == expected[middle:]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def dataset(data: Path) -> Iterator[StepDataset]:
+    with open_dataset(data, batch_packs=4, workers=0) as opened:
+        yield opened
+
+
+def test_the_state_is_the_step(dataset: StepDataset, data: Path) -> None:
+    assert len(dataset) == 15
+    batches = iter(dataset)
+    taken = [packs_of(next(batches)) for _ in range(4)]
+    assert dataset.state_dict() == {"step": 4} == json.loads(json.dumps(dataset.state_dict()))
+    rest = [packs_of(batch) for batch in dataset]  # a new iteration continues
+    assert next(batches, None) is None  # and ends the one before
+    assert dataset.state_dict() == {"step": 15}
+    assert list(dataset) == []
+    dataset.load_state_dict({"step": 4})
+    assert [packs_of(batch) for batch in dataset] == rest
+    dataset.start_at(0)
+    assert [packs_of(batch) for batch in dataset] == taken + rest
+    assert len(dataset) == 15
+
+
+@pytest.mark.parametrize("state", [{"step": 16}, {"step": -1}, {"step": 1.0}, {"step": True}, {"step": "1"}])
+def test_a_state_of_another_dataset_is_refused(dataset: StepDataset, state: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^step: found .*, expected a whole number from 0 to 15"):
+        dataset.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^state: found the keys \['epoch', 'step'\], expected 'step' alone"):
+        dataset.load_state_dict({"step": 1, "epoch": 0})
+
+
+def test_a_batch_says_which_stream_each_pack_is_of(dataset: StepDataset) -> None:
+    batch = next(iter(dataset))
+    assert set(batch) == {"tokens", "targets", "cu_seqlens", "pack_starts", "streams", "text_bytes", "num_targets"}
+    assert batch["tokens"].shape == batch["targets"].shape == (1, batch["num_targets"])
+    assert (batch["tokens"].dtype, batch["cu_seqlens"].dtype) == (torch.int64, torch.int32)
+    assert batch["cu_seqlens"][-1] == batch["num_targets"]
+    assert [(stream.source, stream.bucket) for stream in dataset.streams] == [
+        ("web", "1-16"), ("web", "17-32"), ("code", "1-16")
+    ]  # fmt: skip
+    for stream, pack in zip(batch["streams"].tolist(), itertools.pairwise(batch["pack_starts"].tolist()), strict=True):
+        bounds = batch["cu_seqlens"]
+        lengths = bounds[(bounds >= pack[0]) & (bounds <= pack[1])].diff()
+        assert dataset.streams[stream].lower <= lengths.min()
+        assert lengths.max() <= dataset.streams[stream].upper
+
+
+def test_training_and_validation_are_open_together_and_keep_their_cache(data: Path, tmp_path: Path) -> None:
+    with (
+        open_dataset(data, batch_packs=1, cache=tmp_path / "cache", workers=0) as train,
+        open_dataset(data, batch_packs=1, cache=tmp_path / "cache", workers=0, split="validation") as validation,
+    ):
+        assert (len(train), len(list(validation))) == (60, 7)
+        with pytest.raises(UserError, match=r"this data cache is in use"):
+            open_dataset(data, batch_packs=1, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache" / "validation").rglob("*.mds"))
+
+
+def test_closing_ends_workers_and_removes_a_temporary_cache(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dataset = open_dataset(data, batch_packs=4, workers=1)
+    batches = iter(dataset)  # kept: an iteration that is not finished
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    assert list(tmp_path.rglob("*.mds"))
+    dataset.close()
+    dataset.close()
+    assert multiprocessing.active_children() == []
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="closed"):
+        iter(dataset)
+
+
+def test_a_launchers_environment_changes_nothing_without_a_process_group(
+    data: Path, dataset: StepDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming would wait for the other ranks."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert read(open_dataset(data, batch_packs=4, workers=0)) == [packs_of(batch) for batch in dataset]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({}, "open_dataset: give either `batch_tokens` or `batch_packs`, the size of a step over all ranks"),
+        ({"batch_packs": 0}, "open_dataset: batch_packs: found 0; Input should be greater than 0"),
+        ({"batch_packs": 4, "rank": 1}, "open_dataset: give both `rank` and `world_size`, or neither"),
+        ({"batch_packs": 4, "rank": 2, "world_size": 2}, "open_dataset: rank: found 2, expected 0 to 1"),
+        ({"batch_packs": 3, "rank": 0, "world_size": 2}, "open_dataset: batch_packs: 3 packs do not divide among 2 "),
+        ({"batch_packs": 4, "stages": []}, "open_dataset: stages: found []; List should have at least 1 item"),
+        ({"batch_packs": 4, "stages": [{"pases": 1}]}, "open_dataset: stages.0.pases: unknown key; did you mean 'pass"),
+        (
+            {"batch_packs": 4, "stages": [{"tokens": 99, "sources": {"web": 1, "cod": 1}}]},
+            "open_dataset: stages.0.sources.cod: not in this selection of the data; there are code, web",
+        ),
+        ({"batch_packs": 4, "cache_limit": 99}, "open_dataset: cache_limit: found 99 bytes, but at least "),
+        ({"batch_packs": 4, "start_step": 16}, "step: found 16, expected a whole number from 0 to 15"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str, object], error: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        open_dataset(data, **arguments)  # type: ignore[arg-type]
+    assert str(raised.value).startswith(error)
+
+
+def test_a_location_without_a_data_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"missing, so this is not a finished data set"):
+        open_dataset(tmp_path, batch_packs=1)
+
+
+def test_a_data_set_without_validation_packs_is_named(tmp_path: Path, write_data_set: Callable[..., Path]) -> None:
+    data = write_data_set(tmp_path / "data", {("web", 1, 16): 4})
+    with pytest.raises(UserError, match=r"^open_dataset: .* has no validation packs; choose another `split`"):
+        open_dataset(data, batch_packs=1, split="validation")
+
+
+@pytest.mark.slow
+def test_ranks_of_a_process_group_share_a_cache(data: Path, programs: ForkServer, tmp_path: Path) -> None:
+    with open_dataset(data, batch_packs=4, workers=0) as dataset:
+        expected = [packs_of(batch) for batch in dataset]
+    worker = Path(__file__).with_name("steps_worker.py")
+    port = str(free_ports(1)[0])
+    running = []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, str(worker), str(data), str(tmp_path / "cache"), str(tmp_path / f"{rank}.json")]
+        running.append(programs.popen(command, env=environment))
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == expected
+    assert len(list((tmp_path / "cache" / "train").glob("*/train"))) == 1

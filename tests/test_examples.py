@@ -1,0 +1,124 @@
+"""examples/: each program does what it is for, and type checkers accept it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tests.ports import free_ports
+
+from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
+from tests.fork_server import ForkServer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    return write_data_set(folder / "data", {("web", 1, 16): 8, ("code", 17, 32): 4}, validation={("web", 1, 16): 2})
+
+
+@pytest.fixture
+def accelerate() -> Iterator[ModuleType]:
+    """Accelerate, which keeps its state in the process."""
+    module = pytest.importorskip("accelerate", reason="comes with the extra `examples`, and with `dev`")
+    yield module
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_example_is_tested() -> None:
+    source = Path(__file__).read_text()
+    assert EXAMPLES
+    assert [path.stem for path in EXAMPLES if f'example("{path.stem}")' not in source] == []
+
+
+def test_pytorch_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
+    train = example("pytorch_loop").train
+    whole = train(str(data), tmp_path / "whole")
+    assert train(str(data), tmp_path / "parts", stop_at=3) != whole
+    assert train(str(data), tmp_path / "parts") == whole
+    saved = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts")]
+    assert saved[0]["data"] == saved[1]["data"] == {"step": 6}
+    assert all(torch.equal(saved[0]["model"][name], saved[1]["model"][name]) for name in saved[0]["model"])
+    model = load_model(tmp_path / "whole" / "checkpoint.pt")
+    texts = [generate(model, load_tokenizer(data / "tokenizer"), "w1 w2", max_tokens=5, seed=s) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_accelerate_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path, accelerate: ModuleType) -> None:
+    train = example("accelerate_loop").train
+    whole = train(str(data), tmp_path / "whole")
+    assert train(str(data), tmp_path / "parts", stop_at=3) != whole
+    assert train(str(data), tmp_path / "parts") == whole
+
+
+@pytest.mark.slow
+def test_accelerate_loop_takes_the_same_steps_on_two_processes(
+    data: Path, tmp_path: Path, accelerate: ModuleType, programs: ForkServer
+) -> None:
+    loss = example("accelerate_loop").train(str(data), tmp_path / "one")
+    port, running = str(free_ports(1)[0]), []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, str(ROOT / "examples" / "accelerate_loop.py"), str(data), str(tmp_path / "two")]
+        with open(tmp_path / f"{rank}.log", "wb") as log:
+            running.append(programs.popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    statuses = [process.wait(timeout=600) for process in running]
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert statuses == [0, 0], logs
+    assert "step 6/6" not in logs[1]  # Accelerate prints on one process, if it knows of both
+    step, _, found = logs[0].strip().splitlines()[-1].partition("  loss ")
+    assert step == "step 6/6"
+    assert float(found) == pytest.approx(loss, abs=2e-3)  # sums over ranks round in another order, for six steps
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Streaming's, of each shard that it expands
+def test_plain_streaming_reads_the_documents(data: Path) -> None:
+    documents = list(example("plain_streaming").read_documents(data, source="code"))
+    assert len(documents) == next(s.documents for s in read_manifest(data).streams if s.source == "code")
+    first = [int(word.removeprefix("w")) for word in documents[0].split()]
+    # In this data set each token is one more than the token before it; w0 begins and ends documents, without text.
+    assert all((a + 1) % 97 in (b, 0) for a, b in itertools.pairwise(first))
+
+
+@pytest.mark.slow
+def test_a_users_program_passes_strict_type_checks(tmp_path: Path) -> None:
+    """With the types that the package ships, and the errors that it should have."""
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from streaming_rwkv import RWKV8, open_dataset\n"
+        "open_dataset('data', batch_pack=4)\n"
+        "reveal_type(open_dataset('data', batch_packs=4))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *map(str, EXAMPLES), str(wrong)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if ": note:" not in line or "Revealed" in line]
+    assert [line.rpartition("/")[2].partition("[")[0].strip() for line in lines[:-1]] == [
+        'wrong.py:1: error: Module "streaming_rwkv" has no attribute "RWKV8"; maybe "RWKV7"?',
+        'wrong.py:2: error: Unexpected keyword argument "batch_pack" for "open_dataset"; did you mean "batch_packs"?',
+        'wrong.py:3: note: Revealed type is "streaming_rwkv.data.steps.StepDataset"',
+    ]

@@ -1,0 +1,115 @@
+"""The launcher of `streaming-rwkv train processes=N`: ranks, their ends, and signals, without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+LAUNCH = """
+import sys
+from streaming_rwkv.train.launcher import launch
+sys.exit(launch([sys.executable, "-c", sys.argv[1]], processes=int(sys.argv[2])))
+"""
+
+
+def launcher(program: str, *, processes: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LAUNCH, textwrap.dedent(program), str(processes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_each_rank_knows_its_place_and_rank_0_writes() -> None:
+    program = """
+        import os
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR")
+        assert os.environ["MASTER_PORT"].isdigit()
+        print(*(os.environ[name] for name in names))
+    """
+    assert ended(launcher(program, processes=3)) == (0, "0 0 3 3 0 127.0.0.1\n", "")
+
+
+def test_the_output_of_a_rank_that_failed_is_shown_and_the_others_are_stopped() -> None:
+    program = """
+        import os, signal, sys
+        if os.environ["RANK"] == "1":
+            sys.exit("no memory here")
+        signal.pause()
+    """
+    assert ended(launcher(program, processes=3)) == (1, "", "rank 1 ended with status 1:\nno memory here\n")
+
+
+def test_rank_0_reports_its_own_failure() -> None:
+    program = """
+        import os, signal, sys
+        if os.environ["RANK"] == "0":
+            sys.exit("error: no such file")
+        signal.pause()
+    """
+    assert ended(launcher(program, processes=2)) == (1, "", "error: no such file\n")
+
+
+def test_a_rank_that_was_killed_is_named() -> None:
+    program = """
+        import os, signal
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pause()
+    """
+    assert ended(launcher(program, processes=2)) == (128 + 9, "", "rank 0 was ended by SIGKILL\n")
+
+
+SAVES = """
+    import os, signal, sys
+    def stop(number, frame):
+        print("stopped at step 3", flush=True)
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes it on as SIGTERM
+    own = os.open(sys.argv[1] if len(sys.argv) > 1 else os.environ["READY"], os.O_WRONLY)
+    os.write(own, b"x")
+    while True:
+        signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_reaches_every_rank_and_nothing_else_is_said(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    monkeypatch.setenv("READY", str(ready))
+    process = launcher(SAVES, processes=2)
+    with open(ready, "rb") as pipe:
+        assert pipe.read(1) == b"x"
+        while pipe.read(1) != b"x":  # the other rank may open it a moment later
+            continue
+    process.send_signal(number)
+    assert ended(process) == (143, "stopped at step 3\n", "")
+
+
+def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    monkeypatch.setenv("READY", str(ready))
+    program = """
+        import os, signal
+        with open(os.environ["READY"], "wb") as pipe:
+            pipe.write(b"x")
+        signal.pause()
+    """
+    process = launcher(program, processes=1)
+    with open(ready, "rb") as pipe:
+        assert pipe.read(1) == b"x"
+    process.terminate()
+    assert ended(process) == (143, "", "stopped before training began; the same command starts it again\n")
