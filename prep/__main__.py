@@ -146,6 +146,29 @@ def _add_commands_on_data_sets(commands: _Commands) -> None:
     upload.add_argument("folder", type=_local_folder, help="the data set")
     upload.add_argument("to", type=_location, help="s3://bucket/path")
 
+    _add_inspect(commands)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check every shard against the manifest",
+        description="Read every byte of a data set, and check hashes, packs and counts against the manifest.",
+        examples=["{prog} /data/stage2", "{prog} s3://bucket/stage2"],
+    )
+    verify.add_argument("out", type=_location, help=_DATA_SET)
+
+    report = commands.add_parser(
+        "report",
+        help="write a page of plots and samples, and its numbers as JSON",
+        description="Write report.html, a page of plots and samples, and its numbers as report.json.",
+        examples=["{prog} /data/stage2", "{prog} s3://bucket/stage2 --to reports/stage2"],
+    )
+    report.add_argument("out", type=_location, help=_DATA_SET)
+    report.add_argument(
+        "--to", type=_local_folder, help="the folder to write to; by default the data set's own, if it is local"
+    )
+
+
+def _add_inspect(commands: _Commands) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show documents as the model sees them",
@@ -170,25 +193,6 @@ def _add_commands_on_data_sets(commands: _Commands) -> None:
         "--skip", type=_at_least(0), default=0, help="the number of pieces to skip (default: 0); in the stored order"
     )
     inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show (default: 10)")
-
-    verify = commands.add_parser(
-        "verify",
-        help="check every shard against the manifest",
-        description="Read every byte of a data set, and check hashes, packs and counts against the manifest.",
-        examples=["{prog} /data/stage2", "{prog} s3://bucket/stage2"],
-    )
-    verify.add_argument("out", type=_location, help=_DATA_SET)
-
-    report = commands.add_parser(
-        "report",
-        help="write a page of plots and samples, and its numbers as JSON",
-        description="Write report.html, a page of plots and samples, and its numbers as report.json.",
-        examples=["{prog} /data/stage2", "{prog} s3://bucket/stage2 --to reports/stage2"],
-    )
-    report.add_argument("out", type=_location, help=_DATA_SET)
-    report.add_argument(
-        "--to", type=_local_folder, help="the folder to write to; by default the data set's own, if it is local"
-    )
 
 
 def _add_convert(commands: _Commands) -> None:

@@ -14,7 +14,7 @@ torch nor streaming, and are the only part of this package that `prep` knows.
 from typing import TYPE_CHECKING
 
 from streaming_rwkv.public import import_when_used
-from streaming_rwkv.version import __version__
+from streaming_rwkv.version import __version__ as __version__
 
 __all__ = [
     "RWKV7",
@@ -26,7 +26,6 @@ __all__ = [
     "StepDataset",
     "Tokenizer",
     "UserError",
-    "__version__",
     "generate",
     "initialize",
     "load_model",

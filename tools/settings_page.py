@@ -32,6 +32,7 @@ KINDS = {
     "NonNegativeCount": "int ≥ 0, '32k'",
     "PositiveCount": "int > 0, '32k'",
     "ByteCount": "int, '200gb'",
+    "Count": "int, '32k'",
     "PositiveInt": "int > 0",
     "NonNegativeInt": "int ≥ 0",
     "PositiveFloat": "float > 0",
