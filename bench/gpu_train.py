@@ -51,6 +51,7 @@ from gpu_wkv7 import (
 )
 from streaming import MDSWriter
 
+from streaming_rwkv.mds import read_index
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.flops import PEAK_FLOPS, flops_per_token, flops_per_token_6n, parameter_count
 from streaming_rwkv.model.init import initialize
@@ -64,10 +65,11 @@ from streaming_rwkv.shards import (
     Manifest,
     StreamRecord,
     columns,
-    shard_records,
+    offsets_of,
     stream_path,
 )
 from streaming_rwkv.tokenizer import load_tokenizer
+from tests.source_counts import counts_of
 
 ROOT = Path(__file__).parents[1]
 EDGES = range(256, LONGEST_PIECE + 1, 256)
@@ -130,9 +132,11 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
         ) as writer:
             for pack in filled:
                 inputs = np.array(pack)
+                tokens = rng.integers(1, tokenizer.vocab_size, inputs.sum() + len(pack)).astype(np.uint16)
+                tokens[offsets_of(inputs + 1)[:-1]] = tokenizer.bos_id
                 writer.write(
                     {
-                        "tokens": rng.integers(1, tokenizer.vocab_size, inputs.sum() + len(pack)).astype(np.uint16),
+                        "tokens": tokens,
                         "lengths": (inputs + 1).astype(np.uint32),
                         "starts": np.zeros(len(pack), np.uint32),
                         "bytes": (4 * inputs).astype(np.uint32),
@@ -140,7 +144,7 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
                     }
                 )
         index = (path / INDEX_NAME).read_bytes()
-        shards = shard_records(index)
+        shards = read_index(index, vocab_size=tokenizer.vocab_size, where=str(path))
         records.append(
             StreamRecord(
                 split="train", source="generated", lower=edge - 255, upper=edge, documents=len(lengths),
@@ -149,8 +153,8 @@ def write_data_set(folder: Path, *, packs: int, pack_tokens: int) -> Path:
             )
         )  # fmt: skip
     manifest = Manifest(
-        format=FORMAT, pack_tokens=pack_tokens, edges=list(EDGES), tokenizer=tokenizer.record(), config={}, counts={},
-        streams=records,
+        format=FORMAT, pack_tokens=pack_tokens, edges=list(EDGES), tokenizer=tokenizer.record(), config={},
+        counts=counts_of(records), streams=records,
     )  # fmt: skip
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return folder

@@ -36,6 +36,7 @@ from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, tr
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.data.steps import open_dataset
+from streaming_rwkv.mds import read_index
 from streaming_rwkv.shards import (
     FORMAT,
     INDEX_NAME,
@@ -44,10 +45,11 @@ from streaming_rwkv.shards import (
     StreamRecord,
     TokenizerRecord,
     columns,
+    offsets_of,
     parse_manifest,
-    shard_records,
     stream_path,
 )
+from tests.source_counts import counts_of
 
 VOCAB_SIZE = 128_256
 PACK_TOKENS = 8192
@@ -62,8 +64,10 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             lengths = rng.integers(32, 1025, PACK_TOKENS // 32)
             lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), PACK_TOKENS, side="right"))]
             pieces = len(lengths)
+            tokens = rng.integers(0, VOCAB_SIZE, int(lengths.sum()) + pieces).astype(np.uint32)
+            tokens[offsets_of(lengths + 1)[:-1]] = 0  # bos
             yield {
-                "tokens": rng.integers(0, VOCAB_SIZE, int(lengths.sum()) + pieces).astype(np.uint32),
+                "tokens": tokens,
                 "lengths": (lengths + 1).astype(np.uint32),
                 "starts": np.zeros(pieces, np.uint32),
                 "bytes": (4 * lengths).astype(np.uint32),
@@ -97,7 +101,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             bytes=sum(int(pack["bytes"].sum()) for pack in written),
             packs=packs,
             index_sha256=hashlib.sha256(index).hexdigest(),
-            shards=shard_records(index),
+            shards=read_index(index, vocab_size=VOCAB_SIZE, where=str(path)),
         )
         records.append(record)
     manifest = Manifest(
@@ -108,7 +112,7 @@ def write_data_set(folder: Path, *, streams: int, packs: int, shard_bytes: int) 
             kind="huggingface", name="random", sha256="0" * 64, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0
         ),
         config={},
-        counts={},
+        counts=counts_of(records),
         streams=records,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from pydantic import Field, field_validator, model_validator
 
 from streaming_rwkv.config import Config, LoadedConfig
-from streaming_rwkv.location import checked_local, checked_location, is_remote
+from streaming_rwkv.location import checked_local, checked_location, expand_user, is_remote
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.quantities import ByteCount, Count
 from streaming_rwkv.shards import check_source_name
@@ -159,10 +159,10 @@ class PrepConfig(LoadedConfig):
     def folder(self) -> Path:
         """The folder to which this machine writes: the data set's, or for one in object storage a local work folder."""
         if not is_remote(self.out):
-            return Path(self.out).expanduser()
+            return expand_user(self.out)
         if self.work is not None:
-            return Path(self.work).expanduser()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            return expand_user(self.work)
+        cache = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         return cache / "streaming-rwkv" / "prep" / quote(self.out.removeprefix("s3://").strip("/"), safe="")
 
     @property

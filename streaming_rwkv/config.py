@@ -133,6 +133,8 @@ def _read_yaml(path: Path) -> str:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except AssertionError:  # of OmegaConf
+        raise ConfigError(f"{path}: found a single value at the top, expected a mapping of keys to values") from None
     except OmegaConfBaseException:
         raise
     except ValueError as error:  # Python refuses to read integers of more than 4,300 digits

@@ -145,40 +145,81 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
 
 
+@contextlib.contextmanager
+def append_to(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, which is made if needed, to add bytes at its end.
+
+    Raises:
+        UserError: a link, a pipe or another file that is not regular: the folder may have been copied from elsewhere.
+        OSError: the file cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with os.fdopen(_open_regular(path, flags, remedy="a regular file to append to; remove it"), "ab") as file:
+        yield file
+
+
+def _open_regular(path: Path, flags: int, *, remedy: str) -> int:
+    """Open a file without following a link, waiting for a pipe or reading a device.
+
+    Raises:
+        UserError: not a regular file; `remedy` says what is expected and what to do.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+        mode = os.fstat(descriptor).st_mode
+    except OSError as error:
+        kinds = {errno.ELOOP: stat.S_IFLNK, errno.ENXIO: stat.S_IFIFO, errno.EISDIR: stat.S_IFDIR}
+        if error.errno not in kinds:  # ENXIO: a pipe that nobody reads, or a socket
+            raise
+        descriptor, mode = -1, kinds[error.errno]
+    if stat.S_ISREG(mode):
+        return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    raise UserError(f"{path}: found {_kind(mode)}, expected {remedy}")
+
+
 # Reading
 
 
-def open_regular_file(path: Path, *, most: int) -> BinaryIO:
+def open_regular_file(path: Path, *, most: int, follow: bool = True) -> BinaryIO:
     """Open a file of at most `most` bytes for reading, without waiting for a pipe or reading a device.
 
-    Links are followed: Hugging Face's cache consists of them.
+    Args:
+        follow: follow links: Hugging Face's cache consists of them.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is none.
         UserError: not a regular file, too large, or unreadable.
     """
+    expected = f"a regular file of at most {most:,} bytes; restore it"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        if follow:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        else:
+            descriptor = _open_regular(path, os.O_RDONLY, remedy=expected)
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read ({reason}); check its permissions") from None
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and status.st_size <= most:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     found = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else _kind(status.st_mode)
-    raise UserError(f"{path}: found {found}, expected a regular file of at most {most:,} bytes; restore it")
+    raise UserError(f"{path}: found {found}, expected {expected}")
 
 
-def read_regular_file(path: Path, *, most: int) -> bytes:
+def read_regular_file(path: Path, *, most: int, follow: bool = True) -> bytes:
     """Return the content of a file of at most `most` bytes.
 
     Raises:
         FileNotFoundError, NotADirectoryError, UserError: as `open_regular_file`.
     """
-    with open_regular_file(path, most=most) as file:
-        return file.read(most)
+    with open_regular_file(path, most=most, follow=follow) as file:
+        return file.read(min(most, os.fstat(file.fileno()).st_size))  # Python allocates as much as is asked for
 
 
 def _kind(mode: int) -> str:
@@ -265,20 +306,12 @@ def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
 
 def _open_lock(folder: Path, *, what: str, remedy: str) -> int:
     """Open a folder's lock, which is overwritten, so that no link may lead to another file."""
-    lock = folder / LOCK_NAME
     with _explain_errors(folder, what=what, remedy=remedy):
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
-            mode = os.fstat(descriptor).st_mode
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            descriptor, mode = -1, stat.S_IFLNK
-    if stat.S_ISREG(mode):
-        return descriptor
-    if descriptor >= 0:
-        os.close(descriptor)
-    raise UserError(f"{lock}: found {_kind(mode)}, expected the regular file of a lock; remove it, or {remedy}")
+        return _open_regular(
+            folder / LOCK_NAME,
+            os.O_RDWR | os.O_CREAT,
+            remedy=f"the regular file of a lock; remove it, or {remedy}",
+        )
 
 
 @contextlib.contextmanager

@@ -65,6 +65,18 @@ def is_remote(location: str | Path) -> bool:
     return checked_location(location).startswith(_S3)
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return a local path with the home folder in place of a leading `~`.
+
+    Raises:
+        LocationError: the user has no home folder, as in containers without HOME, or there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise LocationError(f"{path}: has no home folder for ~; set HOME, or write the whole path") from None
+
+
 def checked_local(location: str | Path, *, remedy: str = "give a local path") -> str:
     """Return `location`, a local path.
 

@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,8 +44,8 @@ FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 LARGEST_FILE_BYTES = 1 << 30  # of a manifest, an index, statistics, or a tokenizer's file
-TOKENIZER_FOLDER = "tokenizer"
 LARGEST_SHARD_BYTES = 1 << 32  # MDS keeps offsets as uint32: nothing larger can be a shard
+TOKENIZER_FOLDER = "tokenizer"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -105,31 +106,19 @@ class ShardRecord(Config):
     raw_sha256: str
     packs: PositiveInt
 
+    @field_validator("bytes", "raw_bytes")
+    @classmethod
+    def _within_mds(cls, size: int) -> int:
+        if size >= LARGEST_SHARD_BYTES:
+            raise ValueError(f"found {size}, but a shard has less than {LARGEST_SHARD_BYTES} bytes")
+        return size
+
     @field_validator("basename")
     @classmethod
     def _plain(cls, name: str) -> str:
         if not is_plain_name(name):
             raise ValueError(f"found {name!r}, expected a plain file name without folders")
         return name
-
-
-def shard_records(index: bytes) -> list[ShardRecord]:
-    """Parse an index.json of MDS into the shard records of its stream.
-
-    Raises:
-        ValueError, KeyError, TypeError: not an index of compressed MDS shards with sha256 hashes.
-    """
-    return [
-        ShardRecord(
-            basename=shard["zip_data"]["basename"],
-            bytes=shard["zip_data"]["bytes"],
-            sha256=shard["zip_data"]["hashes"]["sha256"],
-            raw_bytes=shard["raw_data"]["bytes"],
-            raw_sha256=shard["raw_data"]["hashes"]["sha256"],
-            packs=shard["samples"],
-        )
-        for shard in json.loads(index)["shards"]
-    ]
 
 
 class StreamRecord(Config):
@@ -169,32 +158,6 @@ class StreamRecord(Config):
     @property
     def targets_per_pack(self) -> float:
         return self.targets / self.packs
-
-
-def check_index(content: bytes, record: StreamRecord, *, vocab_size: int, where: str) -> None:
-    """Refuse an index with which StreamingDataset would read or write anything but the manifest's shards.
-
-    Raises:
-        DataError: other columns or encodings (such as pickles), other files or sizes, or names outside the folder.
-    """
-    try:
-        for entry in json.loads(content)["shards"]:
-            found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-            if found != columns(vocab_size) or entry["format"] != "mds" or entry["version"] != 2:
-                raise DataError(f"{where}: columns {found} are not the contract's; the shards were not written by prep")
-            if not str(entry["compression"]).startswith("zstd"):
-                raise DataError(f"{where}: compression {entry['compression']!r}; prep writes zstd")
-            name = entry["raw_data"]["basename"]
-            if name != entry["zip_data"]["basename"].removesuffix(".zstd") or not is_plain_name(name):
-                raise DataError(f"{where}: raw file name {name!r} is not that of its compressed form")
-        found_shards = shard_records(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where}: not an MDS index of prep's ({type(error).__name__}: {error})") from None
-    if found_shards != record.shards:
-        raise DataError(f"{where}: does not list the manifest's shards; the data set was changed or damaged")
-    oversized = [shard.basename for shard in record.shards if shard.raw_bytes >= LARGEST_SHARD_BYTES]
-    if oversized:
-        raise DataError(f"{where}: {oversized[0]} claims to expand to more than {LARGEST_SHARD_BYTES} bytes")
 
 
 class TokenizerRecord(Config):
@@ -270,6 +233,30 @@ class Manifest(Config):
                 )
         return self
 
+    def contradiction(self) -> str | None:
+        """Return a description of the first counts that do not fit together, or None."""
+        buckets = set(bucket_bounds(self.edges))
+        documents: Counter[tuple[str, Split]] = Counter()
+        targets: Counter[tuple[str, Split]] = Counter()
+        for stream in self.streams:
+            if stream.source not in self.counts:
+                return f"streams: {stream.path} is of a source that `counts` does not have"
+            if (stream.lower, stream.upper) not in buckets:
+                return f"streams: {stream.path} is no bucket of the edges {self.edges[:10]}"
+            documents[stream.source, stream.split] += stream.documents
+            targets[stream.source, stream.split] += stream.targets
+        for source, counts in self.counts.items():
+            if imbalance := counts.imbalance():
+                return f"the counts of source {source} do not balance: {imbalance}"
+            for split in SPLITS:
+                found = documents[source, split], targets[source, split]
+                if found != (counts.documents.get(split), counts.targets.get(split)):
+                    return (
+                        f"the streams of {split}/{source} hold {found[0]} documents and {found[1]} targets, but its "
+                        f"counts are {counts.documents.get(split)} and {counts.targets.get(split)}"
+                    )
+        return None
+
     def to_json(self) -> bytes:
         """Return the canonical bytes: equal manifests are equal files."""
         return _canonical_json(self.model_dump())
@@ -298,7 +285,8 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
     """Parse and check the content of a manifest.json.
 
     Raises:
-        DataError: not JSON, another format, or fields that are missing, unknown or of the wrong kind.
+        DataError: not JSON, another format, fields that are missing, unknown or of the wrong kind, or counts that do
+            not add up.
     """
     try:
         values = json.loads(content)
@@ -314,9 +302,12 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
             "`python -m prep build RECIPE`, after removing this one or with another `out=`"
         )
     try:
-        return validate(Manifest, values, where=where)
+        manifest = validate(Manifest, values, where=where)
     except ConfigError as error:
         raise DataError(str(error)) from None
+    if contradiction := manifest.contradiction():
+        raise DataError(f"{where}: {contradiction}; build again")
+    return manifest
 
 
 def check_is_finished(location: str) -> None:
@@ -362,7 +353,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     return parse_manifest(content, where=str(path))
 
 
-def read_small_file(path: Path) -> bytes:
+def read_small_file(path: Path, *, most: int = LARGEST_FILE_BYTES) -> bytes:
     """Return the content of a manifest, an index or statistics on this machine.
 
     Raises:
@@ -370,7 +361,7 @@ def read_small_file(path: Path) -> bytes:
         DataError: not a regular file, too large, or unreadable.
     """
     try:
-        return read_regular_file(path, most=LARGEST_FILE_BYTES)
+        return read_regular_file(path, most=most)
     except UserError as error:
         raise DataError(str(error)) from None
 
@@ -395,23 +386,36 @@ def offsets_of(lengths: NDArray[Any] | Sequence[int]) -> NDArray[np.int64]:
     return offsets
 
 
-def check_pack(sample: Mapping[str, Any], *, pack_tokens: int, vocab_size: int, where: str) -> None:
-    """Check that a pack follows the contract: otherwise its numbers would reach the model as noise.
+def check_pack(pack: Mapping[str, Any], *, stream: StreamRecord, manifest: Manifest, where: str) -> None:
+    """Check that a pack of `stream` follows the contract: otherwise its numbers would reach the model as noise.
 
     Raises:
-        DataError: columns of different length, lengths that do not add up, a piece without a target, too many inputs,
-            an id beyond the vocabulary.
+        DataError: columns of another type or of different length, lengths that do not add up, a piece outside the
+            bucket, too many inputs, an id beyond the vocabulary, or a document that does not begin with bos.
     """
-    lengths, tokens = sample["lengths"], sample["tokens"]
+    lengths, starts, tokens = pack["lengths"], pack["starts"], pack["tokens"]
     pieces = len(lengths)
-    if any(len(sample[name]) != pieces for name in ("starts", "bytes", "keys")):
+    vocab_size = manifest.tokenizer.vocab_size
+    for name, encoding in columns(vocab_size).items():
+        if pack[name].ndim != 1 or f"ndarray:{pack[name].dtype.name}" != encoding:
+            raise DataError(f"{where}: {name} is {pack[name].ndim}-dimensional {pack[name].dtype.name}, not {encoding}")
+    if any(len(pack[name]) != pieces for name in ("starts", "bytes", "keys")):
         raise DataError(f"{where}: columns disagree on the number of pieces; the shard was not written by prep")
-    if int(lengths.sum()) != len(tokens) or (pieces and int(lengths.min()) < 2):
-        raise DataError(f"{where}: lengths {lengths.tolist()} do not describe {len(tokens)} stored tokens")
-    if len(tokens) - pieces > pack_tokens:
-        raise DataError(f"{where}: {len(tokens) - pieces} inputs in a pack, the manifest allows {pack_tokens}")
-    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
+    if not pieces or int(lengths.sum()) != len(tokens) or int(lengths.min()) < 2:
+        raise DataError(f"{where}: lengths {_shown(lengths)} do not describe {len(tokens)} stored tokens")
+    if len(tokens) - pieces > manifest.pack_tokens:
+        raise DataError(f"{where}: {len(tokens) - pieces} inputs in a pack, the manifest allows {manifest.pack_tokens}")
+    shortest, longest = int(lengths.min()) - 1, int(lengths.max()) - 1
+    if shortest < stream.lower or longest > stream.upper:
+        raise DataError(f"{where}: lengths {shortest} … {longest} in bucket {stream.bucket}; build again")
+    if (largest := int(tokens.max())) >= vocab_size:
         raise DataError(
             f"{where}: found token id {largest}, but the tokenizer has {vocab_size} ids; the data set was changed or "
             "damaged: rebuild it with `python -m prep build`"
         )
+    if (tokens[offsets_of(lengths)[:-1][starts == 0]] != manifest.tokenizer.bos_id).any():
+        raise DataError(f"{where}: a document does not begin with bos; build again")
+
+
+def _shown(values: NDArray[Any]) -> str:
+    return str(values.tolist()) if len(values) <= 10 else f"[{', '.join(map(str, values[:10].tolist()))}, …]"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import orjson
 
-from streaming_rwkv.location import checked_local
-from streaming_rwkv.shards import TokenizerRecord
+from streaming_rwkv.location import checked_local, expand_user
+from streaming_rwkv.shards import DataError, Manifest, TokenizerRecord
 from streaming_rwkv.tokenizers.base import (
     RECORD_NAME,
     TextError,
@@ -41,6 +41,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "WorldTokenizer",
+    "check_tokenizer",
     "load_tokenizer",
 ]
 
@@ -65,7 +66,7 @@ def load_tokenizer(
         TokenizerError: no readable tokenizer, no eos, or files that differ from their record.
         LocationError: the location is in object storage, or has a scheme.
     """
-    path = Path(checked_local(name_or_path, remedy="copy the tokenizer's folder to this machine")).expanduser()
+    path = expand_user(checked_local(name_or_path, remedy="copy the tokenizer's folder to this machine"))
     if str(name_or_path) == WORLD_NAME:
         import pyrwkv_tokenizer
 
@@ -88,6 +89,21 @@ def load_tokenizer(
             "or a name on the Hugging Face hub"
         )
     return _load_from_hub(name, bos_token=bos_token, eos_token=eos_token)
+
+
+def check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -> None:
+    """Compare the tokenizer of a data set, at `where`, with the one that made its tokens.
+
+    Raises:
+        DataError: a field of its record differs from the manifest's.
+    """
+    found, expected = tokenizer.record().model_dump(), manifest.tokenizer.model_dump()
+    for field, value in expected.items():
+        if found[field] != value:
+            raise DataError(
+                f"{where}: {field} is {found[field]!r}, that of the tokenizer that made the tokens is {value!r}; "
+                "restore it, or rebuild with `python -m prep build`"
+            )
 
 
 def _load_folder(folder: Path, *, bos_token: str | None, eos_token: str | None) -> Tokenizer:

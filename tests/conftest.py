@@ -7,55 +7,30 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
+from streaming_rwkv.mds import read_index
 from streaming_rwkv.shards import (
     FORMAT,
     INDEX_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Manifest,
-    SourceCounts,
     StreamRecord,
-    TokenizerRecord,
     columns,
-    shard_records,
     stream_path,
 )
-from streaming_rwkv.tokenizer import load_tokenizer
 from tests.fork_server import ForkServer
+from tests.small_data import PACK_TOKENS, VOCAB_SIZE, pack_of, save_tokenizer
+from tests.source_counts import counts_of
 from tools.s3_server import S3Server, running
 
 # Neither a new random input nor a busy machine must fail a change; --hypothesis-profile=default searches on.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-VOCAB_SIZE = 97
-PACK_TOKENS = 64
 WriteDataSet = Callable[..., Path]
-
-
-def pack_of(stream: int, number: int, *, lower: int, upper: int) -> dict[str, np.ndarray]:
-    """A pack of a few documents whose tokens count upwards, so that a model can learn them."""
-    rng = np.random.default_rng([stream, number])
-    lengths: list[int] = []
-    while True:
-        length = int(rng.integers(max(lower, 2), upper + 1))
-        if sum(lengths) + length > PACK_TOKENS:
-            break
-        lengths.append(length)
-    documents = [(rng.integers(1, VOCAB_SIZE) + np.arange(length + 1)) % VOCAB_SIZE for length in lengths]
-    return {
-        "tokens": np.concatenate(documents).astype(np.uint16),
-        "lengths": np.array([length + 1 for length in lengths], np.uint32),
-        "starts": np.zeros(len(lengths), np.uint32),
-        "bytes": np.array([2 * length for length in lengths], np.uint32),
-        "keys": rng.integers(0, 1 << 62, len(lengths)).astype(np.uint64),
-    }
 
 
 def write_stream(
@@ -83,19 +58,8 @@ def write_stream(
         bytes=sum(int(s["bytes"].sum()) for s in samples),
         packs=packs,
         index_sha256=hashlib.sha256(index).hexdigest(),
-        shards=shard_records(index),
+        shards=read_index(index, vocab_size=VOCAB_SIZE, where=str(path)),
     )
-
-
-def _save_tokenizer(folder: Path) -> TokenizerRecord:
-    """Tokens w0 … w96 for the ids 0 … 96; w0 begins and ends a document."""
-    folder.mkdir(parents=True)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    words.add_special_tokens(["w0"])
-    words.save(str(folder / "tokenizer.json"))
-    tokenizer = load_tokenizer(folder, bos_token="w0", eos_token="w0")
-    tokenizer.save(folder)
-    return tokenizer.record()
 
 
 def _write_data_set(
@@ -111,31 +75,13 @@ def _write_data_set(
         for s, (split, wanted) in enumerate((("train", train), ("validation", validation or {})))
         for i, (key, packs) in enumerate(wanted.items())
     ]
-    counts = {
-        source: SourceCounts(
-            documents_read=sum(s.documents for s in streams if s.source == source),
-            documents={
-                split: sum(s.documents for s in streams if (s.source, s.split) == (source, split))
-                for split in ("train", "validation")
-            },
-            duplicates=0,
-            rejected={},
-            targets_read=sum(s.targets for s in streams if s.source == source),
-            targets={
-                split: sum(s.targets for s in streams if (s.source, s.split) == (source, split))
-                for split in ("train", "validation")
-            },
-            targets_cut=0,
-        )
-        for source in sorted({s.source for s in streams})
-    }
     manifest = Manifest(
         format=FORMAT,
         pack_tokens=PACK_TOKENS,
-        edges=sorted({s.upper for s in streams}),
-        tokenizer=_save_tokenizer(folder / TOKENIZER_FOLDER),
+        edges=sorted({s.upper for s in streams} | {s.lower - 1 for s in streams} - {0}),
+        tokenizer=save_tokenizer(folder / TOKENIZER_FOLDER),
         config={},
-        counts=counts,
+        counts=counts_of(streams),
         streams=streams,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -13,10 +13,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from tests.ports import free_ports
 
 from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
 from tests.fork_server import ForkServer
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -13,6 +13,7 @@ import pytest
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import (
+    append_to,
     atomic_file,
     atomic_folder,
     is_temporary,
@@ -230,3 +231,45 @@ def test_only_a_regular_file_is_opened(tmp_path: Path, kind: str) -> None:
             path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match=f"file: found {kind}, expected a regular file of at most 9 bytes"):
         open_regular_file(path, most=9)
+
+
+def test_bytes_are_added_at_the_end_of_a_file(tmp_path: Path) -> None:
+    for line in (b"one\n", b"two\n"):
+        with append_to(tmp_path / "lines") as file:
+            file.write(line)
+    assert (tmp_path / "lines").read_bytes() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a named pipe", "a folder", "a device or socket"])
+def test_nothing_is_added_to_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "lines", tmp_path / "other"
+    other.write_bytes(b"of another program")
+    match kind:
+        case "a symbolic link":
+            path.symlink_to(other)
+        case "a named pipe":
+            os.mkfifo(path)
+        case "a folder":
+            path.mkdir()
+        case _:
+            path = Path("/dev/full")
+    with pytest.raises(UserError) as caught, append_to(path):
+        pass
+    assert str(caught.value) == f"{path}: found {kind}, expected a regular file to append to; remove it"
+    assert other.read_bytes() == b"of another program"
+
+
+def test_a_pipe_with_a_reader_is_no_file_to_append_to_either(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lines")
+    reader = os.open(tmp_path / "lines", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(UserError, match="found a named pipe"), append_to(tmp_path / "lines"):
+        pass
+    os.close(reader)
+
+
+def test_a_link_is_not_read_where_links_are_not_expected(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert read_regular_file(tmp_path / "file", most=9, follow=False) == b"x"
+    with pytest.raises(UserError, match=r"link: found a symbolic link, expected a regular file of at most 9 bytes"):
+        read_regular_file(tmp_path / "link", most=9, follow=False)

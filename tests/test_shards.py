@@ -53,7 +53,14 @@ def manifest(**changes: object) -> Manifest:
             kind="rwkv-world", name="rwkv-world", sha256="3" * 64, vocab_size=65536, bos_id=0, eos_id=0
         ),
         "config": {"seed": 17},
-        "counts": {"c4": counts()},
+        "counts": {
+            "c4": counts(
+                documents={"train": 3, "validation": 0},
+                documents_read=6,
+                targets_read=32,
+                targets={"train": 12, "validation": 0},
+            )
+        },
         "streams": [stream],
     }
     return Manifest(**(values | changes))
@@ -192,8 +199,16 @@ def pack(lengths: list[int], tokens: int, **changes: object) -> dict[str, object
     return whole | changes
 
 
+SMALL = manifest(
+    pack_tokens=6,
+    edges=[4],
+    tokenizer=TokenizerRecord(kind="huggingface", name="w", sha256="", vocab_size=97, bos_id=0, eos_id=0),
+)
+STREAM = SMALL.streams[0].model_copy(update={"lower": 1, "upper": 4})
+
+
 def test_a_valid_pack_passes():
-    check_pack(pack([2, 4], 6), pack_tokens=4, vocab_size=97, where="here")
+    check_pack(pack([2, 4], 6), stream=STREAM, manifest=SMALL, where="here")
 
 
 @pytest.mark.parametrize(
@@ -202,18 +217,24 @@ def test_a_valid_pack_passes():
         (pack([2, 4], 6, keys=np.zeros(1, np.uint64)), "columns disagree on the number of pieces"),
         (pack([2, 4], 7), r"lengths \[2, 4\] do not describe 7 stored tokens"),
         (pack([1, 4], 5), r"lengths \[1, 4\] do not describe"),
-        (pack([3, 4], 7), "5 inputs in a pack, the manifest allows 4"),
+        (pack([4, 4, 2], 10), "7 inputs in a pack, the manifest allows 6"),
+        (pack([2, 6], 8), r"lengths 1 … 5 in bucket 1-4"),
+        (pack([2, 4], 6) | {"tokens": np.zeros(6, np.uint32)}, "tokens is 1-dimensional uint32, not ndarray:uint16"),
+        (pack([2, 4], 6) | {"tokens": np.zeros((6, 1), np.uint16)}, "tokens is 2-dimensional uint16"),
+        (pack([2, 4], 6, starts=np.zeros(2, np.float32)), "starts is 1-dimensional float32"),
+        (pack([2, 4], 6) | {"tokens": np.ones(6, np.uint16)}, "a document does not begin with bos"),
+        (pack([], 0), r"lengths \[\] do not describe 0 stored tokens"),
     ],
 )
 def test_a_pack_that_breaks_the_contract_is_refused(broken, message):
     with pytest.raises(DataError, match=f"^here: {message}"):
-        check_pack(broken, pack_tokens=4, vocab_size=97, where="here")
+        check_pack(broken, stream=STREAM, manifest=SMALL, where="here")
 
 
 def test_an_id_beyond_the_vocabulary_is_refused():
     broken = pack([2, 4], 6) | {"tokens": np.array([0, 1, 97, 3, 4, 5], np.uint16)}
     with pytest.raises(DataError, match=r"^here: found token id 97, but the tokenizer has 97 ids"):
-        check_pack(broken, pack_tokens=4, vocab_size=97, where="here")
+        check_pack(broken, stream=STREAM, manifest=SMALL, where="here")
 
 
 def test_a_manifest_that_is_not_a_regular_file_is_refused_at_once(tmp_path):

@@ -112,7 +112,7 @@ def _pieces(
     number: int,
     where: str,
 ) -> Iterator[ShownPiece]:
-    check_pack(pack, pack_tokens=manifest.pack_tokens, vocab_size=manifest.tokenizer.vocab_size, where=where)
+    check_pack(pack, stream=stream, manifest=manifest, where=where)
     bounds = offsets_of(pack["lengths"])
     for piece in range(len(pack["lengths"])):
         tokens = pack["tokens"][bounds[piece] : bounds[piece + 1]]

@@ -15,14 +15,14 @@ from typing import Any
 from prep.commands.inspection import ShownPiece, pieces_of_shard
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
-from prep.stages.distributions import Statistics
-from streaming_rwkv import __version__
+from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
 from streaming_rwkv.filesystem import make_folder, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.pages import render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
+from streaming_rwkv.version import __version__
 
 _SAMPLES_PER_STREAM = 6
 _SAMPLE_CHARACTERS = 1600
@@ -49,7 +49,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     folder = Path(to or out)
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
-        statistics = _statistics(data_set)
+        statistics = _statistics(data_set, manifest)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
         figures = report_figures(manifest, statistics) | {"location": str(out) if is_remote(out) else str(folder)}
         samples = sample_pieces(data_set, manifest)
@@ -61,7 +61,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
     return page
 
 
-def _statistics(data_set: DataSet) -> Statistics:
+def _statistics(data_set: DataSet, manifest: Manifest) -> Statistics:
     files = data_set.files([(STATISTICS_NAME, None)])  # the file exists as long as this
     try:
         file = next(files)
@@ -69,7 +69,11 @@ def _statistics(data_set: DataSet) -> Statistics:
         raise DataError(
             f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
         ) from None
-    return Statistics.model_validate_json(read_small_file(file))
+    where = f"{data_set.location}/{STATISTICS_NAME}"
+    statistics = parse_statistics(read_small_file(file), where=where)
+    if unknown := [source for source in statistics.sources if source not in manifest.counts]:
+        raise DataError(f"{where}: has the source {unknown[0]!r}, which the manifest does not have; build again")
+    return statistics
 
 
 def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:

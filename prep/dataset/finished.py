@@ -14,6 +14,7 @@ from typing import Protocol
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.shards import (
     LARGEST_FILE_BYTES,
+    LARGEST_SHARD_BYTES,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     DataError,
@@ -135,7 +136,7 @@ class RemoteDataSet:
         folder = self.folder / TOKENIZER_FOLDER
         folder.mkdir(exist_ok=True)
         for name in SAVED_FILES[manifest.tokenizer.kind]:
-            self.store.get_file(f"{TOKENIZER_FOLDER}/{name}", folder / name)
+            self.store.get_file(f"{TOKENIZER_FOLDER}/{name}", folder / name, most=LARGEST_FILE_BYTES)
         return load_tokenizer(folder)
 
     def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
@@ -157,7 +158,7 @@ class RemoteDataSet:
 
     def _fetch(self, name: str, sha256: str | None, file: Path) -> Path:
         try:
-            self.store.get_file(name, file, sha256=sha256)
+            self.store.get_file(name, file, most=LARGEST_SHARD_BYTES, sha256=sha256)
         except ObjectMissing:
             raise DataError(
                 f"{self.store.url(name)}: missing; the manifest names it: restore it, or build again"

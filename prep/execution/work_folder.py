@@ -24,7 +24,7 @@ from prep.execution.task_store import (
 from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import atomic_folder, write_atomically
-from streaming_rwkv.location import is_remote
+from streaming_rwkv.location import expand_user, is_remote
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,7 +42,7 @@ def check_folder_is_no_input(config: PrepConfig) -> None:
     """
     for source, source_config in config.sources.items():
         for path in source_config.paths:
-            folder = Path(path).expanduser()
+            folder = expand_user(path)
             if not is_remote(path) and folder.is_dir() and config.folder.resolve().is_relative_to(folder.resolve()):
                 key = "work" if is_remote(config.out) else "out"
                 raise WorkError(

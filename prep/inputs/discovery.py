@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from prep.inputs.files import COMPRESSIONS, SPECIAL, SUFFIXES, InputFile, bucket_store
 from streaming_rwkv.config import UserError
-from streaming_rwkv.location import checked_location, is_remote
+from streaming_rwkv.location import checked_location, expand_user, is_remote
 from streaming_rwkv.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
         UserError: a path does not exist, or has no readable file below it.
     """
     paths = [checked_location(path) for path in paths]
-    paths = [path if is_remote(path) else os.path.normpath(os.path.expanduser(path)) for path in paths]
+    paths = [path if is_remote(path) else os.path.normpath(expand_user(path)) for path in paths]
     found: dict[str, tuple[int, int]] = {}
     not_read: dict[str, str] = {}
     for path in paths:

@@ -168,8 +168,8 @@ class PackDataset(VerifiedDataset):
         stream = int(np.searchsorted(self._first_pack, sample_id, side="right")) - 1
         check_pack(
             sample,
-            pack_tokens=self.manifest.pack_tokens,
-            vocab_size=self.manifest.tokenizer.vocab_size,
+            stream=self.records[stream],
+            manifest=self.manifest,
             where=f"{self.streams[stream].remote}, pack {sample_id - int(self._first_pack[stream])}",
         )
         sample["stream"] = stream

@@ -20,6 +20,7 @@ from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remo
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder, open_regular_file
 from streaming_rwkv.location import checked_location, is_remote
+from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import (
     INDEX_NAME,
     LARGEST_FILE_BYTES,
@@ -28,13 +29,12 @@ from streaming_rwkv.shards import (
     DataError,
     Manifest,
     StreamRecord,
-    check_index,
     missing_file,
     parse_manifest,
     sha256_of_file,
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
-from streaming_rwkv.tokenizer import SAVED_FILES, load_tokenizer
+from streaming_rwkv.tokenizer import SAVED_FILES, check_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class ShardSet:
         return [
             VerifiedStream(
                 self.store,
-                folder=record.path,
+                record=record,
+                manifest=self.manifest,
                 remote=f"{self.location}/{record.path}",
                 local=str(self.cache / record.path),
                 download_retry=download_attempts,
@@ -174,12 +175,7 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
     source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
     for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
         _fetch(shard_set.location, shard_set.store, f"{TOKENIZER_FOLDER}/{name}", to=folder.parent, timeout_seconds=60)
-    found = load_tokenizer(folder).sha256
-    if found != shard_set.manifest.tokenizer.sha256:
-        raise DataError(
-            f"{source}: tokenizer {found[:16]}… is not the one that made the tokens "
-            f"({shard_set.manifest.tokenizer.sha256[:16]}…); restore it, or rebuild with `python -m prep build`"
-        )
+    check_tokenizer(load_tokenizer(folder), shard_set.manifest, where=source)
 
 
 def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_seconds: float) -> bytes:

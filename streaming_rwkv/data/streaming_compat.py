@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 import streaming
-import zstandard
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
@@ -53,13 +52,15 @@ from streaming.base.world import World
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import barrier
 from streaming_rwkv.filesystem import atomic_file, has_flock, wait_for_lock
-from streaming_rwkv.shards import DataError, sha256_of_file
+from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED_VERSION = "0.13.0"
-VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes
+VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes and checked
+COUNTS = "counts"  # name of the shared array of what the checked shards hold
 START_SECONDS = 30
 
 
@@ -82,17 +83,18 @@ check_version(streaming.__version__)
 class VerifiedStream(Stream):
     """A stream whose shards are compared with their hashes, in the download and in the cache."""
 
-    def __init__(self, store: Store | None, *, folder: str, **options: Any) -> None:
+    def __init__(self, store: Store | None, *, record: StreamRecord, manifest: Manifest, **options: Any) -> None:
         """Create the stream of one folder.
 
         Args:
             store: of a data set in object storage; its requests have deadlines.
-            folder: the stream's folder below the data set.
+            record: the stream, in its data set's `manifest`.
             options: of Streaming's `Stream`.
         """
         super().__init__(**options)
         self.store = store
-        self.folder = folder
+        self.record = record
+        self.manifest = manifest
 
     def _prepare_shard_part(
         self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
@@ -106,11 +108,13 @@ class VerifiedStream(Stream):
         data, left_over = self._fetch_compressed(zip_info)
         delta -= left_over
         # The size that the frame claims is not trusted: at most the bytes that the manifest allows are produced.
-        plain = _expand(data, raw_info.bytes)
+        plain = expand(data, raw_info.bytes)
         if plain is None:
             raise DataError(
                 f"{self._url(zip_info)}: does not expand to the {raw_info.bytes} bytes that the index gives"
             )
+        if hashlib.sha256(plain).hexdigest() != raw_info.hashes["sha256"]:
+            raise DataError(f"{self._url(zip_info)}: its decompressed bytes do not have the hash that the index gives")
         with atomic_file(raw) as temporary:
             temporary.write_bytes(plain)
         return delta + raw_info.bytes
@@ -122,7 +126,7 @@ class VerifiedStream(Stream):
         try:
             if self.store is None:
                 return self._copy_from_folder(path, info), left_over
-            name, sha256 = f"{self.folder}/{info.basename}", info.hashes["sha256"]
+            name, sha256 = f"{self.record.path}/{info.basename}", info.hashes["sha256"]
             return self.store.get_bytes(name, most=info.bytes, sha256=sha256), left_over
         except DataError:
             raise
@@ -161,18 +165,21 @@ class VerifiedStream(Stream):
         logger.warning("%s: damaged in the cache; fetching it again", raw)
         return -size
 
+    def check(self, shard: int) -> Counts | None:
+        """Check every pack of a raw file in the cache, and return the counts; None if the file is not there.
+
+        Raises:
+            DataError: a pack breaks the contract.
+        """
+        record = self.record.shards[shard]
+        try:
+            raw = Path(self.local, self.split, record.basename.removesuffix(".zstd")).read_bytes()
+        except FileNotFoundError:
+            return None
+        return check_shard(raw, record, self.record, self.manifest, where=f"{self.remote}/{record.basename}")
+
     def _url(self, info: FileInfo) -> str:
         return f"{self.remote}/{info.basename}"
-
-
-def _expand(data: bytes, size: int) -> bytes | None:
-    """Decompress `data`; return None unless it expands to exactly `size` bytes. At most one more byte is produced."""
-    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
-        try:
-            plain = reader.read(size)
-            return plain if len(plain) == size and not reader.read(1) else None
-        except zstandard.ZstdError:
-            return None
 
 
 class VerifiedDataset(StreamingDataset):
@@ -214,6 +221,8 @@ class VerifiedDataset(StreamingDataset):
             )
             name = prefix._get_path(self._shm_prefix_int, VERIFIED)
             self._verified = SharedArray(self.num_shards, np.uint8, name)
+            name = prefix._get_path(self._shm_prefix_int, COUNTS)
+            self._counts = SharedArray((self.num_shards, len(vars(Counts()))), np.int64, name)
         ours = prefix._get_path(self._shm_prefix_int, "")
         self._shared_memory = [memory for memory in opened if memory.shm.name.startswith(ours)]
         _close_shared_memory([memory for memory in opened if memory not in self._shared_memory])
@@ -224,6 +233,7 @@ class VerifiedDataset(StreamingDataset):
         self._cache_filelock_path = str(_lock_path(lock))
         if self._unique_rank_world.is_local_leader:
             self._verified[:] = 0
+            self._counts[:] = 0
 
     def close(self) -> None:
         """Close the shared memory; nothing can be read afterwards. The cache's lock is the shard set's."""
@@ -289,18 +299,37 @@ class VerifiedDataset(StreamingDataset):
             self._evict_coldest_shard()
 
     def _verify(self, shard: int) -> None:
-        """Compare a shard that was in the cache before this run with its hash, once on this node."""
+        """Compare a shard in the cache with its hash, and check its packs, once on this node."""
         with FileLock(self._cache_filelock_path):
             if self._verified[shard]:
                 return
-            stream = self.streams[self.stream_per_shard[shard]]
+            number = int(self.stream_per_shard[shard])
+            stream = self.streams[number]
             assert isinstance(stream, VerifiedStream)
             change = stream.drop_if_bad(self.shards[shard].raw_data)
             if change:
                 self.cache_usage += change
                 self._shard_states[shard] = _ShardState.REMOTE
-            else:
+                return
+            counts = stream.check(shard - int(self.shard_offset_per_stream[number]))
+            if counts is not None:
+                self._counts[shard] = list(vars(counts).values())
+                self._check_totals(number, last=shard)  # before: an error must come again when a pack is read
                 self._verified[shard] = 1
+
+    def _check_totals(self, stream: int, *, last: int) -> None:
+        """Compare a stream with its record when all of its shards but the `last` had been checked.
+
+        Raises:
+            DataError: its shards do not hold what the record says.
+        """
+        first = int(self.shard_offset_per_stream[stream])
+        shards = slice(first, first + int(self.shards_per_stream[stream]))
+        if self._verified.numpy()[shards].sum() + 1 == self.shards_per_stream[stream]:
+            found = Counts(**dict(zip(vars(Counts()), self._counts.numpy()[shards].sum(0).tolist(), strict=True)))
+            checked = self.streams[stream]
+            assert isinstance(checked, VerifiedStream)
+            check_totals(found, checked.record, where=str(checked.remote))
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """Return a sample from a verified shard."""
@@ -458,7 +487,7 @@ def remove_stale_shared_memory(cache: Path) -> None:
         if not any(os.fsencode(cache) + b"/" in name for name in names):
             continue
         start = path.name.removesuffix(LOCALS)
-        for name in [*SHM_TO_CLEAN, VERIFIED]:
+        for name in [*SHM_TO_CLEAN, VERIFIED, COUNTS]:
             (path.parent / f"{start}{name}").unlink(missing_ok=True)
 
 

@@ -27,7 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from streaming_rwkv.filesystem import atomic_file
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import atomic_file, read_regular_file
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
     FLAT,
@@ -56,6 +57,7 @@ from streaming_rwkv.model.transformers_layout import (
     to_transformers,
     transformers_values,
 )
+from streaming_rwkv.shards import LARGEST_FILE_BYTES
 
 Layout = Literal["fla", "transformers"]
 
@@ -262,8 +264,11 @@ def _read_huggingface(folder: Path) -> State:
     state: State = {}
     layouts: dict[str, str] = {}  # a name that shows each
     for file in files:
-        if not (folder / file).is_file() or Path(file).name != file:
-            raise CheckpointError(f"{folder}: has no file {file!r}; weights as safetensors are needed, copy them again")
+        is_plain = Path(file).name == file and len(file.encode(errors="replace")) <= 255
+        if not is_plain or not (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder}: has no file {file[:80]!r}; weights as safetensors are needed, copy them again"
+            )
         for name, value in _guarded(safetensors.torch.load_file, folder / file).items():
             own_name = from_huggingface_name(name)
             if is_transformers_name(name):
@@ -294,8 +299,8 @@ def _read_huggingface(folder: Path) -> State:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        values = json.loads(read_regular_file(path, most=LARGEST_FILE_BYTES))
+    except (OSError, ValueError, RecursionError, UserError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: found a {type(values).__name__}, expected a mapping")

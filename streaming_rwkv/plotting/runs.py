@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import read_regular_file
 
 Floats = NDArray[np.float64]
 
 METRICS_NAME = "metrics.jsonl"
 MOST_POINTS = 2000  # of one curve: more than a page has pixel columns
 MIXTURE_BINS = 60
+LARGEST_METRICS_BYTES = 1 << 33
+LARGEST_STEP = 1 << 53
+LARGEST_NUMBER = 1e100  # of a metric; squares and sums of larger ones are not finite
 
 
 class PlotError(UserError):
@@ -64,19 +70,18 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     file = path / METRICS_NAME if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_regular_file(file, most=LARGEST_METRICS_BYTES).decode(errors="replace").splitlines()
     except OSError as error:
         raise PlotError(f"{file}: cannot be read ({error.strerror}); give a run's save_folder") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError):
+            rows.append(_parse_line(line))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if number < len(lines):  # the last line may be incomplete
                 raise PlotError(f"{file}: line {number} is no line of metrics: {line[:60]!r}") from None
     # Composer logs, with a step, the tokens before it.
-    known = {row["step"] - 1: float(row["time/token"]) for row in rows if "time/token" in row}
+    known = {row["step"] - 1: row["time/token"] for row in rows if row.get("time/token", -1) >= 0}
     if not known:
         raise PlotError(f"{file}: no step was logged yet")
     return Run(
@@ -85,6 +90,25 @@ def read_run(path: str | Path) -> Run:
         known_steps=np.array(list(known), np.float64),
         known_tokens=np.array(list(known.values())),
     )
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    """Return the step and the numbers of a line; null, for a number that was not finite, is NaN."""
+    row = json.loads(line)
+    step = int(row["step"])
+    if not 0 <= step < LARGEST_STEP:
+        raise ValueError(step)
+    metrics = {}
+    for name, value in row.items():
+        if name.startswith("share/") and name.count("/") < 2:
+            raise ValueError(name)  # expected share/SOURCE/BUCKET
+        if isinstance(value, list):  # of a tensor, which is not plotted
+            continue
+        if not isinstance(value, int | float | None):
+            raise TypeError(name)
+        number = math.nan if value is None else float(value)
+        metrics[name] = number if abs(number) < LARGEST_NUMBER else math.nan
+    return {**metrics, "step": step}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +147,9 @@ class History:
 
 
 def bucket_order(bucket: str) -> int:
-    """Return the sort key of a bucket such as `1-256`: its shortest length."""
-    return int(bucket.partition("-")[0])
+    """Return the sort key of a bucket such as `1-256`: its shortest length; 0 for another name."""
+    found = re.match(r"[0-9]{1,18}(?=-|$)", bucket)
+    return int(found[0]) if found else 0
 
 
 def smooth(values: Floats, window: int) -> Floats:

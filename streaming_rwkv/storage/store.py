@@ -192,14 +192,15 @@ class Store:
         self._get(name, content, sha256=sha256, most=most)
         return content.getvalue()
 
-    def get_file(self, name: str, path: str | Path, *, sha256: str | None = None) -> None:
+    def get_file(self, name: str, path: str | Path, *, most: int, sha256: str | None = None) -> None:
         """Download an object to `path`, which is replaced once the content is complete and verified.
 
         Args:
+            most: the largest size that is fetched: the object may be anybody's, and the disk is the user's.
             sha256: the expected hash; by default the one noted by the object's writer, if any.
         """
         with atomic_file(Path(path), concurrent=True) as temporary, temporary.open("w+b") as file:
-            self._get(name, file, sha256=sha256, most=None)
+            self._get(name, file, sha256=sha256, most=most)
 
     def open(self, name: str, *, listed: tuple[int, int] | None = None) -> IO[bytes]:
         """Open an object as a seekable file that fetches only the parts being read: see `RemoteFile`.
@@ -339,7 +340,7 @@ class Store:
 
     # --- downloads ---
 
-    def _get(self, name: str, file: IO[bytes], *, sha256: str | None, most: int | None) -> None:
+    def _get(self, name: str, file: IO[bytes], *, sha256: str | None, most: int) -> None:
         for attempt in ("first", "second"):
             file.seek(0)
             file.truncate()

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank_zero, world_size
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.shards import StreamRecord
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Share of the free memory; the rest is for fragmentation, NCCL's buffers and the sums of evaluations.
 USABLE = 0.92
+LARGEST_RECORD_BYTES = 1 << 20
 RECORD_NAME = "microbatch.json"
 
 
@@ -209,9 +210,13 @@ def remembered_microbatch(save_folder: Path, conditions: dict[str, object], prob
     """
     path = save_folder / RECORD_NAME
     known = 0
-    if is_rank_zero() and path.exists():
-        record = json.loads(path.read_text())
-        known = record["packs"] if record["conditions"] == conditions else 0
+    if is_rank_zero():
+        with suppress(
+            FileNotFoundError, ValueError, LookupError, TypeError, RecursionError
+        ):  # a damaged record is none
+            record = json.loads(read_regular_file(path, most=LARGEST_RECORD_BYTES, follow=False))
+            if record["conditions"] == conditions and type(record["packs"]) is int and record["packs"] > 0:
+                known = record["packs"]
     if known := broadcast_object(known):
         return known
     packs = probe()

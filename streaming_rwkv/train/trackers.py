@@ -8,6 +8,7 @@ MLFLOW_TRACKING_USERNAME, …); the configuration is saved beside the checkpoint
 from __future__ import annotations
 
 import importlib.util
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from composer.loggers import LoggerDestination, MLFlowLogger, WandBLogger
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import is_rank_zero
 from streaming_rwkv.extras import install_command
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.train.config import LogConfig, MlflowConfig, WandbConfig
 
 TRACKING_ID_NAME = "tracking-id"
@@ -42,9 +43,14 @@ def check_trackers(log: LogConfig) -> None:
 def tracking_id(save_folder: Path) -> str:
     """Return the name of this save folder's tracked run; it is generated at the first start."""
     path = save_folder / TRACKING_ID_NAME
-    if not path.exists():
+    try:
+        found = read_regular_file(path, most=100, follow=False).decode(errors="replace")
+    except FileNotFoundError:
         write_atomically(path, uuid.uuid4().hex[:16].encode())
-    return path.read_text()
+        return tracking_id(save_folder)
+    if not re.fullmatch(r"[\w.-]+", found):
+        raise ConfigError(f"{path}: found {found!r}, expected the name of a tracked run; remove the file for a new one")
+    return found
 
 
 def wandb_arguments(config: WandbConfig, *, tracking_id: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 import itertools
 import multiprocessing
@@ -22,10 +24,12 @@ import pytest
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data import shard_set as shard_set_module
+from streaming_rwkv.data import streaming_compat
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.shard_set import open_shard_set
-from streaming_rwkv.shards import MANIFEST_NAME, DataError, check_index, read_manifest
+from streaming_rwkv.mds import check_index
+from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
 
 TRAIN = {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23}
 WORKERS = [0, 1, 2]
@@ -373,10 +377,10 @@ def test_an_index_that_is_not_the_manifests_is_refused(data, tmp_path):
         (b'"ndarray:uint64"', b'"pkl"', "are not the contract's"),
         (b'"basename": "shard.00000.mds"', b'"basename": "../shard.00000.mds"', "raw file name"),
         (b'"basename": "shard.00000.mds"', b'"basename": "/tmp/evil.mds"', "raw file name"),
-        (b'"compression": "zstd:3"', b'"compression": "gz:3"', "prep writes zstd"),
+        (b'"compression": "zstd:3"', b'"compression": "gz:3"', "compression: found 'gz:3'"),
         (b'"samples": 1', b'"samples": 2', "does not list the manifest's shards"),
-        (b'{"shards"', b'{"shard"', "not an MDS index"),
-        (b'{"shards": [', b'{"shards": 3, "x": [', "not an MDS index"),
+        (b'{"shards"', b'{"shard"', "shard: unknown key; did you mean 'shards'"),
+        (b'{"shards": [', b'{"shards": 3, "x": [', "x: unknown key"),
     ],
 )
 def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, message):
@@ -392,14 +396,14 @@ def test_a_hostile_index_is_refused_whatever_the_manifest_says(built, old, new, 
 def test_a_compression_bomb_expands_no_further_than_the_index_says():
     import zstandard
 
-    from streaming_rwkv.data.streaming_compat import _expand
+    from streaming_rwkv.mds import expand
 
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
     assert len(bomb) < 1 << 15
-    assert _expand(bomb, 1000) is None
-    assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 4) == b"pack"
-    assert _expand(zstandard.ZstdCompressor().compress(b"pack"), 5) is None
-    assert _expand(b"not zstd", 8) is None
+    assert expand(bomb, 1000) is None
+    assert expand(zstandard.ZstdCompressor().compress(b"pack"), 4) == b"pack"
+    assert expand(zstandard.ZstdCompressor().compress(b"pack"), 5) is None
+    assert expand(b"not zstd", 8) is None
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "train/web/1-16/index.json", "tokenizer/tokenizer.json"])
@@ -421,3 +425,32 @@ def test_a_file_that_would_fill_the_disk_or_never_end_is_refused(tmp_path, name,
         f"{file}: found {kind}, expected a regular file of at most 1,073,741,824 bytes; restore it"
     )
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_cache_without_flock_is_shared_through_a_lock_elsewhere(data, tmp_path, workers, monkeypatch, caplog):
+    cache = tmp_path / "cache"
+    flock = fcntl.flock
+
+    def without_locks_in_the_cache(descriptor, operation):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(cache):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", without_locks_in_the_cache)  # no such file system can be mounted here
+    dataset, plan, _ = open_dataset(data, cache)
+    assert f"{cache}: the file system has no locks (flock)" in caplog.text
+    lock = Path(dataset._cache_filelock_path)
+    assert lock.parent in (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    assert len(read(dataset, workers)) == plan.steps
+    lock.unlink(missing_ok=True)
+
+
+def test_a_machine_without_any_flock_is_told_what_to_set(tmp_path, monkeypatch):
+    def without_locks(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(UserError, match=r"cache: loader processes share this data cache, but its file system has no"):
+        streaming_compat._lock_path(tmp_path / "cache" / ".lock")

@@ -29,6 +29,7 @@ from streaming_rwkv.shards import (
     columns,
     read_manifest,
 )
+from tests.source_counts import counts_of
 
 STREAMS, PACKS, PACKS_PER_SHARD = 100, 100_000, 2_000  # 64 MB of 8192 tokens in uint32, or twice that in uint16
 BATCH_PACKS = 512
@@ -127,7 +128,7 @@ def large(tmp_path_factory):
             kind="rwkv-world", name="world", sha256="0" * 64, vocab_size=65_536, bos_id=0, eos_id=0
         ),
         config={},
-        counts={},
+        counts=counts_of(records),
         streams=records,
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ports import free_ports
 
 from streaming_rwkv.config import UserError, validate
 from streaming_rwkv.data.batch import Batch
@@ -23,6 +22,7 @@ from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.datasets import open_training_packs
 from streaming_rwkv.train.prepare import prepare
 from tests.fork_server import ForkServer
+from tools.ports import free_ports
 
 TRAIN = {("web", 1, 16): 24, ("web", 17, 32): 20, ("code", 1, 16): 16}
 VALIDATION = {("web", 1, 16): 4, ("code", 1, 16): 3}

@@ -18,7 +18,7 @@ from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import read_model, write_pth
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import load_tokenizer
-from tests.conftest import pack_of
+from tests.small_data import pack_of
 
 TRAIN = {("web", 1, 16): 3}
 VALIDATION = {("web", 1, 16): 5, ("web", 17, 32): 2, ("code", 1, 16): 4}

@@ -13,12 +13,12 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from streaming_rwkv.inference import export as program
+from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import write_pth
+from streaming_rwkv.model.weights import read_state, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -118,7 +118,7 @@ def exported(out: Path, *options: str, vocab_size: int = 280) -> int:
     initialize(network, seed=1)
     out.parent.mkdir(exist_ok=True)
     write_pth(model_state(network), out.parent / "model.pth")
-    return program.main([str(out.parent / "model.pth"), str(out), *options])
+    return command_line.export([str(out.parent / "model.pth"), str(out), *options])
 
 
 def test_the_command_writes_model_and_tokenizer(tmp_path: Path) -> None:
@@ -149,5 +149,5 @@ def test_the_command_writes_transformers_layout(tmp_path: Path) -> None:
     assert (out / "tokenizer.json").is_file()
     assert torch.equal(
         torch.load(tmp_path / "place" / "model.pth")["emb.weight"],
-        program.read_state(out)["emb.weight"],
+        read_state(out)["emb.weight"],
     )

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from streaming_rwkv.inference.evaluate import main
+from streaming_rwkv.inference.command_line import evaluate as main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state

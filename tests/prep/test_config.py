@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from prep.config import PrepConfig
+from prep.inputs.discovery import find_files
 from prep.inputs.hooks import recipe_identity
-from streaming_rwkv.config import ConfigError, load_config
+from streaming_rwkv.config import ConfigError, load_config, validate
+from streaming_rwkv.location import LocationError
+from streaming_rwkv.tokenizer import load_tokenizer
 
 MINIMAL = "out: o\ntokenizer: rwkv-world\nsources:\n  c4: {paths: corpus/c4}\n"
 
@@ -55,3 +62,30 @@ def test_locations_and_workers_do_not_change_the_identity(tmp_path):
     )
     other = load_config(PrepConfig, tmp_path / "a.yaml", overrides=["seed=18"])
     assert recipe_identity(plain) == recipe_identity(elsewhere) != recipe_identity(other)
+
+
+@pytest.mark.parametrize("folder", ["~nobody-has-this-name/data", "~nobody-has-this-name"])
+def test_a_home_folder_that_does_not_exist_is_refused_by_name(folder: str) -> None:
+    config = validate(PrepConfig, {"out": folder, "tokenizer": "t", "sources": {"web": {"paths": ["a"]}}}, where="here")
+    with pytest.raises(LocationError) as caught:
+        _ = config.folder
+    assert str(caught.value) == f"{folder}: has no home folder for ~; set HOME, or write the whole path"
+    with pytest.raises(LocationError):
+        load_tokenizer(folder)
+    with pytest.raises(LocationError):
+        find_files("web", [f"{folder}/*.jsonl"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a passwd entry")
+def test_a_user_without_a_home_folder_is_told_what_to_set() -> None:
+    program = (
+        "import os\n"
+        "from prep.config import PrepConfig\n"
+        "from streaming_rwkv.location import LocationError\n"
+        "os.setuid(54321)\n"
+        "config = PrepConfig(out='s3://bucket/data', tokenizer='t', sources={'web': {'paths': ['a']}})\n"
+        "try:\n    config.folder\nexcept LocationError as error:\n    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == "~/.cache: has no home folder for ~; set HOME, or write the whole path\n", result.stderr

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.ports import free_ports
 
 from streaming_rwkv.model.weights import read_state
 from streaming_rwkv.train.checkpoints.record import read_mark
 from tests.fork_server import ForkServer
+from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 TRAIN = {("web", 1, 16): 24, ("web", 17, 32): 20, ("code", 1, 16): 16}

@@ -67,3 +67,16 @@ def test_damaged_lines_of_metrics_are_removed(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join([whole[0], b"\xff\xfe" + b"\0" * 300, b"[1]", b'{"step": NaN}', *whole[1:], b""]))
     forget_lines_after(path, 2)
     assert path.read_bytes() == whole[0] + b"\n" + whole[1] + b"\n"
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a named pipe"])
+def test_metrics_and_samples_are_not_written_through_links_and_pipes(kind: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    other.write_text('{"step": 9}\n')
+    path.symlink_to(other) if kind == "a symbolic link" else os.mkfifo(path)
+    lines = JSONLines(path)
+    lines.log_metrics({"loss": 1.0})
+    for write in (lambda: lines.flush(3), lambda: lines.rewind(2)):
+        with pytest.raises(UserError, match=rf"metrics\.jsonl: found {kind}, expected a regular file"):
+            write()
+    assert other.read_text() == '{"step": 9}\n'

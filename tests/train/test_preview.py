@@ -76,10 +76,12 @@ def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeyp
     monkeypatch.setattr(module, "data_spec", recorded)
     assert main([str(config), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    tokens, last = batches[0]["tokens"][0].tolist(), int(batches[0]["cu_seqlens"][1]) - 1
-    # In the data sets of these tests each target is one more than its input, and id n reads 'wn'.
-    for token in (tokens[0], tokens[last]):
-        assert f"{token} 'w{token}' → {(token + 1) % 97} 'w{(token + 1) % 97}'" in out
+    tokens, targets = (batches[0][name][0].tolist() for name in ("tokens", "targets"))
+    last = int(batches[0]["cu_seqlens"][1]) - 1
+    assert f"0 ⟨bos⟩ → {targets[0]} 'w{targets[0]}'" in out  # id n reads 'wn'
+    end = "⟨eos⟩" if targets[last] == 0 else f"'w{targets[last]}'"
+    assert f"{tokens[last]} 'w{tokens[last]}' → {targets[last]} {end}" in out
+    assert tokens[0] == 0
     assert f"0 … {last}" in out
 
 

@@ -12,7 +12,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
 from streaming_rwkv.distributed import is_rank_zero
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import append_to, read_regular_file, write_atomically
+from streaming_rwkv.train.checkpoints.record import LARGEST_LOG_BYTES
 
 
 class JSONLines(LoggerDestination):
@@ -43,8 +44,9 @@ class JSONLines(LoggerDestination):
 
     def flush(self, step: int) -> None:
         if self.writes and self.pending:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(_finite_only({"step": step, **self.pending}), allow_nan=False) + "\n")
+            line = json.dumps(_finite_only({"step": step, **self.pending}), allow_nan=False) + "\n"
+            with append_to(self.path) as file:
+                file.write(line.encode())
         self.pending = {}
 
 
@@ -58,11 +60,17 @@ def _finite_only(value: Any) -> Any:
 
 
 def forget_lines_after(path: Path, step: int) -> None:
-    """Remove the lines after `step`, and incomplete lines that a killed run left, in one atomic write."""
-    if not path.exists():
+    """Remove the lines after `step`, and incomplete lines that a killed run left, in one atomic write.
+
+    Raises:
+        UserError: a link, another file that is not regular, or one that is too large.
+    """
+    try:
+        content = read_regular_file(path, most=LARGEST_LOG_BYTES, follow=False)
+    except FileNotFoundError:
         return
     # As bytes: after a loss of power some may not be UTF-8, and complete lines stay unchanged.
-    kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+    kept = [line for line in content.split(b"\n") if _step_of(line) <= step]
     write_atomically(path, b"".join(line + b"\n" for line in kept))
 
 

@@ -18,6 +18,7 @@ from composer.loggers import Logger, TensorboardLogger
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
+from streaming_rwkv.filesystem import append_to
 from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
@@ -92,9 +93,12 @@ class Samples(Callback):
         assert self.tokenizer is not None
         texts = [text_until_end(tokens, end=self.tokenizer.eos_id, decode=self.tokenizer.decode) for tokens in samples]
         rows = list(zip(self.config.prompts, texts, strict=True))
-        with open(self.path, "a", encoding="utf-8") as file:
-            for prompt, text in rows:
-                file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+        lines = [
+            json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n"
+            for prompt, text in rows
+        ]
+        with append_to(self.path) as file:
+            file.write("".join(lines).encode())
         for number, (prompt, text) in enumerate(rows):
             print(f"sample at step {step}: {prompt!r} → {_beginning(text)!r}", flush=True)
             for destination in logger.destinations:

@@ -34,6 +34,7 @@ LOGS = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip
 """The files and folders of a save folder, beside its checkpoints, that object storage has too."""
+LARGEST_LOG_BYTES = 1 << 33
 _NAME = re.compile(r"step-(\d{8,})")
 
 

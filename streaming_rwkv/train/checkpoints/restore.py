@@ -33,6 +33,7 @@ from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, install, newest_checkpoint, replaced_path
 from streaming_rwkv.train.checkpoints.record import (
     CHECKPOINTS,
+    LARGEST_LOG_BYTES,
     LOGS,
     Checkpoint,
     CompletionMark,
@@ -225,11 +226,11 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
     writing.mkdir(parents=True)
 
     def fetch(name: str) -> None:
-        sha256 = remote.mark.files[name].sha256
+        sha256, size = remote.mark.files[name].sha256, remote.mark.files[name].bytes
         if (final / name).is_file() and sha256_of_file(final / name) == sha256:
             os.link(final / name, writing / name)
             return
-        store.get_file(f"{CHECKPOINTS}/{remote.name}/{name}", writing / name, sha256=sha256)
+        store.get_file(f"{CHECKPOINTS}/{remote.name}/{name}", writing / name, most=size, sha256=sha256)
         fsync(writing / name)
 
     with ThreadPoolExecutor(FETCH_THREADS) as executor:
@@ -245,7 +246,7 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
         path = PurePosixPath(name)
         if path.parts[0] in logs and ".." not in path.parts:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            store.get_file(name, folder / path)
+            store.get_file(name, folder / path, most=LARGEST_LOG_BYTES)
 
 
 # Reading

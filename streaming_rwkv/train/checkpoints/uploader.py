@@ -30,11 +30,11 @@ from typing import Literal
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import all_gather_object, broadcast_object, is_rank_zero, rank, run_on_rank_zero
-from streaming_rwkv.filesystem import is_temporary
-from streaming_rwkv.model.marked_files import MARK_NAME
+from streaming_rwkv.filesystem import is_temporary, read_regular_file
+from streaming_rwkv.model.marked_files import MARK_NAME, read_mark_bytes
 from streaming_rwkv.storage import ObjectMissing, Store
 from streaming_rwkv.train.checkpoints.local import wrote
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, LOGS, read_mark
+from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, LARGEST_LOG_BYTES, LOGS, read_mark
 from streaming_rwkv.train.checkpoints.remote import UPLOADING, RemoteCheckpoints
 from streaming_rwkv.train.checkpoints.selection import prune
 
@@ -190,7 +190,7 @@ class Mirror:
         self._send_logs()
         folder = f"{CHECKPOINTS}/{checkpoint.name}/"
         self._check_writer()
-        self.store.put_bytes((checkpoint / MARK_NAME).read_bytes(), folder + MARK_NAME)
+        self.store.put_bytes(read_mark_bytes(checkpoint), folder + MARK_NAME)
         self.store.delete(name for name in self.store.list(folder) if name.startswith(folder + UPLOADING))
         step = read_mark(checkpoint).step
         prune(RemoteCheckpoints(self.store), keep=self.keep, last_step=step, keep_every=self.keep_every)
@@ -198,13 +198,16 @@ class Mirror:
     def _send_logs(self) -> None:
         self._check_writer()
         for path in _log_files(self.folder):
-            status = path.stat()
+            status = path.lstat()
             name, state = path.relative_to(self.folder).as_posix(), (status.st_mtime_ns, status.st_size)
             if self._sent.get(name) != state:
-                self.store.put_bytes(path.read_bytes(), name)  # a snapshot: training continues to write
+                content = read_regular_file(path, most=LARGEST_LOG_BYTES, follow=False)
+                self.store.put_bytes(content, name)  # a snapshot: training continues to write
                 self._sent[name] = state
 
 
 def _log_files(folder: Path) -> list[Path]:
-    found = [path for name in LOGS for path in (folder / name, *(folder / name).rglob("*"))]
-    return sorted(path for path in found if path.is_file() and not is_temporary(path))
+    """Return the log files of a run, without links: a folder that was copied from elsewhere may link to anything."""
+    below = [path for name in LOGS if not (folder / name).is_symlink() for path in (folder / name).rglob("*")]
+    found = [*(folder / name for name in LOGS), *below]
+    return sorted(path for path in found if path.is_file() and not path.is_symlink() and not is_temporary(path))
