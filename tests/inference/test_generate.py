@@ -13,8 +13,9 @@ import torch
 
 from streaming_rwkv.inference import command_line, sampling
 from streaming_rwkv.inference.generate import stream_text
+from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_tokenizer
-from streaming_rwkv.inference.sampling import GenerationError, choose
+from streaming_rwkv.inference.sampling import choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state

@@ -191,7 +191,7 @@ def test_checkpoints_that_are_kept_are_counted(config, capsys):
     assert "2 kept" in capsys.readouterr().out
     assert main([str(config), "--dry-run", "checkpoint.interval_steps=5", "checkpoint.keep_every=10"]) == 0
     out = capsys.readouterr().out
-    steps = int(re.search(r"│ steps +│ ([\d,]+) of", out)[1].replace(",", ""))
+    steps = int(re.search(r"│ steps +│ ([\d,]+), each of", out)[1].replace(",", ""))
     assert f"{len({*range(10, steps + 1, 10), steps, steps // 5 * 5 - 5 * (steps % 5 == 0)})} kept" in out
 
 
