@@ -127,7 +127,7 @@ def how_to_load(out: Path, *, layout: Layout = "fla") -> str:
     """Return a line that says how an export is loaded."""
     name = shown(str(out))
     if out.suffix == ".pth":
-        return f"load it with: streaming-rwkv generate {name} PROMPT --tokenizer NAME, or `rwkv`"
+        return f"load it with: python -m streaming_rwkv.generate {name} PROMPT --tokenizer NAME, or `rwkv`"
     if out.suffix == ".gguf":
         return f"load it with: llama-cli -m {name} -p PROMPT"
     registers = "" if layout == "transformers" else f"{_IMPORT_FLA}; "
