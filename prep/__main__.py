@@ -1,4 +1,4 @@
-"""The command line: `python -m prep build|upload|inspect|verify|report|convert|train-tokenizer`."""
+"""The command line: `python -m prep build|show|upload|inspect|verify|report|convert|train-tokenizer`."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def _add_build(commands: _Commands, name: str) -> None:
     )
     build.add_argument("config", metavar="RECIPE", help=_RECIPE)
     build.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. out=/data/set workers=8")
+    _add_grouping(build)
     build.add_argument("--dry-run", action="store_true", help="count documents and tokens, write nothing")
     build.add_argument(
         "--accept-changes",
@@ -120,7 +121,22 @@ def _add_build(commands: _Commands, name: str) -> None:
     )
 
 
+def _add_grouping(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--by", choices=["source", "bucket"], default="source", help="the rows of the table (default: source)"
+    )
+
+
 def _add_commands_on_data_sets(commands: _Commands) -> None:
+    show = commands.add_parser(
+        "show",
+        help="print the tables of a finished data set",
+        description="Print the tables of a finished data set, as its build printed them.",
+        examples=["{prog} /data/stage2", "{prog} s3://bucket/stage2 --by bucket"],
+    )
+    show.add_argument("out", type=_location, help=_DATA_SET)
+    _add_grouping(show)
+
     upload = commands.add_parser(
         "upload",
         help="copy a finished data set to object storage, or resume an unfinished copy",
@@ -130,22 +146,7 @@ def _add_commands_on_data_sets(commands: _Commands) -> None:
     upload.add_argument("folder", type=_local_folder, help="the data set")
     upload.add_argument("to", type=_location, help="s3://bucket/path")
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="show documents as the model sees them",
-        description="Show documents of a data set as the model sees them.",
-        examples=[
-            "{prog} /data/stage2 --count 3",
-            "{prog} /data/stage2 --source python-edu --bucket 257-512 --skip 100",
-            "{prog} s3://bucket/stage2 --split validation",
-        ],
-    )
-    inspect.add_argument("out", type=_location, help=_DATA_SET)
-    inspect.add_argument("--split", default="train", choices=["train", "validation"], help="the split to show")
-    inspect.add_argument("--source", help="show only this source")
-    inspect.add_argument("--bucket", help="show only this bucket, e.g. 1-256")
-    inspect.add_argument("--skip", type=_at_least(0), default=0, help="the number of pieces to skip")
-    inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show")
+    _add_inspect(commands)
 
     verify = commands.add_parser(
         "verify",
@@ -165,6 +166,33 @@ def _add_commands_on_data_sets(commands: _Commands) -> None:
     report.add_argument(
         "--to", type=_local_folder, help="the folder to write to; by default the data set's own, if it is local"
     )
+
+
+def _add_inspect(commands: _Commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show documents as the model sees them",
+        description="Show documents of a data set as the model sees them.",
+        examples=[
+            "{prog} /data/stage2 --count 3",
+            "{prog} /data/stage2 --source python-edu --bucket 257-512 --seed 1",
+            "{prog} /data/stage2 --grep 'import torch' --ids",
+            "{prog} /data/stage2 --in-order --skip 100",
+            "{prog} s3://bucket/stage2 --split validation",
+        ],
+    )
+    inspect.add_argument("out", type=_location, help=_DATA_SET)
+    inspect.add_argument("--split", default="train", choices=["train", "validation"], help="the split to show")
+    inspect.add_argument("--source", help="show only this source")
+    inspect.add_argument("--bucket", help="show only this bucket, e.g. 1-256")
+    inspect.add_argument("--seed", type=_at_least(0), default=0, help="choose other documents at random (default: 0)")
+    inspect.add_argument("--in-order", action="store_true", help="show documents as they are stored, not at random")
+    inspect.add_argument("--grep", metavar="TEXT", help="search all documents for a text, in upper or lower case")
+    inspect.add_argument("--ids", action="store_true", help="show the token ids, too")
+    inspect.add_argument(
+        "--skip", type=_at_least(0), default=0, help="the number of pieces to skip (default: 0); in the stored order"
+    )
+    inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show (default: 10)")
 
 
 def _add_convert(commands: _Commands) -> None:
@@ -208,6 +236,8 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "build" | "prepare":
             from prep.commands.build import run
+        case "show":
+            from prep.commands.show import run
         case "upload":
             from prep.commands.upload import run
         case "inspect":

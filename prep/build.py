@@ -34,6 +34,8 @@ from prep.execution.work_folder import (
     switch_to_reference,
     uses_reference,
 )
+from prep.inputs.files import InputFile, Unit
+from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from prep.stages.assembly import ShardUploads, assemble, publish_locally
 from prep.stages.audit import AuditError, report_handler, warn_of_reference
@@ -71,9 +73,8 @@ def build(
         UserError: anything that its text says how to fix; finished work is kept.
     """
     observer = observer or Observer()
+    files = _found_files(config, observer)
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
-    check_folder_is_no_input(config)
-    files = find_sources(config.sources)
     state = build_state(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
         manifest, _ = _find_earlier(state, store, accept_changes=accept_changes)
@@ -82,7 +83,7 @@ def build(
                 with locked(config.work_folder):
                     _clear(config)
             return BuildResult(manifest=manifest, was_finished=True)
-        units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
+        units = _checked_units(config, files)
         context = BuildContext(
             config=config,
             units=units,
@@ -91,7 +92,7 @@ def build(
             by_reference=uses_reference(config),
         )
         with explained_write_errors(context.folder), locked(context.work_folder):
-            # Check again: another build may have worked here until this one held the lock.
+            # Another build may have worked here until this one held the lock.
             manifest, changes = _find_earlier(state, store, accept_changes=accept_changes)
             if manifest is not None:
                 return BuildResult(manifest=manifest, was_finished=True)
@@ -116,6 +117,18 @@ def build(
                 publish_locally(context, manifest)
             _clear(config)
     return BuildResult(manifest=manifest, was_finished=False)
+
+
+def _found_files(config: PrepConfig, observer: Observer) -> dict[str, list[InputFile]]:
+    check_folder_is_no_input(config)
+    files = find_sources(config.sources)
+    observer.inputs(files, config)
+    return files
+
+
+def _checked_units(config: PrepConfig, files: dict[str, list[InputFile]]) -> tuple[Unit, ...]:
+    check_text_keys(config.sources, files)
+    return plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
 
 
 def _find_earlier(state: BuildState, store: Store | None, *, accept_changes: bool) -> tuple[Manifest | None, list[str]]:

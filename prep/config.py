@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.location import checked_local, checked_location, expand_user, is_remote
 from streaming_rwkv.processes import usable_cores
+from streaming_rwkv.quantities import ByteCount, Count
 from streaming_rwkv.shards import check_source_name
 
 WORK_FOLDER = ".prep"  # in the folder where this machine writes
@@ -59,6 +60,12 @@ class SourceConfig(Config):
 class PrepConfig(LoadedConfig):
     """One data set."""
 
+    mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
+        frozenset({"save_folder", "data", "model", "optimizer"}),
+        "this is a training YAML, not a recipe of a data set; train with `composer train.py {path}`, or give a recipe "
+        "such as yamls/prep/demo.yaml",
+    )
+
     out: str
     """The data set's folder, or s3://bucket/path."""
     work: str | None = None
@@ -76,7 +83,7 @@ class PrepConfig(LoadedConfig):
 
     edges: list[int] = Field(default=[256, 512, 768, 1024, 1280, 1536, 1792, 2048])
     """The upper length of each bucket, in inputs; documents longer than the largest are cut at it."""
-    pack_tokens: int = Field(default=8192, ge=1)
+    pack_tokens: Count = Field(default=8192, ge=1)
     """The maximum number of inputs in a pack."""
     validation: float = Field(default=0.005, ge=0, lt=1)
     """The fraction of documents in the validation split; a hash of the text selects them."""
@@ -93,18 +100,19 @@ class PrepConfig(LoadedConfig):
 
     compression_level: int = Field(default=1, ge=1, le=22)
     """The compression level of zstd. Level 3 makes shards 17 % smaller than level 1 and takes twice the time."""
-    shard_bytes: int = Field(default=72 << 20, ge=1 << 10, lt=1 << 32)
-    """The maximum uncompressed size of a shard. The default holds a full window: 2²⁴ tokens of 4 bytes, and columns."""
-    unit_bytes: int = Field(default=1 << 23, ge=1)
+    shard_bytes: ByteCount = Field(default=72 << 20, ge=1 << 10, lt=1 << 32)
+    """The maximum uncompressed size of a shard. The default, '72mb', holds a full window: 2²⁴ tokens of 4 bytes, and
+    columns."""
+    unit_bytes: ByteCount = Field(default=1 << 23, ge=1)
     """The approximate amount of input in a unit of work; formats that cannot be divided make larger units."""
-    window_tokens: int = Field(default=1 << 24, ge=1)
+    window_tokens: Count = Field(default=1 << 24, ge=1)
     """The number of tokens of a bucket that are packed together; bounds the memory of packing."""
 
     workers: int | None = Field(default=None, ge=1)
     """The number of processes; by default one per core."""
     engine: Literal["processes", "ray"] = "processes"
     """Run units of work in processes on this machine, or as Ray tasks."""
-    audit_bytes: int = Field(default=1 << 15, ge=0)
+    audit_bytes: ByteCount = Field(default=1 << 15, ge=0)
     """Bytes of text per unit that are re-encoded with the reference tokenizer as a check. Above 4,096 units, about
     4,096 of them are sampled."""
 

@@ -59,6 +59,7 @@ class Documents:
     file_of: NDArray[np.int64]  # (N,) index into `files`
     rejections: list[Rejection]  # rows that were read but cannot be used
     line_counts: dict[str, LineCounts]  # by file; for a parquet file, counts of its rows
+    input_bytes: int = 0  # about the amount of input that they are from
 
     @property
     def read(self) -> int:

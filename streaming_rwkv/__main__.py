@@ -18,6 +18,7 @@ PROGRAM = "streaming-rwkv"
 DATA_COMMANDS = {
     "train-tokenizer": "train a byte-level BPE on the sources of a recipe",
     "prepare": "build a data set from a recipe, or resume an unfinished build",
+    "show": "print the tables of a finished data set",
     "inspect": "show documents as the model sees them",
     "verify": "check every shard against the manifest",
     "report": "write a page of plots and samples",
@@ -114,7 +115,7 @@ def _run_command(command: str, arguments: list[str]) -> int:
         case "plot":
             from streaming_rwkv.plot import main as plot
 
-            return plot(arguments)
+            return plot(arguments, program=program)
     raise AssertionError(command)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from yaml import YAMLError
 from streaming_rwkv.errors import UserError
 
 Location: TypeAlias = tuple[int | str, ...]
+_SHARED_KEYS = {"seed"}  # both recipes and training YAMLs may have them
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped by a backslash
 
 
@@ -45,6 +46,8 @@ __all__ = ["Config", "ConfigError", "LoadedConfig", "UserError", "configs_within
 class LoadedConfig(Config):
     """Base of the configuration of a whole YAML file; it remembers which values were interpolations."""
 
+    mistaken_for: ClassVar[tuple[frozenset[str], str]] = (frozenset(), "")
+    """Keys at the top of another kind of YAML, and the text of the error if a file has two of them."""
     _interpolations: dict[Location, str] = PrivateAttr(default_factory=dict)
     """The text of each interpolation, by the location of its value."""
 
@@ -96,10 +99,19 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
+    _check_kind(config_type, values, path)
     config = validate(config_type, values, where=str(path), overrides=overrides, secrets=interpolations)
     if isinstance(config, LoadedConfig):
         config._interpolations = interpolations
     return config
+
+
+def _check_kind(config_type: type[Config], values: dict[Any, Any], path: Path) -> None:
+    if not issubclass(config_type, LoadedConfig):
+        return
+    keys, explanation = config_type.mistaken_for
+    if len(keys & set(values)) >= 2 and not set(values) & set(config_type.model_fields) - _SHARED_KEYS:
+        raise ConfigError(f"{path}: {explanation.format(path=path)}")
 
 
 def _read_yaml(path: Path) -> str:

@@ -30,6 +30,22 @@ def shown(text: str, *, lines: bool = False) -> str:
     return text.translate(_LINES if lines else _LINE)
 
 
+def shown_bytes(count: float) -> str:
+    """Return a number of bytes with a unit of 1,000: 850 bytes, 4.1 MB, 1.25 TB."""
+    for limit, unit, digits in ((1e12, "TB", 2), (1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)):
+        if count >= limit:
+            return f"{count / limit:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def shown_duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, with days if there are any: 0:07:32, 2d 3:00:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hours}:{minutes:02}:{rest:02}"
+
+
 def tolerate_any_encoding() -> None:
     """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`."""
     for stream in (sys.stdout, sys.stderr):

@@ -405,15 +405,10 @@ def inputs(folder: Path) -> Case:
 
 @fuzzed
 def metrics(folder: Path) -> Case:
-    from streaming_rwkv.plot import (
-        History,
-        last_validation,
-        learning_panels,
-        mixture,
-        read_run,
-        running_panels,
-        summary,
-    )
+    from streaming_rwkv.plotting.page import plot_page
+    from streaming_rwkv.plotting.panels import consecutive, overlaid
+    from streaming_rwkv.plotting.runs import History, read_run
+    from streaming_rwkv.plotting.tables import differences, last_validation, summary
     from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
 
     rows = [
@@ -434,12 +429,13 @@ def metrics(folder: Path) -> Case:
         try:
             run = read_run(folder)
             history = History(runs=[run])
-            summary(history), last_validation(run), history.marks()
-            mixture(run, by=0), mixture(run, by=1), learning_panels(history), running_panels(history)
+            tables = [("", summary(history)), ("", last_validation(run) or [[]]), ("", differences([run, run]))]
+            for plot in (consecutive(history), overlaid([run, run])):
+                plot_page(plot, before=tables, after=[])
             if rng.random() < 0.02:
                 from streaming_rwkv.plot import write_plot
 
-                write_plot([folder], to=folder / "plot.html")
+                write_plot([folder], to=folder / "plot.png")
         finally:
             forget_lines_after(path, 3)
 

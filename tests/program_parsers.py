@@ -10,6 +10,7 @@ from prep.__main__ import command_parser as prep_parser
 from streaming_rwkv.__main__ import DATA_COMMANDS, PROGRAM, RUN_COMMANDS, command_parser
 from streaming_rwkv.arguments import parse_with_overrides
 from streaming_rwkv.inference.command_line import average_parser, evaluate_parser, export_parser, generate_parser
+from streaming_rwkv.plot import command_parser as plot_parser
 from streaming_rwkv.train.__main__ import command_parser as train_parser
 
 LAUNCHER_OPTIONS = {"-n", "--nproc", "--world_size", "--node_rank", "--master_addr", "--master_port"}
@@ -53,10 +54,9 @@ def _parse_command(command: str, arguments: list[str]) -> None:
         "evaluate": evaluate_parser,
         "export": export_parser,
         "average": average_parser,
+        "plot": plot_parser,
     }
-    if command == "plot":  # its parser is within its `main`
-        assert arguments
-    elif command == "train":
+    if command == "train":
         train_parser(command).parse_intermixed_args(arguments)
     else:
         assert command in parsers, command

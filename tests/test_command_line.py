@@ -17,7 +17,6 @@ from streaming_rwkv.version import __version__
 from tests.program_parsers import parse
 
 ROOT = Path(__file__).parents[1]
-OTHER_HELP = {"plot"}  # without examples
 
 
 def exit_status(program: Callable[[list[str]], int], *arguments: str) -> int:
@@ -51,7 +50,7 @@ def test_the_help_and_the_page_name_every_command(capsys: pytest.CaptureFixture[
         assert f"| `{command} " in page
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - OTHER_HELP))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_the_help_of_a_command_has_examples_that_it_accepts(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

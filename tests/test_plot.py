@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streaming_rwkv.plot import History, main, mixture, read_run, smooth, summary, thin, validation_rows, write_plot
+from streaming_rwkv.plot import main, write_plot
+from streaming_rwkv.plotting.figure import labels_with_room
+from streaming_rwkv.plotting.panels import Plot, consecutive, overlaid
+from streaming_rwkv.plotting.runs import History, mixture, read_run, smooth, thin
+from streaming_rwkv.plotting.tables import differences, summary, validation_rows
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -111,12 +115,16 @@ def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
         "Throughput",
         "tokens trained on",
         "代码",
-        "1-16: 4.125",
+        "17-32",
         "stage 1",
     ):
         assert text in page, text
     assert all(link.startswith("#") for link in re.findall(r'(?:href|src)="([^"]*)"', page))
-    assert "<script" not in page
+    data = json.loads(re.findall(r"id='data'>(.*?)</script>", page)[0])
+    assert [panel["title"] for panel in data["panels"]][:2] == ["Training loss", "Validation loss by source"]
+    losses = next(panel for panel in data["panels"] if panel["title"] == "Validation loss by bucket")
+    assert [series["name"] for series in losses["series"]] == ["1-16", "17-32", "all"]  # by length
+    assert losses["series"][0]["parts"] == [[[500, 1000], [5.25, 4.125]], [[1500, 2000], [5.25, 4.125]]]
     again = tmp_path / "again.html"
     write_plot([first, second], to=again)
     assert again.read_text(encoding="utf-8") == page
@@ -188,3 +196,44 @@ def test_other_files_than_pages_and_pictures_are_refused(tmp_path: Path, capsys:
     assert "run.pdf: found suffix '.pdf', expected .html or .png" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing")]) == 1
     assert "nothing: cannot be read (No such file or directory); give a run's save_folder" in capsys.readouterr().err
+
+
+def test_labels_do_not_overlap() -> None:
+    marks = [(0, "stage1", True), (6000, "stage2, stage 0", True), (6600, "stage 1", False), (9000, "stage 2", False)]
+    plot = Plot(title="", panels=[], end=10_000, marks=marks)
+    assert [label for _, label, _ in labels_with_room(plot)] == ["stage1", "stage2, stage 0", "stage 2"]
+
+
+def test_runs_are_compared_from_their_beginning(tmp_path: Path) -> None:
+    first = read_run(write_run(tmp_path / "first", [*steps(10), evaluation(10, 4.0)]))
+    second = read_run(write_run(tmp_path / "second", [evaluation(5, 5.0), evaluation(15, 4.0), *steps(20)]))
+    plot = overlaid([first, second])
+    loss = plot.panels[1]
+    assert (plot.end, loss.title, [series.name for series in loss.series]) == (
+        2000,
+        "Validation loss",
+        ["first", "second"],
+    )
+    assert [series.parts[0][0].tolist() for series in loss.series] == [[1000], [500, 1500]]
+    assert len({series.color for series in loss.series}) == 2
+    rows = differences([first, second])
+    assert rows[0] == ["after 1,000 tokens", "first", "second", "second − first"]
+    assert rows[1] == ["training loss", "0.8000", "0.8000", "+0.0000"]  # 8 / step, at step 10
+    assert rows[2] == ["validation loss", "4.0000", "4.5000", "+0.5000"]  # half way from 5 to 4
+    assert main([str(tmp_path / "first"), str(tmp_path / "second"), "--overlay"]) == 0
+    assert "second − first" in (tmp_path / "second" / "plot.html").read_text(encoding="utf-8")
+    write_plot([tmp_path / "first", tmp_path / "second"], to=tmp_path / "both.png", overlay=True)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / folder / "run", steps(3))) for folder in ("a", "b")]
+    assert [series.name for series in overlaid(runs).panels[0].series] == ["run (1)", "run (2)"]
+
+
+def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    rows = steps(3)
+    rows[1]["loss/train/total"] = None
+    run = write_run(tmp_path / "run", rows)
+    assert consecutive(History(runs=[read_run(run)])).panels[0].title == "Training loss"
+    write_plot([run], to=tmp_path / "run.html")
+    assert "[8.0,null," in (tmp_path / "run.html").read_text(encoding="utf-8")

@@ -29,6 +29,10 @@ Every key of a training YAML and of `key=value` on the command line. Generated f
 [`prep/config.py`](../prep/config.py).
 """
 KINDS = {
+    "NonNegativeCount": "int ≥ 0, '32k'",
+    "PositiveCount": "int > 0, '32k'",
+    "ByteCount": "int, '200gb'",
+    "Count": "int, '32k'",
     "PositiveInt": "int > 0",
     "NonNegativeInt": "int ≥ 0",
     "PositiveFloat": "float > 0",

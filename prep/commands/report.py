@@ -6,28 +6,34 @@ import argparse
 import html
 import itertools
 import json
-from collections import defaultdict
+import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.commands.inspection import ShownPiece, shown_pieces
-from prep.commands.plots import PALETTE, bars, grouped_bars, histogram, legend
+from prep.commands.inspection import ShownPiece, pieces_of_shard
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import shown, shown_bytes
 from streaming_rwkv.filesystem import make_folder, write_atomically
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.shards import SPLITS, DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
+from streaming_rwkv.pages import render
+from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
+from streaming_rwkv.version import __version__
 
-_SAMPLES_PER_SOURCE = 2
-_SAMPLE_CHARACTERS = 900
+_SAMPLES_PER_STREAM = 6
+_SAMPLE_CHARACTERS = 1600
+# Paul Tol's "bright" and "muted" palettes, distinguishable on white and on black with any colour vision.
+PALETTE = ["#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#6655BB", "#999933", "#BB5566", "#44AA99"]
 
 
 def run(options: argparse.Namespace) -> int:
     """Write a data set's report and print its path; return the exit status."""
-    print(write_report(options.out, to=options.to))
+    page = write_report(options.out, to=options.to)
+    print(f"{shown(str(page))}: {shown_bytes(page.stat().st_size)}; open {shown(page.resolve().as_uri())}")
     return 0
 
 
@@ -45,7 +51,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         manifest = data_set.manifest()
         statistics = _statistics(data_set, manifest)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
-        figures = report_figures(manifest, statistics)
+        figures = report_figures(manifest, statistics) | {"location": str(out) if is_remote(out) else str(folder)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
@@ -92,6 +98,8 @@ def report_figures(manifest: Manifest, statistics: Statistics) -> dict[str, Any]
             "fill": _fill(manifest.streams, manifest),
         },
         "buckets": buckets,
+        "cut_tokens": manifest.edges[-1],
+        "lengths_per_doubling": statistics.lengths_per_doubling,
         "counts": {source: counts.model_dump() for source, counts in manifest.counts.items()},
         "streams": streams,
         "lengths": {
@@ -124,41 +132,62 @@ def _fill(streams: Sequence[StreamRecord], manifest: Manifest) -> float:
     return sum(stream.targets for stream in streams) / (packs * manifest.pack_tokens) if packs else 0.0
 
 
-def sample_pieces(data_set: DataSet, manifest: Manifest) -> dict[str, list[ShownPiece]]:
-    """Return the first pieces of each source's shortest and longest bucket."""
-    samples: dict[str, list[ShownPiece]] = {}
-    for source in manifest.counts:
-        streams = [stream for stream in manifest.select("train") if stream.source == source]
-        chosen = [streams[0], streams[-1]] if len(streams) > 1 else streams
-        samples[source] = list(
-            itertools.chain.from_iterable(
-                itertools.islice(shown_pieces(data_set, manifest, [stream]), _SAMPLES_PER_SOURCE) for stream in chosen
-            )
+def sample_pieces(data_set: DataSet, manifest: Manifest, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Return pieces of each training stream, drawn from the packs of one of its shards."""
+    generator = random.Random(seed)  # not for secrets: the same report for the same data set
+    samples = []
+    for stream in manifest.select("train"):
+        if not stream.shards:
+            continue
+        pieces = pieces_of_shard(
+            data_set, manifest, stream, generator.randrange(len(stream.shards)), generator=generator
         )
+        for piece in itertools.islice(pieces, _SAMPLES_PER_STREAM):
+            samples.append(_sample(piece, stream))
+    generator.shuffle(samples)
+    samples.sort(key=lambda sample: not sample["begins"])  # whole beginnings first
     return samples
+
+
+def _sample(piece: ShownPiece, stream: StreamRecord) -> dict[str, Any]:
+    text, rest, left_out = piece.text, "", max(0, len(piece.text) - _SAMPLE_CHARACTERS)
+    if left_out:
+        half = _SAMPLE_CHARACTERS // 2
+        text, rest = text[:half], text[-half:]
+    return {
+        "source": stream.source,
+        "bucket": stream.bucket,
+        "shard": piece.shard,
+        "pack": piece.pack,
+        "key": f"{piece.key:016x}",
+        "targets": piece.targets,
+        "bytes": piece.bytes,
+        "begins": piece.begins,
+        "ends": piece.ends,
+        "text": shown(text, lines=True),
+        "rest": shown(rest, lines=True),
+        "left_out": left_out,
+    }
 
 
 # --- the page ---
 
 
-def report_page(figures: dict[str, Any], samples: dict[str, list[ShownPiece]], *, title: str) -> str:
-    """Return the page as HTML without references to other files."""
-    sources = list(figures["counts"])
-    colors = dict(zip(sources, itertools.cycle(PALETTE)))
-    sections = [
-        ("Length of documents", _length_plots(figures, colors)),
-        ("Tokens by bucket and source", _token_plot(figures, colors)),
-        ("Fill of packs", histogram(figures["fill"], color=PALETTE[0], x_name="fill", y_name="packs")),
-        ("Documents and tokens by source", _documents_table(figures) + _rejection_plot(figures)),
-        ("Streams", _streams_table(figures)),
-        ("Samples, as the model sees them", _samples(samples)),
-    ]
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections)
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style>"
-        f"<main><h1>{html.escape(title)}</h1>{_cards(figures)}{body}</main></html>\n"
+def report_page(figures: dict[str, Any], samples: list[dict[str, Any]], *, title: str) -> str:
+    """Return the page as HTML without references to other files; scripts in it draw the plots and the tables."""
+    colors = dict(zip(figures["counts"], itertools.cycle(PALETTE)))
+    data = {"figures": figures, "samples": samples, "colors": colors}
+    body = f"<h1>{html.escape(title)}</h1>{_about(figures)}{_cards(figures)}{_SECTIONS}"
+    return render(title, body, data, scripts=["charts.js", "report.js"])
+
+
+def _about(figures: dict[str, Any]) -> str:
+    written = time.strftime("%Y-%m-%d %H:%M")
+    about = (
+        f"{figures['location']} · report of {written} by streaming-rwkv {__version__} · fingerprint "
+        f"{figures['fingerprint'][:16]}"
     )
+    return f"<p class='quiet'>{html.escape(about)}</p>"
 
 
 def _cards(figures: dict[str, Any]) -> str:
@@ -169,118 +198,27 @@ def _cards(figures: dict[str, Any]) -> str:
             f"{totals['tokens'] / 1e6:,.1f} M",
             f"tokens, {totals['text_bytes'] / max(1, totals['tokens']):.2f} bytes each",
         ),
-        (f"{totals['text_bytes'] / 1e6:,.1f} MB", f"text; {totals['shard_bytes'] / 1e6:,.1f} MB of shards"),
+        (shown_bytes(totals["text_bytes"]), f"text; {shown_bytes(totals['shard_bytes'])} of shards"),
         (f"{totals['packs']:,}", f"packs of {figures['pack_tokens']:,} tokens"),
         (f"{totals['fill']:.1%}", "of the packs filled"),
         (html.escape(tokenizer["name"]), f"tokenizer, {tokenizer['vocab_size']:,} ids"),
     ]
-    shown = "".join(f"<div class='card'><b>{value}</b><span>{name}</span></div>" for value, name in cards)
-    return f"<div class='cards'>{shown}</div><p class='quiet'>fingerprint {figures['fingerprint']}</p>"
+    values = "".join(f"<div class='card'><b>{value}</b><span>{name}</span></div>" for value, name in cards)
+    return f"<div class='cards'>{values}</div>"
 
 
-def _length_plots(figures: dict[str, Any], colors: dict[str, str]) -> str:
-    def plot(source: str, lengths: dict[str, int]) -> str:
-        shown = histogram(
-            lengths, color=colors[source], x_name="length (inputs)", y_name="documents", width=420, height=200
-        )
-        return f"<figure><figcaption>{html.escape(source)}</figcaption>{shown}</figure>"
-
-    plots = "".join(plot(source, lengths) for source, lengths in figures["lengths"].items())
-    note = "Each bar is a quarter of a doubling; before deduplication and cutting."
-    return f"<p class='quiet'>{note}</p><div class='grid'>{plots}</div>"
-
-
-def _token_plot(figures: dict[str, Any], colors: dict[str, str]) -> str:
-    tokens: dict[str, dict[str, float]] = {bucket: defaultdict(float) for bucket in figures["buckets"]}
-    for stream in figures["streams"]:
-        tokens[stream["bucket"]][stream["source"]] += stream["tokens"]
-    return grouped_bars(tokens, colors=colors, x_name="bucket", y_name="tokens") + legend(colors)
-
-
-def _documents_table(figures: dict[str, Any]) -> str:
-    rows = [
-        [
-            source,
-            counts["documents_read"],
-            *(counts["documents"][split] for split in SPLITS),
-            counts["duplicates"],
-            sum(counts["rejected"].values()),
-            counts["targets_read"],
-            counts["targets_cut"],
-        ]
-        for source, counts in figures["counts"].items()
-    ]
-    head = ["source", "read", *SPLITS, "duplicates", "rejected", "tokens read", "tokens cut"]
-    return _table(head, rows, text_columns=1)
-
-
-def _rejection_plot(figures: dict[str, Any]) -> str:
-    drops: dict[str, int] = defaultdict(int)
-    for counts in figures["counts"].values():
-        drops["duplicate"] += counts["duplicates"]
-        for reason, count in counts["rejected"].items():
-            drops[reason] += count
-    shown = {reason: count for reason, count in sorted(drops.items(), key=lambda item: -item[1]) if count}
-    return bars(shown, color=PALETTE[3]) if shown else "<p class='quiet'>Nothing was rejected.</p>"
-
-
-def _streams_table(figures: dict[str, Any]) -> str:
-    fields = ["documents", "pieces", "tokens", "packs"]
-    rows = [
-        [stream["split"], stream["source"], stream["bucket"], *(stream[field] for field in fields), stream["fill"]]
-        for stream in figures["streams"]
-    ]
-    return _table(["split", "source", "bucket", *fields, "fill"], rows, text_columns=3)
-
-
-def _table(head: list[str], rows: list[list[Any]], *, text_columns: int) -> str:
-    def cell(value: Any, column: int) -> str:
-        shown = f"{value:.1%}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        return f"<td{'' if column < text_columns else ' class=number'}>{html.escape(shown)}</td>"
-
-    names = "".join(
-        f"<th{'' if column < text_columns else ' class=number'}>{name}</th>" for column, name in enumerate(head)
-    )
-    lines = "".join(f"<tr>{''.join(cell(value, column) for column, value in enumerate(row))}</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>"
-
-
-def _samples(samples: dict[str, list[ShownPiece]]) -> str:
-    return "".join(_sample(piece) for pieces in samples.values() for piece in pieces)
-
-
-def _sample(piece: ShownPiece) -> str:
-    text = piece.text
-    if len(text) > _SAMPLE_CHARACTERS:
-        half = _SAMPLE_CHARACTERS // 2
-        text = f"{text[:half]}\n\n   […{len(text) - 2 * half:,} characters…]\n\n{text[-half:]}"
-    begin = "<i>⟨bos⟩</i>" if piece.begins else "<i>… inside a document</i> "
-    end = "<i>⟨eos⟩</i>" if piece.ends else " <i>cut here …</i>"
-    head = f"{piece.stream} · {piece.targets:,} tokens · {piece.bytes:,} bytes"
-    return f"<details open><summary>{html.escape(head)}</summary><pre>{begin}{html.escape(text)}{end}</pre></details>"
-
-
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2330;--quiet:#667085;--line:#e3e7ee;--back:#fbfcfe;--card:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--quiet:#98a2b3;--line:#2b3342;--back:#12161e;--card:#1a202b}}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,"Noto Sans","Noto Sans CJK SC",sans-serif}
-main{max-width:1180px;margin:0 auto;padding:32px 24px 80px}
-h1{font-size:26px;margin:0 0 16px}h2{font-size:18px;margin:40px 0 12px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px}
-.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
-.card b{display:block;font-size:21px;overflow-wrap:anywhere}.card span,.quiet{color:var(--quiet);font-size:13px}
-.quiet{overflow-wrap:anywhere}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:8px 20px}
-figure{margin:0}figcaption{font-weight:600;font-size:13px}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--quiet);font-size:11px}svg line{stroke:var(--line)}
-.legend{display:flex;flex-wrap:wrap;gap:6px 18px;font-size:13px;margin-top:6px}
-.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;min-width:60%}
-td,th{padding:4px 12px 4px 0;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
-.number{text-align:right;font-variant-numeric:tabular-nums}
-details{border:1px solid var(--line);border-radius:8px;margin:10px 0;background:var(--card)}
-summary{padding:8px 12px;cursor:pointer;font-size:13px;color:var(--quiet)}
-pre{margin:0;padding:4px 14px 14px;white-space:pre-wrap;overflow-wrap:anywhere}
-pre{font:13px/1.5 ui-monospace,"Noto Sans Mono CJK SC",monospace}
-pre i{color:#c2410c;font-style:normal;font-weight:600}
+_SECTIONS = """
+<section><h2>Sources</h2><div id='sources'></div><h2>Rejected documents</h2><div id='rejections' class='quiet'></div>
+</section>
+<section><h2>Length of documents</h2>
+<p class='quiet'>Before deduplication and cutting; four bars for each doubling of the length.</p>
+<div class='panels' id='lengths'></div></section>
+<section><h2>Tokens by bucket and source</h2>
+<div class='panels'><div id='tokens'></div><div id='shares'></div></div><div class='legend' id='token-legend'></div>
+</section>
+<section><h2>Fill of packs</h2><div id='fill'></div></section>
+<section><h2>Streams</h2><div class='controls' id='stream-controls'></div><div id='streams'></div></section>
+<section><h2>Samples, as the model sees them</h2>
+<p class='quiet'>Some documents of each stream; <code>python -m prep inspect</code> shows all.</p>
+<div class='controls' id='sample-controls'></div><div id='samples'></div></section>
 """

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from prep.config import PrepConfig, SourceConfig
 from prep.document import LineCounts, add_counts
+from prep.inputs.files import InputFile
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
-from prep.inputs.units import plan_units
+from prep.inputs.text_keys import check_text_keys
+from prep.inputs.units import find_sources, plan_units
 from streaming_rwkv.config import UserError, load_config
 from streaming_rwkv.filesystem import atomic_folder, make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -27,6 +29,11 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = train_tokenizer(
         config.sources, vocab_size=options.vocab_size, to=options.to, most_bytes=options.most_bytes
     )
+    if tokenizer.vocab_size < options.vocab_size:
+        print(
+            f"warning: {tokenizer.vocab_size:,} tokens instead of {options.vocab_size:,}: the text has no more pairs "
+            "to merge; give more text, or a smaller --vocab-size"
+        )
     print(f"{options.to}: {tokenizer.vocab_size} tokens; use it with tokenizer={options.to}")
     return 0
 
@@ -61,8 +68,10 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    files = find_sources(sources)
+    check_text_keys(sources, files)
     share = most_bytes // len(sources)
-    texts = [_texts(name, config, share) for name, config in sorted(sources.items())]
+    texts = [_texts(name, config, files[name], share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     with atomic_folder(folder) as whole:
@@ -73,9 +82,9 @@ def train_tokenizer(
     return tokenizer
 
 
-def _texts(name: str, config: SourceConfig, most_bytes: int) -> Iterator[str]:
+def _texts(name: str, config: SourceConfig, files: list[InputFile], most_bytes: int) -> Iterator[str]:
     """Yield texts of a source up to `most_bytes`, spread over its units."""
-    units = plan_units({name: config}, unit_bytes=_UNIT_BYTES)
+    units = plan_units({name: config}, unit_bytes=_UNIT_BYTES, files={name: files})
     of_each = -(-most_bytes // len(units))
     has_any = False
     rejected: Counter[str] = Counter()

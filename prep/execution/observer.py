@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prep.config import PrepConfig
 from prep.document import Rejection
+from prep.inputs.files import InputFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,17 +18,22 @@ class TokenizationProgress:
     documents: int
     text_bytes: int
     tokens: int
+    input_bytes: int = 0
+    """Of the units' `input_bytes`; all reports of a unit together come to the whole of it."""
 
 
 class Observer:
     """Receives the progress of a build or an upload; this base class ignores it."""
+
+    def inputs(self, files: Mapping[str, Sequence[InputFile]], config: PrepConfig) -> None:
+        """Note the files that were found, before any of them is read."""
 
     def step(self, name: str, *, totals: Mapping[str, int], in_bytes: bool = False) -> None:
         """Note that a step begins.
 
         Args:
             totals: the step's work by source, in tokens or in bytes.
-            in_bytes: the work is in bytes, and its rate is worth showing.
+            in_bytes: the work is in bytes.
         """
 
     def done(self, source: str, amount: int) -> None:

@@ -18,6 +18,9 @@ def run_step(
     sizes: Sequence[tuple[str, int]],
     observer: Observer,
     on_result: Callable[[int, Any], None] | None = None,
+    *,
+    in_bytes: bool = False,
+    are_reported: bool = False,
 ) -> list[Any]:
     """Run a task for each item and return the results in the order of the items.
 
@@ -27,16 +30,19 @@ def run_step(
     Args:
         sizes: (source, amount) of each item, for the progress.
         on_result: is called with the index and the result of each item as soon as it is done.
+        in_bytes: amounts are bytes, otherwise tokens.
+        are_reported: the tasks themselves report their progress.
     """
     totals: Counter[str] = Counter()
     for source, size in sizes:
         totals[source] += size
-    observer.step(name, totals=totals)
+    observer.step(name, totals=totals, in_bytes=in_bytes)
     order = sorted(range(len(items)), key=lambda index: -sizes[index][1].bit_length())
     results: dict[int, Any] = {}
     for place, result in run(task, [items[index] for index in order]):
         results[order[place]] = result
         if on_result is not None:
             on_result(order[place], result)
-        observer.done(*sizes[order[place]])
+        if not are_reported:
+            observer.done(*sizes[order[place]])
     return [results[index] for index in range(len(items))]

@@ -27,12 +27,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_LONG = f"line longer than {_MOST_LINE_BYTES >> 20} MiB"
 
 
-def read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int]]:
+def read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int, int]]:
     """Read a part of a JSON file.
 
     Yields:
         Rows; a value for each, the text, or with hooks the whole record, or a BrokenRow; the number of lines among them
-        that are not JSON objects.
+        that are not JSON objects; the bytes that were read from the file for them, compressed if it is.
 
     Raises:
         InputError: the file is broken, or, if the part is the whole file, is not JSON lines.
@@ -46,11 +46,28 @@ def read_json(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int
             if array is not None:
                 for first in range(0, len(array), _ARRAY_RECORDS):
                     items = array[first : first + _ARRAY_RECORDS]
-                    yield np.arange(first, first + len(items)), _values(items, used=used), 0
+                    size = file.size * len(items) // len(array)
+                    yield np.arange(first, first + len(items)), _values(items, used=used), 0, size
                 return
-        counts = yield from _read_lines(blocks, part, used=used)
+        begin = part.byte_range[0] if part.byte_range is not None else 0
+        counts = yield from _with_bytes(_read_lines(blocks, part, used=used), raw, begin=begin)
     if not part.is_cut:
         check_lines(file, counts)
+
+
+def _with_bytes(
+    batches: Generator[tuple[NDArray[np.int64], list[Any], int], None, LineCounts], raw: IO[bytes], *, begin: int
+) -> Generator[tuple[NDArray[np.int64], list[Any], int, int], None, LineCounts]:
+    """Add to each batch the bytes by which `raw` advanced for it, and return what the generator returns."""
+    while True:
+        try:
+            rows, values, not_objects = next(batches)
+        except StopIteration as end:
+            counts: LineCounts = end.value
+            return counts
+        at = raw.tell()
+        yield rows, values, not_objects, max(0, at - begin)
+        begin = max(begin, at)
 
 
 def _read_lines(

@@ -26,23 +26,25 @@ _FOOTER_READ_BYTES = 1 << 16  # as much as pyarrow reads, so that one request to
 _SIGNATURE_BYTES = 12 + 16  # nonce and tag
 
 
-def read_parquet_layout(file: InputFile, *, text: str) -> list[tuple[int, int]]:
+def read_parquet_layout(file: InputFile, config: SourceConfig) -> list[tuple[int, int]]:
     """Return (bytes of text, rows) of each row group.
 
     Raises:
-        InputError: the file is not parquet.
+        InputError: the file is not parquet, or has no such column.
     """
     with opened(file) as raw, _naming(file, "cannot be read as parquet"):
-        metadata = _open_parquet(raw, file).metadata
+        parquet = _open_parquet(raw, file)
+        metadata = parquet.metadata
+        _check_text_column(parquet.schema_arrow, file, config)  # before hours are spent on the sources before it
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        return [(_text_bytes(group, text), group.num_rows) for group in groups]
+        return [(_text_bytes(group, config.text), group.num_rows) for group in groups]
 
 
-def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
+def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int]]:
     """Read row groups of a parquet file.
 
     Yields:
-        Rows; a value for each, the text, or with hooks the whole record, or a BrokenRow.
+        Rows; a value for each, the text, or with hooks the whole record, or a BrokenRow; about their bytes of text.
 
     Raises:
         InputError: the file is broken, or has no such column.
@@ -71,7 +73,7 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
                 values = _records(batch) if config.has_hooks else _strings(batch.column(0))
             numbers = np.arange(row, row + batch.num_rows)
             row += batch.num_rows
-            yield numbers, values
+            yield numbers, values, size * batch.num_rows // rows
 
 
 def _text_bytes(row_group: Any, text: str) -> int:

@@ -33,6 +33,7 @@ class Batch:
     texts: list[str]
     rejections: list[Rejection]
     not_objects: int = 0  # the number of rejections that are lines without a JSON object
+    input_bytes: int = 0  # about the part of the file that the rows take
 
     @property
     def line_counts(self) -> LineCounts:
@@ -70,15 +71,16 @@ def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
     """
     file = part.file
     hooks = Hooks(config, file) if config.has_hooks else None
-    for rows, values, not_objects in _read_rows(part, config):
+    for rows, values, not_objects, input_bytes in _read_rows(part, config):
         texts = values if hooks is None else hooks.apply(values, rows=rows)
-        yield replace(_batch(file, rows, texts, text=config.text), not_objects=not_objects)
+        batch = _batch(file, rows, texts, text=config.text)
+        yield replace(batch, not_objects=not_objects, input_bytes=input_bytes)
 
 
-def _read_rows(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int]]:
+def _read_rows(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int, int]]:
     if part.file.suffix == ".parquet":
-        for rows, values in read_parquet(part, config):
-            yield rows, values, 0
+        for rows, values, text_bytes in read_parquet(part, config):  # by which its units are weighed
+            yield rows, values, 0, text_bytes
     else:
         yield from read_json(part, config)
 
@@ -113,6 +115,7 @@ def _documents(batches: list[Batch]) -> Documents:
         file_of=np.repeat(np.arange(len(batches)), [len(batch.texts) for batch in batches]),
         rejections=list(itertools.chain.from_iterable(batch.rejections for batch in batches)),
         line_counts=add_counts((batch.file.name, batch.line_counts) for batch in batches),
+        input_bytes=sum(batch.input_bytes for batch in batches),
     )
 
 

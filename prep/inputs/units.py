@@ -87,7 +87,7 @@ def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[t
 def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     groups: list[int] = []
     size = rows = first_row = 0
-    for index, (row_group_bytes, row_group_rows) in enumerate(read_parquet_layout(file, text=config.text)):
+    for index, (row_group_bytes, row_group_rows) in enumerate(read_parquet_layout(file, config)):
         if groups and size + row_group_bytes > unit_bytes:
             yield Part(file=file, first_row=first_row, row_groups=tuple(groups)), size
             first_row, groups, size, rows = first_row + rows, [], 0, 0

@@ -19,7 +19,7 @@ def hash_inputs(files: dict[str, list[InputFile]], run: Run, observer: Observer)
     """
     items = [file for of_source in files.values() for file in of_source]
     sizes = [(file.source, file.size) for file in items]
-    digests: list[Any] = run_step("hashing files", run, _hash_file, items, sizes, observer)
+    digests: list[Any] = run_step("hashing files", run, _hash_file, items, sizes, observer, in_bytes=True)
     return dict(zip(map(state_key, items), digests, strict=True))
 
 

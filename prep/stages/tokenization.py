@@ -60,7 +60,9 @@ def tokenize(context: BuildContext, run: Run, observer: Observer) -> list[UnitRe
             mark_audited(context, unit)
 
     sizes = [(unit.source, unit.input_bytes) for unit in context.units]
-    units = run_step("tokenizing", run, tokenize_unit, context.units, sizes, observer, on_unit)
+    units = run_step(
+        "tokenizing", run, tokenize_unit, context.units, sizes, observer, on_unit, in_bytes=True, are_reported=True
+    )
     check_not_empty(context, units)
     return units
 
@@ -73,7 +75,9 @@ def count_tokens(context: BuildContext, run: Run, observer: Observer) -> list[Un
     def on_unit(index: int, record: UnitRecord) -> None:
         cut_files.has_read(context.units[index], record.line_counts)
 
-    return run_step("counting", run, count_unit, context.units, sizes, observer, on_unit)
+    return run_step(
+        "counting", run, count_unit, context.units, sizes, observer, on_unit, in_bytes=True, are_reported=True
+    )
 
 
 def tokenize_unit(context: BuildContext, unit: Unit, report: Report) -> UnitRecord:
@@ -84,7 +88,9 @@ def tokenize_unit(context: BuildContext, unit: Unit, report: Report) -> UnitReco
     """
     task = unit_task(unit)
     record = load_done(context.work_folder, task, UnitRecord)
-    if record is None:
+    if record is not None:
+        report(_progress(unit, input_bytes=unit.input_bytes))
+    else:
         with temporary_task_folder(context.work_folder) as folder:
             record = _write_unit(context, unit, folder=folder, report=report)
             finish(folder, record, work=context.work_folder, name=task)
@@ -147,6 +153,7 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
     first = 0
     seen: Counter[str] = Counter()
     audit_bytes = context.audit_bytes(unit)
+    unreported = unit.input_bytes
     requested = {FILTERED, TRANSFORMED_AWAY, _too_long(context)}  # by the configuration: nothing is broken
     for documents in read_unit(unit, context.config.sources[unit.source]):
         documents, batch = _encoded(context.tokenizer, documents)
@@ -164,15 +171,21 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
                 report(rejection)
         chunk = _chunk(context, documents, batch, first=first)
         first += len(batch)
-        report(
-            TokenizationProgress(
-                source=unit.source,
-                documents=documents.read,
-                text_bytes=chunk.text_bytes,
-                tokens=int(chunk.inputs.sum()),
-            )
-        )
+        input_bytes = min(unreported, documents.input_bytes)
+        unreported -= input_bytes
+        report(_progress(unit, input_bytes=input_bytes, chunk=chunk))
         yield chunk
+    report(_progress(unit, input_bytes=unreported))
+
+
+def _progress(unit: Unit, *, input_bytes: int, chunk: TokenizedChunk | None = None) -> TokenizationProgress:
+    return TokenizationProgress(
+        source=unit.source,
+        documents=chunk.read if chunk else 0,
+        text_bytes=chunk.text_bytes if chunk else 0,
+        tokens=int(chunk.inputs.sum()) if chunk else 0,
+        input_bytes=input_bytes,
+    )
 
 
 def _chunk(context: BuildContext, documents: Documents, batch: TokenBatch, *, first: int) -> TokenizedChunk:

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from streaming_rwkv.config import Config, ConfigError
 from streaming_rwkv.data.order import Ints, Order, fraction, stream_order
+from streaming_rwkv.quantities import PositiveCount
 from streaming_rwkv.shards import StreamRecord, offsets_of
 
 Floats = NDArray[np.float64]
@@ -72,8 +73,8 @@ class MixtureConfig(Config):
 class StageConfig(MixtureConfig):
     """Stage of a curriculum: a mixture, and a length in tokens or in passes over the data."""
 
-    tokens: int | None = Field(default=None, gt=0)
-    """Length of the stage in tokens; give either this or `passes`."""
+    tokens: PositiveCount | None = None
+    """Length of the stage in tokens ('1.5B' is 1,500,000,000); give either this or `passes`."""
     passes: float | None = Field(default=None, gt=0)
     """Length of the stage in passes over its buckets, with natural shares."""
 

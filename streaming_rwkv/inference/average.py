@@ -19,8 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from streaming_rwkv.console import shown
-from streaming_rwkv.inference.export import DTYPES, local_out, write_export
+from streaming_rwkv.console import shown, shown_bytes
+from streaming_rwkv.inference.export import (
+    DTYPES,
+    check_overwrites_nothing,
+    export_bytes,
+    how_to_load,
+    local_out,
+    write_export,
+)
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.model.sharded import ShardedWeights
@@ -110,6 +117,8 @@ def newest_checkpoints(run: str, count: int) -> Iterator[list[Path]]:
 def run(options: argparse.Namespace) -> int:
     """Write the average, say which checkpoints are in it, and return the exit status."""
     out = local_out(options.out)
+    if not options.overwrite:
+        check_overwrites_nothing(out)
     with newest_checkpoints(options.run, options.last) as folders:
         dtype = DTYPES[options.dtype]
         # float16's largest value is small: rounded when it is written, where what is too large is refused by name.
@@ -117,5 +126,7 @@ def run(options: argparse.Namespace) -> int:
         state = average(folders, scheme_weights(options.weights, len(folders)), dtype=rounded)
         write_export(state, out, dtype=dtype, tokenizer=find_tokenizer(folders[-1]))
         names = ", ".join(folder.name for folder in folders)
-        print(f"wrote {shown(options.out)}: the average of {len(folders)} checkpoints, {names}")
+        size = shown_bytes(export_bytes(out))
+        print(f"wrote {shown(options.out)}: {size}, the average of {len(folders)} checkpoints, {names}")
+        print(how_to_load(out))
     return 0

@@ -10,6 +10,7 @@ from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_error, tolerate_any_encoding
 from streaming_rwkv.extras import TRAIN, exit_if_missing
+from streaming_rwkv.inference.generation_checks import check_max_tokens, check_prompt, check_seed
 from streaming_rwkv.location import checked_local, checked_location
 from streaming_rwkv.model.marked_files import check_exists
 from streaming_rwkv.shards import SPLITS, check_is_finished
@@ -49,6 +50,9 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
     options = generate_parser(program).parse_args(arguments)
 
     def run() -> int:
+        check_prompt(options.prompt)
+        check_seed(options.seed, name="--seed")
+        check_max_tokens(options.max_tokens, name="--max-tokens")
         check_exists(options.checkpoint)
         _announce()
         from streaming_rwkv.inference.generate import run
@@ -130,6 +134,7 @@ def export_parser(program: str) -> CommandParser:
         "transformers' own RWKV-7",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
     return parser
 
@@ -165,6 +170,7 @@ def average_parser(program: str) -> CommandParser:
         "most; linear: the newest weighs most",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser
 
 

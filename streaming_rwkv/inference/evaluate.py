@@ -30,7 +30,7 @@ from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.weights import read_model
-from streaming_rwkv.plot import validation_rows
+from streaming_rwkv.plotting.tables import validation_rows
 from streaming_rwkv.shards import Split
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.callbacks.validation import groups_of, validation_metrics

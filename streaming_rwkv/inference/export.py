@@ -16,18 +16,23 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.console import shown
+from streaming_rwkv.console import shown, shown_bytes
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
+from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.gguf import write_gguf
 from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
+CARD_NAME = "README.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FILE_SUFFIXES = (".pth", ".gguf")
+_FOLDER_NAMES = ("model.safetensors", "config.json", CARD_NAME)
+_IMPORT_FLA = "import fla"  # registers the architecture
 
 
 def export(
@@ -63,6 +68,76 @@ def write_export(
         if tokenizer.kind == "rwkv-world":
             _write_world_for_transformers(out)
         write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, layout=layout)
+        generation = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "do_sample": True,
+            "top_p": 0.9,
+        }
+        write_atomically(out / "generation_config.json", (json.dumps(generation, indent=1) + "\n").encode())
+    card = model_card(state, dtype=dtype, tokenizer=tokenizer, layout=layout)
+    write_atomically(out / CARD_NAME, card.encode())
+
+
+def model_card(
+    state: Mapping[str, Tensor], *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+) -> str:
+    """Return the README.md of an exported folder: what the model is and how it is loaded."""
+    config = infer_config(state, where="export")
+    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}  # pip install flash-linear-attention\n"
+    trusts = ", trust_remote_code=True" if tokenizer is not None and tokenizer.kind == "rwkv-world" else ""
+    loads_tokenizer = f"""
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("."{trusts})"""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rwkv, rwkv7]
+---
+
+# RWKV-7, {parameter_count(config):,} parameters
+
+{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}, weights in {_name(dtype)}; trained
+with streaming-rwkv. Before you publish it, add the training data, its licence, and results.
+
+```python
+{registers}from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("."){loads_tokenizer if tokenizer else ""}
+```
+"""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_overwrites_nothing(out: Path) -> None:
+    """Check that no earlier export is at `out`.
+
+    Raises:
+        UserError: there is one.
+    """
+    written = [out] if out.suffix in FILE_SUFFIXES else [out / name for name in _FOLDER_NAMES]
+    found = next((path for path in written if path.exists()), None)
+    if found is not None:
+        raise UserError(f"{found}: exists already; name another place, or replace it with --overwrite")
+
+
+def how_to_load(out: Path, *, layout: Layout = "fla") -> str:
+    """Return a line that says how an export is loaded."""
+    name = shown(str(out))
+    if out.suffix == ".pth":
+        return f"load it with: python -m streaming_rwkv.generate {name} PROMPT --tokenizer NAME, or `rwkv`"
+    if out.suffix == ".gguf":
+        return f"load it with: llama-cli -m {name} -p PROMPT"
+    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}; "
+    return f"load it with: {registers}AutoModelForCausalLM.from_pretrained({name!r}); see its {CARD_NAME}"
+
+
+def export_bytes(out: Path) -> int:
+    """Return the size of an export."""
+    files = [out] if out.is_file() else [file for file in out.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
@@ -96,13 +171,16 @@ def _write_world_for_transformers(folder: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export a checkpoint, say where it is, and return the exit status."""
+    """Export a checkpoint, say where it is and how it is loaded, and return the exit status."""
     out = local_out(options.out)
+    if not options.overwrite:
+        check_overwrites_nothing(out)
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
         export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
     without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
-    print(f"wrote {shown(str(out))}{without}")
+    print(f"wrote {shown(str(out))}: {shown_bytes(export_bytes(out))}, {options.dtype}{without}")
+    print(how_to_load(out, layout=options.layout))
     return 0
 
 

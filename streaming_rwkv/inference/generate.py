@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from streaming_rwkv.console import shown
+from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
-from streaming_rwkv.inference.sampling import GenerationError
-from streaming_rwkv.inference.text import check_prompt, continue_prompt
+from streaming_rwkv.inference.text import continue_prompt
 from streaming_rwkv.model.weights import read_model
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
@@ -20,7 +20,6 @@ from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 
 def run(options: argparse.Namespace) -> int:
     """Print a continuation of the prompt, and return the exit status."""
-    _check(options)
     device = find_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with local_checkpoint(options.checkpoint) as checkpoint:
@@ -57,17 +56,9 @@ def run(options: argparse.Namespace) -> int:
         print(shown(part, lines=True) if on_terminal else part, end="", flush=True)
     seconds = time.monotonic() - start
     print(flush=True)
-    print(f"{len(sampled)} tokens in {seconds:.1f} s", file=sys.stderr)
+    rate = f", {len(sampled) / seconds:.1f} tokens/s" if sampled and seconds > 0 else ""
+    print(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", file=sys.stderr)
     return 0
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Check the options before the model is read."""
-    check_prompt(options.prompt)
-    if options.max_tokens < 0:
-        raise GenerationError(f"--max-tokens {options.max_tokens}: expected a whole number, at least 0")
-    if options.seed is not None and not -(1 << 63) <= options.seed < 1 << 64:
-        raise GenerationError(f"--seed {options.seed}: expected a whole number of 64 bits, such as 17")
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

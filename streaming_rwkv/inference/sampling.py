@@ -11,12 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from streaming_rwkv.config import UserError
+from streaming_rwkv.inference.generation_checks import GenerationError, check_max_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
-
-
-class GenerationError(UserError):
-    """A prompt, a tokenizer, a model or a setting that cannot be used for generation."""
 
 
 @torch.no_grad()  # as a decorator it does not reach the code that consumes the iterator
@@ -50,8 +46,7 @@ def generate_tokens(
         raise GenerationError("prompt: is empty; begin with the tokenizer's bos token")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise GenerationError(f"temperature {temperature}, top_p {top_p}: expected temperature ≥ 0 and 0 < top_p ≤ 1")
-    if max_tokens < 0:
-        raise GenerationError(f"max_tokens {max_tokens}: expected a whole number, at least 0")
+    check_max_tokens(max_tokens)
     device = model.emb.weight.device
     unread, state = list(tokens), None
     for _ in range(max_tokens):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from streaming_rwkv.inference.sampling import GenerationError, generate_tokens
+from streaming_rwkv.inference.generation_checks import GenerationError, check_prompt, check_seed
+from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import Tokenizer
 
@@ -61,8 +62,7 @@ def continue_prompt(
 ) -> Iterator[int]:
     """Return the tokens that continue a prompt, up to the end of the document; see `generate`."""
     check_prompt(prompt)
-    if seed is not None and not -(1 << 63) <= seed < 1 << 64:
-        raise GenerationError(f"seed {seed}: expected a whole number of 64 bits, such as 17")
+    check_seed(seed)
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     return generate_tokens(
@@ -75,18 +75,3 @@ def continue_prompt(
         stop={tokenizer.eos_id},
         generator=generator,
     )
-
-
-def check_prompt(prompt: str) -> None:
-    """Refuse a prompt that cannot be encoded.
-
-    Raises:
-        GenerationError: it has a surrogate, as which Python keeps a byte that is not UTF-8.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(prompt[error.start]) & 0xFF
-        raise GenerationError(
-            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
-        ) from None

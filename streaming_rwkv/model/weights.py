@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -372,7 +373,9 @@ def write_huggingface(
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
     (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -24,6 +23,7 @@ from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.data.mixture import StageConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.model.config import Preset
+from streaming_rwkv.quantities import ByteCount, NonNegativeCount, PositiveCount
 
 
 class OptimizerConfig(Config):
@@ -41,12 +41,12 @@ class OptimizerConfig(Config):
     """AdamW's decoupled weight decay. The reference trainer uses 0.001 (MiniPile) to 0.1 (Pile)."""
     gradient_clip: PositiveFloat = 1.0
     """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it."""
-    warmup_tokens: NonNegativeInt = 0
+    warmup_tokens: NonNegativeCount = 0
     """Tokens over which the rate rises linearly from 1 % of `lr` to `lr`."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """`cosine` falls from the end of the warm-up to the end of training; `wsd` (warm-up, stable, decay) stays at `lr`
     and falls linearly over the last `decay_tokens`."""
-    decay_tokens: PositiveInt | None = Field(default=None)
+    decay_tokens: PositiveCount | None = None
     """Length of the decay; only for `wsd`."""
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class DataConfig(Config):
     """Data set that `prep` built: a folder, or s3://bucket/prefix."""
     cache: str | None = None
     """Folder for downloaded and decompressed shards; by default in the save folder."""
-    cache_limit: int | None = None
+    cache_limit: ByteCount | None = None
     """Largest size of the cached shards, compressed and decompressed ('200gb', in powers of 1024); at least four of the
     largest shards of training and of validation. By default all shards are kept."""
     stages: list[StageConfig] = Field(min_length=1)
@@ -78,8 +78,8 @@ class DataConfig(Config):
     """Number of times that the stages are repeated, each time with an equal part of their tokens or passes."""
     max_repeats: PositiveFloat = 4.0
     """Number of passes over a stream above which a warning is shown."""
-    batch_tokens: PositiveInt | None = None
-    """Tokens per step, rounded to whole packs on every process. Give either this or `batch_packs`."""
+    batch_tokens: PositiveCount | None = None
+    """Tokens per step ('32k' is 32,000), rounded to whole packs on every process. Give either this or `batch_packs`."""
     batch_packs: PositiveInt | None = None
     """Packs per step, over all processes."""
     fraction: float = Field(default=1.0, gt=0, le=1)
@@ -114,18 +114,6 @@ class DataConfig(Config):
     def _local(cls, folder: str | None) -> str | None:
         return None if folder is None else checked_local(folder)
 
-    @field_validator("cache_limit", mode="before")
-    @classmethod
-    def _in_bytes(cls, limit: Any) -> Any:
-        if not isinstance(limit, str):
-            return limit
-        from streaming.base.util import bytes_to_int
-
-        try:
-            return bytes_to_int(limit)
-        except ValueError:
-            raise ValueError(f"found {limit!r}; expected a number of bytes, or one with kb, mb, gb, tb") from None
-
     @model_validator(mode="after")
     def _one_batch_size(self) -> DataConfig:
         if (self.batch_tokens is None) == (self.batch_packs is None):
@@ -158,7 +146,7 @@ class ModelConfig(Config):
     """Rows of the embedding and the head; by default the tokenizer's vocabulary size."""
     activation_checkpointing: bool = False
     """Keep only the input of each block, and recompute the rest in the backward pass."""
-    loss_chunk_tokens: PositiveInt = 2048
+    loss_chunk_tokens: PositiveCount = 2048
     """Chunk size, in tokens, of the cross-entropy; bounds the memory of the logits."""
     init_from: str | None = None
     """Weights to start from: a BlinkDL .pth, a Hugging Face folder, a training run or a checkpoint; local or on s3://."""
@@ -297,6 +285,12 @@ class ProfileConfig(Config):
 
 class RunConfig(LoadedConfig):
     """All settings of a run."""
+
+    mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
+        frozenset({"out", "sources", "tokenizer", "pack_tokens", "edges"}),
+        "this is a recipe of a data set, not a training YAML; build it with `python -m prep build {path}`, then train "
+        "with a YAML such as yamls/tiny_cpu.yaml and data.path=",
+    )
 
     save_folder: str
     """Folder for checkpoints, metrics and logs; a run that is started again with the same folder resumes."""

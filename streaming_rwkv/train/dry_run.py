@@ -25,7 +25,7 @@ from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.datasets import open_training_packs
 from streaming_rwkv.train.prepare import PreparedRun, prepare
 from streaming_rwkv.train.preview import batch_table, mixture_table, summary_table
-from streaming_rwkv.train.startup import newest_mark
+from streaming_rwkv.train.startup import check_device, newest_mark
 from streaming_rwkv.train.trackers import check_trackers
 
 
@@ -36,6 +36,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
         UserError: an error would stop the run before its first step.
     """
     check_trackers(config.log)
+    check_device(config.device)
     make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
     root = Path(config.save_folder) / "checkpoints"
     store = open_store(config.save_remote) if config.save_remote is not None else None
@@ -61,6 +62,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
         return 0
     batch, tokenizer = _read(prepared, step)
     print_rich(batch_table(batch, plan, tokenizer, step=step))
+    print_rich("next: the same command without --dry-run")
     return 0
 
 

@@ -56,7 +56,10 @@ def fit(run: CheckedRun) -> int:
         remove_copy(Path(config.save_folder))
     for log in (loggers.lines, callbacks.samples):
         log.rewind(run.checkpoint.step if run.checkpoint else 0)
-    return train(trainer, callbacks.checkpointer, run.mirror)
+    status = train(trainer, callbacks.checkpointer, run.mirror)
+    if status == 0:
+        loggers.console.print_summary(trainer.state, save_folder=config.save_folder)
+    return status
 
 
 def build_trainer(

@@ -23,6 +23,7 @@ class RunLoggers:
 
     all: list[LoggerDestination]
     lines: JSONLines
+    console: Console
     trackers: list[LoggerDestination]
     settings: dict[str, Any]  # with interpolations in place of values from the environment
 
@@ -49,10 +50,9 @@ def build_loggers(config: RunConfig, *, last_step: int) -> RunLoggers:
     log, save_folder = config.log, Path(config.save_folder)
     settings = flat_settings(config.with_interpolations(config.model_dump(mode="json", exclude_none=True)))
     lines = JSONLines(save_folder / "metrics.jsonl")
-    loggers: list[LoggerDestination] = [lines]
-    if not shows_progress_bar(log):
-        loggers.append(Console(interval_steps=log.interval_steps, last_step=last_step))
+    console = Console(interval_steps=log.interval_steps, last_step=last_step, has_lines=not shows_progress_bar(log))
+    loggers: list[LoggerDestination] = [lines, console]
     if log.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(save_folder / "tensorboard")))
     trackers = build_trackers(log, save_folder=save_folder)
-    return RunLoggers(all=[*loggers, *trackers], lines=lines, trackers=trackers, settings=settings)
+    return RunLoggers(all=[*loggers, *trackers], lines=lines, console=console, trackers=trackers, settings=settings)

@@ -21,6 +21,8 @@ from streaming_rwkv.train.optimizer import lr_multiplier
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
@@ -63,6 +65,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
+        _warn_of_few_steps(plan)
         _warn_of_large_microbatch(config, packs=plan.batch_packs // world_size, world_size=world_size)
     model = resolve_model(config.model, manifest.tokenizer, shape)
     total_tokens = round(float(plan.expected_targets().sum()))
@@ -116,6 +119,15 @@ def _plan(config: RunConfig, manifest: Manifest, *, world_size: int) -> Plan:
         block_shards=data.shuffle_block_shards,
         share=data.fraction,
     )
+
+
+def _warn_of_few_steps(plan: Plan) -> None:
+    if plan.steps < FEW_STEPS:
+        logger.warning(
+            "the run has only %d step(s) of %d pack(s): enough to try the commands, not to train a model",
+            plan.steps,
+            plan.batch_packs,
+        )
 
 
 def _warn_of_large_microbatch(config: RunConfig, *, packs: int, world_size: int) -> None:

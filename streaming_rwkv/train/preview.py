@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import torch
 from rich.table import Table
 
+from streaming_rwkv.console import shown_bytes, shown_duration
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.model.config import RWKV7Config
-from streaming_rwkv.model.flops import flops_per_token, parameter_count
+from streaming_rwkv.model.flops import flops_per_token, parameter_count, peak_flops
 from streaming_rwkv.ops import cpp, cuda, cuda_chunked
 from streaming_rwkv.ops.layer_reference import IGNORED
 from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
 from streaming_rwkv.train.prepare import PreparedRun
 
-GB, MB = 1e9, 1e6
 # Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/train/test_preview.py),
 # without the states that the kernel saves.
 SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
 INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activation checkpointing keeps
+# Shares of the peak that runs have reached: the fused kernels on a GPU, small models on a CPU.
+UTILIZATION = {"gpu": 0.35, "cpu": 0.3}
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
 
@@ -33,19 +36,19 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     packs = np.array([order.packs for order in plan.orders])
     repeats = plan.end / packs
     table = Table(title="Mixture: shares of tokens, requested → effective", title_justify="left")
-    table.add_column("source")
-    table.add_column("bucket", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("packs", justify="right")
+    table.add_column("source", overflow="fold")
+    for name in ("bucket", "tokens", "packs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for i, stage in enumerate(plan.stages):
-        table.add_column(f"stage {i} ({stage.steps} steps)", justify="right")
+        name = f"stage {i} " if len(plan.stages) > 1 else ""
+        table.add_column(f"{name}({counted(stage.steps, 'step')})", justify="right")
     table.add_column("seen", justify="right")
     for s, stream in enumerate(plan.streams):
         shares = [
             f"{stage.requested[s]:.2%} → {targets[i, s] / targets[i].sum():.2%}" if stage.requested[s] else "–"
             for i, stage in enumerate(plan.stages)
         ]
-        seen = f"{repeats[s]:.2f}×" + (" !" if repeats[s] > max_repeats else "")
+        seen = f"{repeats[s]:.2f}×" + (" !" if repeats[s] > max_repeats else "") if plan.end[s] else "never"
         table.add_row(
             stream.source,
             stream.bucket,
@@ -99,11 +102,6 @@ def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, proces
     return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
 
 
-def shown_bytes(count: float) -> str:
-    """Return a number of bytes in GB or MB, for people."""
-    return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / MB:.1f} MB"
-
-
 def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
     """Return the steps after which a checkpoint is written: every `interval` steps, and the last."""
     return sorted(
@@ -139,19 +137,68 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
     table.add_column(overflow="fold")
     for name, value in {
         "begins at": f"step {first_step}" + (" (a checkpoint is there)" if first_step else ""),
-        "steps": f"{plan.steps:,} of {plan.batch_packs} packs, about {prepared.total_tokens // plan.steps:,} tokens",
+        "steps": f"{plan.steps:,}, each of {counted(plan.batch_packs, 'pack')}, about "
+        f"{prepared.total_tokens // plan.steps:,} tokens",
         "tokens": f"{prepared.total_tokens:,}",
-        "processes": f"{processes}, each with {per_process} packs of a step, {microbatch} in a microbatch",
+        "processes": f"{processes}, each with {counted(per_process, 'pack')} of a step, {microbatch} in a microbatch",
         "parameters": f"{parameter_count(model):,} ({model.num_layers} layers of {model.hidden_size}, "
         f"vocabulary {model.vocab_size:,})",
-        "FLOPs": f"{flops:.3g} per token, {flops * prepared.total_tokens:.3g} in all",
+        "FLOPs": f"{engineering(flops)} per token, {engineering(flops * prepared.total_tokens)} in all",
         "memory, each": f"{shown_bytes(state + activations)} on {on}; weights, gradients, moments in float32 "
         f"{shown_bytes(state)}, activations of {micro_tokens:,} tokens in {precision} about {shown_bytes(activations)} "
-        "(an estimate: preview.activation_bytes)",
+        "(estimated)",
+        "time": _time(
+            flops * prepared.total_tokens * (1 - first_step / plan.steps), device=device, processes=processes
+        ),
         "checkpoints": f"{len(steps)} to come, {written}" if steps else "none to come",
+        "disk": f"about {shown_bytes(_cache_bytes(prepared))} for the cache of shards, {shown_bytes(keep * each)} for "
+        "checkpoints",
     }.items():
         table.add_row(name, value)
     return table
+
+
+def counted(number: int, name: str) -> str:
+    """Return a number and its noun: 1 pack, 2 packs."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def engineering(number: float) -> str:
+    """Return a number with three digits and a unit: 9.68 M, 6.2 T."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _cache_bytes(prepared: PreparedRun) -> int:
+    """Return the size of the shards that the run reads, compressed and decompressed."""
+    plan = prepared.plan
+    used = (stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs)
+    size = sum(shard.raw_bytes + shard.bytes for stream in used for shard in stream.shards)
+    return min(size, prepared.config.data.cache_limit or size)
+
+
+def _time(flops: float, *, device: str, processes: int) -> str:
+    """Return an estimate of the time of training, evaluations and checkpoints not included."""
+    if device == "cpu":
+        peak, what = _cpu_flops(), "products of matrices here"
+    elif torch.cuda.is_available() and (found := peak_flops(name := torch.cuda.get_device_name())):
+        peak, what = found * processes, f"the peak of {counted(processes, name)}"
+    else:
+        return "unknown: this machine has no GPU whose speed is known"
+    return f"about {shown_duration(flops / (UTILIZATION[device] * peak))}, at {UTILIZATION[device]:.0%} of {what}"
+
+
+def _cpu_flops() -> float:
+    """Measure products of matrices on this machine, in FLOP/s."""
+    size = 512
+    left, seconds = torch.ones(size, size), []
+    for _ in range(5):
+        began = time.perf_counter()
+        left @ left
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / max(min(seconds), 1e-9)
 
 
 def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) -> Table:
@@ -160,13 +207,14 @@ def batch_table(batch: Batch, plan: Plan, tokenizer: Tokenizer, *, step: int) ->
     bounds, packs = batch["cu_seqlens"].tolist(), batch["pack_starts"].tolist()
     pieces = len(bounds) - 1
     table = Table(
-        title=f"Batch of step {step}: {len(packs) - 1} packs, {pieces} documents, {len(tokens):,} inputs, "
+        title=f"Batch of step {step}: {counted(len(packs) - 1, 'pack')}, {counted(pieces, 'document')}, "
+        f"{len(tokens):,} inputs, "
         f"{batch['num_targets']:,} targets; input → target",
         title_justify="left",
         show_lines=True,
     )
     table.add_column("pack", justify="right")
-    table.add_column("stream")
+    table.add_column("stream", overflow="fold")
     table.add_column("inputs", justify="right")
     table.add_column("begins", overflow="fold")
     table.add_column("ends", overflow="fold")

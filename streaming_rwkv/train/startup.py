@@ -129,17 +129,26 @@ def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
     # Composer's own use of its attribute.
     warnings.filterwarnings("ignore", message="The _fsdp_wrap attribute will be removed", category=DeprecationWarning)
-    if device_name == "gpu" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device: found gpu, but torch sees no CUDA device; leave it out to train on the CPU, or fix the driver, "
-            "or install a torch that is built for it"
-        )
+    check_device(device_name)
     device = get_device(device_name)
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise each process would use all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
     dist.initialize_dist(device, timeout=timeout_seconds)
     return device
+
+
+def check_device(device_name: str | None) -> None:
+    """Check that this machine has the configured device.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if device_name == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: found gpu, but torch sees no CUDA device; leave it out to train on the CPU, or fix the driver, "
+            "or install a torch that is built for it"
+        )
 
 
 def find_initial_weights(location: str | None, save_folder: Path, mark: CompletionMark | None) -> InitialWeights | None:

@@ -70,10 +70,25 @@ def test_the_average_of_one_checkpoint_is_that_checkpoint(a_run: Path, tmp_path:
 
 def test_the_command_names_what_it_averaged(a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.average([str(a_run), "--last", "2", "--weights", "linear", str(tmp_path / "hf")]) == 0
-    assert capsys.readouterr().out.endswith("hf: the average of 2 checkpoints, step-00000003, step-00000004\n")
+    said, how = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"wrote {tmp_path / 'hf'}: ")
+    assert said.endswith(", the average of 2 checkpoints, step-00000003, step-00000004")
+    assert how.startswith("load it with: import fla; ")
     states = [read_state(a_run / "checkpoints" / f"step-{step:08}") for step in (3, 4)]
     expected = states[0]["emb.weight"].double() * (1 / 3) + states[1]["emb.weight"].double() * (2 / 3)
     assert torch.equal(read_state(tmp_path / "hf")["emb.weight"], expected.bfloat16())
+
+
+def test_an_earlier_export_is_replaced_only_on_request(
+    a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(a_run), str(tmp_path / "out.pth"), "--last", "1"]
+    (tmp_path / "out.pth").write_bytes(b"earlier")
+    assert command_line.average(arguments) == 1
+    expected = f"error: {tmp_path / 'out.pth'}: exists already; name another place, or replace it with --overwrite\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert (tmp_path / "out.pth").read_bytes() == b"earlier"
+    assert command_line.average([*arguments, "--overwrite"]) == 0
 
 
 def test_too_few_checkpoints_are_counted(a_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from streaming_rwkv.inference.export import export
+from streaming_rwkv.inference import command_line
+from streaming_rwkv.inference.export import export, how_to_load, model_card
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
-from streaming_rwkv.model.weights import write_pth
+from streaming_rwkv.model.weights import Layout, write_pth
 from streaming_rwkv.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -75,3 +79,58 @@ def test_transformers_gives_world_ids_from_an_exported_folder(folder: Path, tmp_
 
 def test_an_exported_folder_is_still_the_world_tokenizer_here(folder: Path) -> None:
     assert load_tokenizer(folder).record() == load_tokenizer("rwkv-world").record()
+
+
+def test_all_files_have_the_mode_of_any_new_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    expected = stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in os.listdir(folder)} == dict.fromkeys(
+        os.listdir(folder), expected
+    )
+
+
+def test_a_folder_says_what_it_is_and_how_it_is_loaded(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "1 layers of 64, vocabulary 65,536, weights in bfloat16" in card
+    assert 'AutoTokenizer.from_pretrained(".", trust_remote_code=True)' in card
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 0)
+
+
+@pytest.mark.parametrize(("name", "found"), [("hf", "hf/model.safetensors"), ("w2.pth", "w2.pth")])
+def test_an_export_is_replaced_only_on_request(
+    folder: Path, tmp_path: Path, name: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder.parent / "w.pth"), str(tmp_path / name)]
+    assert command_line.export(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "MB, bfloat16" in shown
+    assert "load it with: " in shown
+    assert command_line.export(arguments) == 1
+    expected = f"error: {tmp_path / found}: exists already; name another place, or replace it with --overwrite\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert command_line.export([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "line"),
+    [
+        ("m.pth", "fla", "python -m streaming_rwkv.generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
+        ("m.gguf", "fla", "llama-cli -m m.gguf -p PROMPT"),
+        ("m", "fla", "import fla; AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
+        ("m", "transformers", "AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
+    ],
+)
+def test_each_format_is_loaded_in_its_way(name: str, layout: Layout, line: str) -> None:
+    assert how_to_load(Path(name), layout=layout) == f"load it with: {line}"
+
+
+def test_only_the_layout_of_fla_needs_fla() -> None:
+    state = model_state(RWKV7(RWKV7Config(vocab_size=16, hidden_size=64, num_layers=1)))
+    cards = {
+        layout: model_card(state, dtype=torch.bfloat16, tokenizer=None, layout=layout) for layout in get_args(Layout)
+    }
+    assert "import fla" in cards["fla"]
+    assert "import fla" not in cards["transformers"]
+    assert "AutoTokenizer" not in cards["fla"]

@@ -13,8 +13,9 @@ import torch
 
 from streaming_rwkv.inference import command_line, sampling
 from streaming_rwkv.inference.generate import stream_text
+from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_tokenizer
-from streaming_rwkv.inference.sampling import GenerationError, choose
+from streaming_rwkv.inference.sampling import choose
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
@@ -187,7 +188,7 @@ def test_an_exported_folder_is_complete_in_itself(
 ) -> None:
     write_pth(model_state(memorized), tmp_path / "model.pth")
     assert command_line.export([str(tmp_path / "model.pth"), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'hf'}\n"
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'hf'}: ")
     code, out, _ = run(tmp_path / "hf", "The quick", "--temperature", 0, capsys=capsys)
     assert (code, out) == (0, TEXT.removeprefix("The quick") + "\n")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -259,7 +260,7 @@ def test_an_export_without_a_tokenizer_names_the_option(tmp_path: Path, capsys: 
     write_huggingface(model_state(model_of(50)), tmp_path / "hf")
     assert command_line.export([str(tmp_path / "hf"), str(tmp_path / "copy")]) == 0
     assert "without a tokenizer: none is stored with it" in capsys.readouterr().out
-    assert command_line.export([str(tmp_path / "nothing"), str(tmp_path / "copy")]) == 1
+    assert command_line.export([str(tmp_path / "nothing"), str(tmp_path / "other")]) == 1
     assert "nothing: no such file" in capsys.readouterr().err
 
 

@@ -505,7 +505,7 @@ def test_a_dry_run_also_uses_the_reference(config, write_lines, tmp_path, monkey
         ids[:] = 0  # eos: each document would be rejected
 
     alter_fast(monkeypatch, alter)
-    (record,) = count(config())
+    (record,) = count(config()).records
     assert (record.documents, record.rejected) == (2, {})
     assert "all texts are encoded again with the reference" in caplog.text
 
@@ -676,7 +676,7 @@ def test_verify_does_not_wait_for_a_pipe_or_read_a_device(finished, kind):
 
 def test_a_dry_run_counts_and_writes_nothing(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["0", "0", "12345"])
-    records = count(config(edges=[3, 8]))
+    records = count(config(edges=[3, 8])).records
     assert not (tmp_path / "out").exists()
     assert [(stream.documents, stream.pieces, stream.targets) for stream in records[0].streams] == [
         (2, 2, 4),

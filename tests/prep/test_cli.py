@@ -42,11 +42,36 @@ def test_a_data_set_is_built_verified_and_inspected(recipe, tmp_path, capsys):
     assert "train/corpus/1-256 pack 0 document" in shown
     assert ("⟨bos⟩床前明月光⟨eos⟩" in shown) != ("⟨bos⟩hello world⟨eos⟩" in shown)
     assert main(["build", recipe, "seed=3"]) == 0
-    assert "already finished, nothing to do" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "already finished, nothing to do" in again
+    assert main(["show", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[:8] == again.splitlines()[1:9]
+
+
+def test_inspect_draws_searches_and_shows_ids(recipe, tmp_path, capsys):
+    assert main(["build", recipe]) == 0
+    capsys.readouterr()
+
+    def shown(*options: str) -> str:
+        assert main(["inspect", str(tmp_path / "out"), *options]) == 0
+        return capsys.readouterr().out
+
+    assert sorted(shown().splitlines()) == sorted(shown("--in-order").splitlines())
+    assert shown("--seed", "3") == shown("--seed", "3")
+    found = shown("--grep", "HELLO", "--ids").splitlines()
+    assert found[1] == "⟨bos⟩hello world⟨eos⟩"
+    assert found[2].startswith("ids 0 ")
+    assert len(found) == 3
+    assert main(["inspect", str(tmp_path / "out"), "--grep", "nowhere"]) == 0
+    assert "no document has 'nowhere'" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_a_table(recipe, tmp_path, capsys):
     assert main(["build", recipe, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "1-256" not in shown
+    assert shown.endswith("next: the same command without --dry-run\n")
+    assert main(["build", recipe, "--dry-run", "--by", "bucket"]) == 0
     assert "1-256" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
@@ -84,8 +109,9 @@ def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys
         (["build", "{recipe}", "seed"], "error: command line: 'seed' is not an override; write key=value"),
         (
             ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
-            "no document in {folder}/corpus; rejected: 3 (no 'body'); name the right key with `sources.corpus.text`",
+            "sources.corpus: no 'body' in the first 3 records of {folder}/corpus/a.jsonl; their keys are 'text'",
         ),
+        (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `compo"),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
@@ -98,7 +124,8 @@ def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys
     ],
 )
 def test_errors_are_one_line_and_exit_1(recipe, tmp_path, capsys, arguments, message):
-    filled = [argument.format(recipe=recipe, folder=tmp_path) for argument in arguments]
+    tiny = YAMLS.parent / "tiny_cpu.yaml"
+    filled = [argument.format(recipe=recipe, folder=tmp_path, tiny=tiny) for argument in arguments]
     assert main(filled) == 1
     assert message.format(folder=tmp_path) in capsys.readouterr().err
 

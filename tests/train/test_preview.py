@@ -58,6 +58,9 @@ def test_a_dry_run_shows_the_mixture_the_costs_and_a_batch(config, capsys):
     assert "2, each with 2 packs of a step, 2 in a microbatch" in out
     assert "2 kept" in out
     assert "Batch of step 0: 4 packs" in out
+    assert re.search(r"time +│ about \d:\d\d:\d\d, at 30% of products of matrices here", out)
+    assert re.search(r"disk +│ about [\d.]+ kB for the cache of shards, ", out)
+    assert out.endswith("next: the same command without --dry-run\n")
 
 
 def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeypatch):
@@ -139,8 +142,9 @@ def test_a_microbatch_larger_than_a_process_has_packs_is_reported_as_not_used(co
 
 def test_a_missing_gpu_is_refused(config, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([str(config), "device=gpu"]) == 1
-    assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert main([str(config), "device=gpu", *more]) == 1
+        assert "device: found gpu, but torch sees no CUDA device; leave it out" in capsys.readouterr().err
 
 
 def test_sizes_of_checkpoints_and_memory_are_shown_with_their_units_and_device(config, capsys, monkeypatch):
@@ -187,7 +191,7 @@ def test_checkpoints_that_are_kept_are_counted(config, capsys):
     assert "2 kept" in capsys.readouterr().out
     assert main([str(config), "--dry-run", "checkpoint.interval_steps=5", "checkpoint.keep_every=10"]) == 0
     out = capsys.readouterr().out
-    steps = int(re.search(r"│ steps +│ ([\d,]+) of", out)[1].replace(",", ""))
+    steps = int(re.search(r"│ steps +│ ([\d,]+), each of", out)[1].replace(",", ""))
     assert f"{len({*range(10, steps + 1, 10), steps, steps // 5 * 5 - 5 * (steps % 5 == 0)})} kept" in out
 
 

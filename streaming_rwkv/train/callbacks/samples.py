@@ -25,6 +25,8 @@ from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
 from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 
+SHOWN_CHARACTERS = 240  # on the console; the whole text is in samples.jsonl
+
 
 class Samples(Callback):
     """Complete each prompt, and write one line per prompt: {"step", "prompt", "text"}."""
@@ -98,13 +100,17 @@ class Samples(Callback):
         with append_to(self.path) as file:
             file.write("".join(lines).encode())
         for number, (prompt, text) in enumerate(rows):
-            print(f"step {step}  {prompt!r} → {text!r}", flush=True)
+            print(f"sample at step {step}: {prompt!r} → {_beginning(text)!r}", flush=True)
             for destination in logger.destinations:
                 if isinstance(destination, TensorboardLogger) and destination.writer is not None:
                     # Markdown: a fence keeps line breaks.
                     content = f"````\n{prompt}{text}\n````"
                     destination.writer.add_text(f"samples/{number}", content, global_step=step)
         logger.log_table(["step", "prompt", "text"], [[step, *row] for row in rows], name="samples", step=step)
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def text_until_end(tokens: Sequence[int], *, end: int, decode: Callable[[Sequence[int]], str]) -> str:

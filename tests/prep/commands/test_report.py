@@ -8,7 +8,6 @@ import json
 import pytest
 
 from prep.build import build
-from prep.commands.plots import bars, grouped_bars, short
 from prep.commands.report import write_report
 from streaming_rwkv.config import UserError
 from streaming_rwkv.shards import DataError
@@ -23,10 +22,13 @@ class Checker(html.parser.HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.text: list[str] = []
+        self.data = ""
+        self.is_data = False
 
     def handle_starttag(self, tag, attributes):
         assert not {"src", "href", "srcset"} & {name for name, _ in attributes}
-        assert tag not in {"script", "link", "iframe", "img"}
+        assert tag not in {"link", "iframe", "img"}
+        self.is_data = ("id", "data") in attributes
         if tag not in NO_END_TAG:
             self.open.append(tag)
 
@@ -38,6 +40,8 @@ class Checker(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+        if self.is_data and self.open[-1] == "script":
+            self.data += data
 
 
 @pytest.fixture
@@ -56,9 +60,13 @@ def test_the_page_is_complete_and_self_contained(finished, tmp_path):
     checker.feed(page.read_text(encoding="utf-8"))
     assert not checker.open
     text = "".join(checker.text)
-    assert "<b>number</b>" in text  # documents are shown, not rendered
-    assert "⟨bos⟩" in text
-    assert "'text' is not a string" in text
+    data = json.loads(checker.data)
+    assert all(sample["text"].startswith("<b>number</b>") for sample in data["samples"])  # scripts show it as text
+    first = data["samples"][0]
+    assert (first["source"], first["begins"], first["ends"]) == ("corpus", True, True)
+    assert first["shard"].startswith("train/corpus/1-256/shard.00000")
+    assert data["figures"]["counts"]["corpus"]["rejected"] == {"'text' is not a string": 1}
+    assert "80" in text
 
 
 def test_the_figures_are_the_manifests(finished, tmp_path):
@@ -88,19 +96,14 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_option(finished, tmp_pat
         write_report(tmp_path / "out", to=tmp_path / "corpus" / "a.jsonl")
 
 
-def test_stacked_bars_are_as_high_as_their_values():
-    plot = grouped_bars({"a": {"x": 30, "y": 10}}, colors={"x": "red", "y": "blue"}, x_name="", y_name="", height=150)
-    assert "height='75.0' fill='red'" in plot  # 100 pixels for 40
-    assert "height='25.0' fill='blue'" in plot
-
-
-def test_names_are_escaped():
-    assert "&lt;b&gt;" in bars({"<b>": 1}, color="red")
-
-
-@pytest.mark.parametrize(("value", "shown"), [(0, "0"), (999, "999"), (1200, "1.2k"), (3.4e6, "3.4M"), (5e9, "5G")])
-def test_numbers_are_shortened(value, shown):
-    assert short(value) == shown
+def test_a_text_cannot_end_the_script(config, write_lines, tmp_path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["</script><img src=x onerror=alert(1)>"] * 2)
+    build(config())
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "<img" not in page
+    checker = Checker()
+    checker.feed(page)
+    assert json.loads(checker.data)["samples"][0]["text"] == "</script><img src=x onerror=alert(1)>"
 
 
 def test_a_report_replaces_links_and_does_not_follow_them(finished, tmp_path):

@@ -1,0 +1,44 @@
+"""Checks of what is asked of a model: prompt, seed and number of tokens. They need no torch."""
+
+from __future__ import annotations
+
+from streaming_rwkv.errors import UserError
+
+
+class GenerationError(UserError):
+    """A prompt, a tokenizer, a model or a setting that cannot be used for generation."""
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that cannot be encoded.
+
+    Raises:
+        GenerationError: it has a surrogate, as which Python keeps a byte that is not UTF-8.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(prompt[error.start]) & 0xFF
+        raise GenerationError(
+            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
+        ) from None
+
+
+def check_seed(seed: int | None, *, name: str = "seed") -> None:
+    """Refuse a seed that torch's generators do not take.
+
+    Raises:
+        GenerationError: it has more than 64 bits.
+    """
+    if seed is not None and not -(1 << 63) <= seed < 1 << 64:
+        raise GenerationError(f"{name} {seed}: expected a whole number of 64 bits, such as 17")
+
+
+def check_max_tokens(max_tokens: int, *, name: str = "max_tokens") -> None:
+    """Refuse a negative number of tokens.
+
+    Raises:
+        GenerationError: it is below 0.
+    """
+    if max_tokens < 0:
+        raise GenerationError(f"{name} {max_tokens}: expected a whole number, at least 0")
