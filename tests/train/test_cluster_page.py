@@ -46,7 +46,7 @@ def test_settings_are_valid(settings: str) -> None:
 
 def test_every_key_in_a_table_or_a_sentence_exists() -> None:
     # Keys within a section, such as `data.workers`; file names begin with none.
-    sections = "data|model|optimizer|evaluation|checkpoint|log"
+    sections = "data|model|optimizer|parallel|evaluation|checkpoint|log"
     keys = re.findall(rf"`((?:{sections})\.[a-z_.]+)", PAGE)
     assert len(keys) >= 8
     for key in keys:
