@@ -28,17 +28,17 @@ def check_paths(config: RunConfig) -> None:
 
 
 def check_replicas(config: RunConfig, *, processes: int) -> None:
-    """Refuse a number of processes that does not divide into `parallel.replicas`.
+    """Refuse a number of processes that is not a multiple of `parallel.replicas`.
 
     Raises:
-        ConfigError: names both numbers, and those that do.
+        ConfigError: names both numbers, and the replicas that are possible.
     """
     replicas = config.parallel.replicas
     if processes % replicas:
         divisors = [number for number in range(1, processes + 1) if processes % number == 0]
         raise ConfigError(
-            f"parallel.replicas: found {replicas}, but {processes} processes do not divide into it; expected one of "
-            f"{', '.join(map(str, divisors))}, or start a multiple of {replicas} processes"
+            f"parallel.replicas: found {replicas}, but the number of processes, {processes}, is not a multiple of it; "
+            f"expected {' or '.join(map(str, divisors))}, or start a multiple of {replicas} processes (processes=N)"
         )
 
 

@@ -83,6 +83,13 @@ def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeyp
     assert f"0 … {last}" in out
 
 
+def test_replicas_have_fewer_shards(config, capsys):
+    assert main([str(config), "--dry-run", "--processes", "4", "parallel.replicas=2"]) == 0
+    model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
+    shard = shown_bytes(16 * parameter_count(model) // 2)
+    assert f"in float32 {shard} (one of 2 shards, 2 replicas), activations" in capsys.readouterr().out
+
+
 def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
     before = set(os.listdir(tmp_path))
     assert main([str(config), "--dry-run"]) == 0
@@ -94,7 +101,7 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--processes", "4", "parallel.replicas=3"], "parallel.replicas: found 3, but 4 processes do not divide into"),
+        (["--processes", "4", "parallel.replicas=3"], "parallel.replicas: found 3, but the number of processes, 4,"),
         (["--processes", "3"], "data.batch_packs: 4 packs do not divide among 3 processes"),
         (["data.path=/nowhere"], "/nowhere/manifest.json: missing"),
         (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),

@@ -1,4 +1,4 @@
-"""HSDP, `parallel.replicas`: two replicas of two shards train as four shards do, and they read each other's checkpoints."""
+"""HSDP, `parallel.replicas`: two replicas of two shards train as four shards do, and their checkpoints interchange."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def test_checkpoints_interchange(train: SmallRuns, sharded: Path, replicated: Pa
 def test_a_number_of_processes_that_does_not_divide_is_refused_once(train: SmallRuns, tmp_path: Path) -> None:
     status, output = train(tmp_path / "run", "parallel.replicas=3", processes=2)
     assert status == 1
-    assert output.count("parallel.replicas: found 3, but 2 processes do not divide into it; expected one of 1, 2") == 1
+    assert output.count("parallel.replicas: found 3, but the number of processes, 2, is not a multiple of it;") == 1
     assert "loading torch" not in output
