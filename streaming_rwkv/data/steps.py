@@ -169,6 +169,7 @@ def open_dataset(
     world_size: int | None = None,
     start_step: int = 0,
     split: Split = "train",
+    fraction: float = 1.0,
     workers: int = 2,
     cache: str | Path | None = None,
     cache_limit: int | None = None,
@@ -177,8 +178,9 @@ def open_dataset(
 ) -> StepDataset:
     """Open a data set that `prep` built, as the batches of one rank of a training run.
 
-    Each step has the packs on which `composer train.py` trains with the same `data.stages`, batch size, seed and
-    `data.shuffle_block_shards`, for any numbers of ranks and workers. Shards are verified, and fetched ahead.
+    Each step has the packs on which `composer train.py` trains with the same `data.stages`, batch size, seed,
+    `data.fraction` and `data.shuffle_block_shards`, for any numbers of ranks and workers. Shards are verified, and
+    fetched ahead.
 
         with open_dataset("/data/stage2", stages=[{"tokens": 10**9}], batch_tokens=65536) as dataset:
             for batch in dataset:
@@ -192,6 +194,7 @@ def open_dataset(
         rank, world_size: of this process; by default those of torch.distributed's process group, or 0 of 1. There need
             not be a process group.
         start_step: the step to begin with, such as the one of an earlier `state_dict`.
+        fraction: part of every stream's packs to read, chosen by the seed.
         workers: loader processes, forked; 0 reads in this process.
         cache: folder for shards, kept for the next run; by default a temporary folder of this process. Processes of a
             launcher with a process group share the folder on each node, and must all make this call.
@@ -220,6 +223,7 @@ class _Arguments(Config):
     world_size: PositiveInt | None
     start_step: NonNegativeInt
     split: Split
+    fraction: Annotated[float, Field(gt=0, le=1)]
     workers: NonNegativeInt
     cache: str | Path | None
     cache_limit: PositiveInt | None
@@ -318,5 +322,6 @@ def _plan(arguments: _Arguments, manifest: Manifest) -> Plan:
         batch_packs=batch_packs,
         seed=arguments.seed,
         block_shards=arguments.shuffle_block_shards,
+        share=arguments.fraction,
         where="open_dataset: stages",
     )

@@ -110,9 +110,11 @@ def _run(options: argparse.Namespace) -> int:
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
         from streaming_rwkv.train.config import RunConfig
-        from streaming_rwkv.train.early_checks import check_paths
+        from streaming_rwkv.train.early_checks import check_paths, check_replicas
 
         config = load_config(RunConfig, options.config, overrides=options.overrides)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        check_replicas(config, processes=options.processes if options.dry_run else max(options.processes, launched))
         check_paths(config)
         if options.processes > 1 and not options.dry_run:
             from streaming_rwkv.train.launcher import launch

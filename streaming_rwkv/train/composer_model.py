@@ -5,13 +5,16 @@ Shapes: T targets in a microbatch, K packs, S streams.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from composer.models import ComposerModel
 from composer.utils.parallelism import FSDP2Config
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from streaming_rwkv.data.batch import NO_STREAM, Batch
@@ -19,14 +22,48 @@ from streaming_rwkv.distributed import world_size
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.position import BINS, sums_by_position
 
+REPLICAS, SHARDS = "replicas", "shards"  # the mesh's dimensions
 
-def sharding() -> FSDP2Config:
+
+def build_mesh(replicas: int, *, device: str, timeout_seconds: float) -> DeviceMesh | None:
+    """Return the ranks as a mesh of replicas × shards, or None for a single process. Collective.
+
+    A replica has consecutive ranks, so that with as many replicas as machines each is sharded within a machine.
+
+    Args:
+        timeout_seconds: of a collective within the mesh.
+    """
+    ranks = torch.arange(world_size()).view(replicas, -1)
+    if ranks.numel() == 1:
+        return None
+    device_type = "cuda" if device == "gpu" else device
+    if replicas == 1:
+        return init_device_mesh(device_type, (ranks.numel(),), mesh_dim_names=(SHARDS,))
+    timeout = timedelta(seconds=timeout_seconds)
+    groups = [
+        torch.distributed.new_subgroups_by_enumeration(along, timeout=timeout)[0]
+        for along in (ranks.T.tolist(), ranks.tolist())
+    ]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=(REPLICAS, SHARDS))
+
+
+class Sharding(FSDP2Config):
+    """FSDP2 config that keeps its mesh: Composer's trainer would replace it with one dimension of all ranks."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "device_mesh" or self.device_mesh is None:
+            super().__setattr__(name, value)
+
+
+def sharding(mesh: DeviceMesh) -> Sharding:
     """Return the FSDP2 config: shard parameters in their own dtype, and leave mixed precision to autocast.
+
+    Parameters are sharded within each replica; `average_gradients` connects the replicas.
 
     Composer's default casts the weights and all arguments of every block to bfloat16, the residual stream and the
     carried states included, so that several processes would train differently from one.
     """
-    return FSDP2Config(mixed_precision="FULL")
+    return Sharding(device_mesh=mesh[SHARDS], mixed_precision="FULL")
 
 
 class RWKV7ForTraining(ComposerModel):
@@ -104,24 +141,36 @@ class LossByStream(Metric):
         return self.nll.sum() / self.targets.sum().clamp(min=1)
 
 
-def average_gradients(network: RWKV7) -> None:
-    """Divide gradients by the number of ranks where the backend returns their sum for a mean (gloo on torch 2.7).
+def average_gradients(network: RWKV7, mesh: DeviceMesh | None) -> None:
+    """Make the gradient of every parameter the mean over all ranks: FSDP2 reduces it within a replica.
 
-    AdamW is nearly invariant to a common factor, but gradient norms and clipping are not. The backend's result is
-    checked, not its version.
+    The replicas' gradients are added by FSDP2's hook for this, after each reduce-scatter. FSDP2's own reduction over a
+    mesh of two dimensions asks the backend for a mean, which gloo refuses.
+
+    Some backends return their sum for the mean within a replica (gloo on torch 2.7). AdamW is nearly invariant to a
+    common factor, but gradient norms and clipping are not. The backend's result is checked, not its version.
     """
-    ranks = world_size()
-    if ranks == 1:
+    if mesh is None:
         return
-    ones = torch.ones(ranks, device=next(network.parameters()).device)
+    sharded = next(network.parameters())
+    assert isinstance(sharded, DTensor), "not sharded"
+    assert sharded.device_mesh == mesh[SHARDS], "not sharded within a replica"
+    shards, replicas = mesh[SHARDS], mesh[REPLICAS] if mesh.ndim == 2 else None
+    ones = torch.ones(shards.size(), device=sharded.device)
     mean = torch.empty(1, device=ones.device)
-    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
-    if mean.item() == 1:
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG, group=shards.get_group())
+    divisor = (1 if replicas is None else replicas.size()) * round(mean.item())
+    if divisor == 1:
         return
 
-    def divide(gradient: Tensor) -> None:
-        gradient.div_(ranks)
+    def average(gradient: Tensor) -> None:
+        if replicas is not None:
+            torch.distributed.all_reduce(gradient, group=replicas.get_group())
+        gradient.div_(divisor)
+        if gradient.is_cuda:
+            # The hook has a stream of its own: keep the allocator from giving the memory away before it is done.
+            gradient.record_stream(torch.cuda.current_stream())
 
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            module.set_all_reduce_hook(divide)
+            module.set_all_reduce_hook(average)

@@ -283,6 +283,14 @@ class ProfileConfig(Config):
         return steps
 
 
+class ParallelConfig(Config):
+    """Division of weights, gradients and moments among the processes."""
+
+    replicas: PositiveInt = 1
+    """Number of copies of the weights, each sharded over an equal part of the processes (HSDP); 1 shards them over all
+    processes (FSDP)."""
+
+
 class RunConfig(LoadedConfig):
     """All settings of a run."""
 
@@ -311,6 +319,7 @@ class RunConfig(LoadedConfig):
     `auto` takes as many as fit on the GPU, found by trial before the first step; on the CPU it takes all."""
     device: Literal["cpu", "gpu"] | None = None
     """By default a GPU if there is one."""
+    parallel: ParallelConfig = ParallelConfig()
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Reaction to a step whose gradient is not finite: stop the run, or skip the step."""
     on_spike: SpikeConfig | None = None

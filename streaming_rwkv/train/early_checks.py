@@ -1,4 +1,4 @@
-"""Checks of a run's paths that need no torch: a wrong path is reported before torch and Composer are imported."""
+"""Checks of a run that need no torch: a wrong path is reported before torch and Composer are imported."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def check_paths(config: RunConfig) -> None:
         check_exists(config.model.init_from)
     except CheckpointError as error:
         raise ConfigError(f"model.init_from: {error}") from None
+
+
+def check_replicas(config: RunConfig, *, processes: int) -> None:
+    """Refuse a number of processes that is not a multiple of `parallel.replicas`.
+
+    Raises:
+        ConfigError: names both numbers, and the replicas that are possible.
+    """
+    replicas = config.parallel.replicas
+    if processes % replicas:
+        divisors = [number for number in range(1, processes + 1) if processes % number == 0]
+        raise ConfigError(
+            f"parallel.replicas: found {replicas}, but the number of processes, {processes}, is not a multiple of it; "
+            f"expected {' or '.join(map(str, divisors))}, or start a multiple of {replicas} processes (processes=N)"
+        )
 
 
 def may_resume(config: RunConfig) -> bool:

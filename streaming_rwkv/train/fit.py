@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from composer import Trainer
+from torch.distributed.device_mesh import DeviceMesh
 
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.steps import StepDataset
@@ -18,7 +19,7 @@ from streaming_rwkv.train.checkpoints.branch import remove_copy
 from streaming_rwkv.train.checkpoints.local import load_checkpoint
 from streaming_rwkv.train.checkpoints.record import Checkpoint
 from streaming_rwkv.train.checkpoints.uploader import Mirror
-from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, sharding
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, average_gradients, build_mesh, sharding
 from streaming_rwkv.train.datasets import RunDatasets, build_datasets
 from streaming_rwkv.train.loggers import RunLoggers, build_loggers, omit_settings, shows_progress_bar
 from streaming_rwkv.train.microbatch import choose_microbatch
@@ -39,17 +40,18 @@ def fit(run: CheckedRun) -> int:
     precision = config.precision or ("amp_bf16" if on_gpu else "fp32")
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
 
-    microbatch = choose_microbatch(prepared, precision=precision, device=run.device)
+    mesh = build_mesh(config.parallel.replicas, device=run.device.name, timeout_seconds=run.timeout_seconds)
+    microbatch = choose_microbatch(prepared, precision=precision, device=run.device, mesh=mesh)
     model, optimizer = build_model(run)
     datasets = build_datasets(prepared, microbatch=microbatch)
     callbacks = build_callbacks(prepared, mirror=run.mirror, peak_flops=peak * world_size() if peak else None)
     loggers = build_loggers(config, last_step=prepared.plan.steps)
     trainer = build_trainer(
-        run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch
+        run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch, mesh=mesh
     )
     omit_settings(trainer.logger.destinations)
     loggers.log_settings()
-    average_gradients(model.network)
+    average_gradients(model.network, mesh)
     if run.checkpoint is not None:
         load_checkpoint(run.checkpoint, model=model.network, optimizer=optimizer)
         restore_progress(run.checkpoint, trainer, datasets.train_set, callbacks)
@@ -72,8 +74,9 @@ def build_trainer(
     *,
     precision: str,
     microbatch: int,
+    mesh: DeviceMesh | None,
 ) -> Trainer:
-    """Return Composer's trainer of a run, with the network sharded if there are several processes."""
+    """Return Composer's trainer of a run, with the network sharded over the mesh if there are several processes."""
     prepared, config = run.prepared, run.prepared.config
     return Trainer(
         run_name=Path(config.save_folder).name,
@@ -90,7 +93,7 @@ def build_trainer(
         accumulate_train_batch_on_tokens=True,
         seed=config.seed,
         dist_timeout=run.timeout_seconds,
-        parallelism_config={"fsdp": sharding()} if world_size() > 1 else None,
+        parallelism_config={"fsdp": sharding(mesh)} if mesh is not None else None,
         progress_bar=shows_progress_bar(config.log),
         spin_dataloaders=False,
         # Composer's own checkpoints and autoresume are not used: see train/checkpoints/.

@@ -24,6 +24,7 @@ import torch
 from composer.core import Precision, get_precision_context
 from composer.devices import Device
 from composer.distributed.prepare_distributed import parallelize_composer_model
+from torch.distributed.device_mesh import DeviceMesh
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_rich
@@ -48,7 +49,7 @@ class MicrobatchError(UserError):
     """The smallest microbatch does not fit into memory."""
 
 
-def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device) -> int:
+def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device, mesh: DeviceMesh | None) -> int:
     """Return the packs of one pass on each process: as configured, all of a step, or on a GPU as many as fit."""
     config, manifest = prepared.config, prepared.shard_set.manifest
     per_process = prepared.plan.batch_packs // world_size()
@@ -64,6 +65,7 @@ def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device) 
         "precision": precision,
         "model": prepared.model.model_dump(mode="json"),
         "processes": world_size(),
+        **({"replicas": config.parallel.replicas} if config.parallel.replicas > 1 else {}),
         "device": torch.cuda.get_device_name(),
     }
     found = remembered_microbatch(
@@ -76,6 +78,7 @@ def choose_microbatch(prepared: PreparedRun, *, precision: str, device: Device) 
             pieces_per_pack=pieces_per_pack,
             precision=Precision(precision),
             device=torch.device("cuda", torch.cuda.current_device()),
+            mesh=mesh,
         ),
     )
     if is_rank_zero():
@@ -91,12 +94,14 @@ def probe_microbatch(
     pieces_per_pack: int,
     precision: Precision,
     device: torch.device,
+    mesh: DeviceMesh | None,
 ) -> int:
     """Return the most packs, halving from `packs`, whose forward and backward passes fit on every rank. Collective.
 
     Args:
         packs: of a step, on each rank.
         pieces_per_pack: documents in a pack; each has its own state in the kernel.
+        mesh: ranks as replicas × shards; None for a single process.
     Raises:
         MicrobatchError: one pack does not fit.
     """
@@ -104,7 +109,8 @@ def probe_microbatch(
     def trial(microbatch: int) -> None:
         batch = full_batch(packs=microbatch, pack_tokens=pack_tokens, pieces_per_pack=pieces_per_pack, device=device)
         # During a second pass the gradients of the first are in memory too.
-        run_trial(config, batch, passes=min(2, math.ceil(packs / microbatch)), precision=precision, device=device)
+        passes = min(2, math.ceil(packs / microbatch))
+        run_trial(config, batch, passes=passes, precision=precision, device=device, mesh=mesh)
 
     # Building a network uses random numbers.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), same_budget(device):
@@ -181,11 +187,19 @@ def full_batch(*, packs: int, pack_tokens: int, pieces_per_pack: int, device: to
     }
 
 
-def run_trial(config: RWKV7Config, batch: Batch, *, passes: int, precision: Precision, device: torch.device) -> None:
+def run_trial(
+    config: RWKV7Config,
+    batch: Batch,
+    *,
+    passes: int,
+    precision: Precision,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> None:
     """Run forward and backward on a network of zeros, with the memory of AdamW's moments allocated."""
     model = RWKV7ForTraining(RWKV7(config), num_streams=1, flops_per_token=1)
-    if world_size() > 1:
-        parallelize_composer_model(model, None, sharding(), precision=precision)
+    if mesh is not None:
+        parallelize_composer_model(model, None, sharding(mesh), precision=precision)
     else:
         model.to(device)
     moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]

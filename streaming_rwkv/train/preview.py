@@ -68,9 +68,9 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     return table
 
 
-def state_bytes(config: RWKV7Config, *, processes: int) -> int:
-    """Return the bytes of weights, gradients and AdamW's two moments, float32, sharded over the processes."""
-    return 16 * parameter_count(config) // processes
+def state_bytes(config: RWKV7Config, *, shards: int) -> int:
+    """Return the bytes of one shard of weights, gradients and AdamW's two moments, float32."""
+    return 16 * parameter_count(config) // shards
 
 
 def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
@@ -118,7 +118,10 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
     device = config.device or "gpu"  # a run is often planned on a machine without a GPU
     precision = config.precision or ("fp32" if device == "cpu" else "amp_bf16")
     micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens
-    state = state_bytes(model, processes=processes)
+    replicas = config.parallel.replicas
+    shards = processes // replicas
+    state = state_bytes(model, shards=shards)
+    divided = f" (one of {shards} shards{f', {replicas} replicas' if replicas > 1 else ''})" if processes > 1 else ""
     activations = activation_bytes(model, tokens=micro_tokens, precision=precision, processes=processes, device=device)
     flops = flops_per_token(model)
     steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
@@ -145,8 +148,8 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
         f"vocabulary {model.vocab_size:,})",
         "FLOPs": f"{engineering(flops)} per token, {engineering(flops * prepared.total_tokens)} in all",
         "memory, each": f"{shown_bytes(state + activations)} on {on}; weights, gradients, moments in float32 "
-        f"{shown_bytes(state)}, activations of {micro_tokens:,} tokens in {precision} about {shown_bytes(activations)} "
-        "(estimated)",
+        f"{shown_bytes(state)}{divided}, activations of {micro_tokens:,} tokens in {precision} about "
+        f"{shown_bytes(activations)} (estimated)",
         "time": _time(
             flops * prepared.total_tokens * (1 - first_step / plan.steps), device=device, processes=processes
         ),

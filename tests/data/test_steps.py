@@ -45,12 +45,12 @@ def read(dataset: StepDataset) -> list[Packs]:
         return [packs_of(batch) for batch in dataset]
 
 
-def read_as_training(data: Path, folder: Path, *, rank: int, world_size: int) -> list[Packs]:
+def read_as_training(data: Path, folder: Path, *, rank: int, world_size: int, fraction: float = 1.0) -> list[Packs]:
     """What a rank of `composer train.py` reads; the cache is locked until the caller's next collection of garbage."""
     values = {
         "save_folder": str(folder),
         "seed": 5,
-        "data": {"path": str(data), "stages": STAGES, "batch_packs": 4},
+        "data": {"path": str(data), "stages": STAGES, "batch_packs": 4, "fraction": fraction},
         "model": {"hidden_size": 64, "num_layers": 1},
     }
     prepared = prepare(validate(RunConfig, values, where="test"), world_size=world_size, fetch=True)
@@ -74,6 +74,16 @@ def test_each_rank_reads_the_packs_that_it_trains_on(data: Path, world_size: int
             assert read(open_dataset(data, workers=workers, **given)) == expected  # type: ignore[arg-type]
         middle = 5 * (rank + 1)
         assert read(open_dataset(data, workers=0, start_step=middle, **given)) == expected[middle:]  # type: ignore[arg-type]
+
+
+def test_a_fraction_reads_the_packs_that_a_run_on_it_trains_on(data: Path, tmp_path: Path) -> None:
+    expected = read_as_training(data, tmp_path / "part", rank=1, world_size=2, fraction=0.25)
+    found = read(
+        open_dataset(data, stages=STAGES, batch_packs=4, seed=5, rank=1, world_size=2, workers=0, fraction=0.25)
+    )
+    assert found == expected
+    with open_dataset(data, batch_packs=1, workers=0, fraction=0.25) as part:
+        assert len(part) == 6 + 5 + 4  # a quarter of each stream's packs
 
 
 @pytest.fixture
@@ -164,6 +174,10 @@ def test_a_launchers_environment_changes_nothing_without_a_process_group(
     [
         ({}, "open_dataset: give either `batch_tokens` or `batch_packs`, the size of a step over all ranks"),
         ({"batch_packs": 0}, "open_dataset: batch_packs: found 0; Input should be greater than 0"),
+        (
+            {"batch_packs": 4, "fraction": 1.5},
+            "open_dataset: fraction: found 1.5; Input should be less than or equal to 1",
+        ),
         ({"batch_packs": 4, "rank": 1}, "open_dataset: give both `rank` and `world_size`, or neither"),
         ({"batch_packs": 4, "rank": 2, "world_size": 2}, "open_dataset: rank: found 2, expected 0 to 1"),
         ({"batch_packs": 3, "rank": 0, "world_size": 2}, "open_dataset: batch_packs: 3 packs do not divide among 2 "),

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.processes import end_with
+from streaming_rwkv.train.composer_model import build_mesh
 from streaming_rwkv.train.microbatch import largest_that_fits, probe_microbatch
 
 
@@ -29,10 +30,11 @@ def main(limit: int) -> None:
             if args[0].shape[1] > limit:
                 raise torch.OutOfMemoryError("injected")
 
+    mesh = build_mesh(1, device="cpu", timeout_seconds=60)
     hook = register_module_forward_hook(out_of_memory)
     config = RWKV7Config(vocab_size=20, hidden_size=64, num_layers=2)
     found = probe_microbatch(
-        config, packs=8, pack_tokens=16, pieces_per_pack=3, precision=Precision.FP32, device=device
+        config, packs=8, pack_tokens=16, pieces_per_pack=3, precision=Precision.FP32, device=device, mesh=mesh
     )
     hook.remove()
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from composer.core import Precision
 from composer.distributed import prepare_distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -16,7 +17,7 @@ from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.processes import end_with
-from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
+from streaming_rwkv.train.composer_model import SHARDS, RWKV7ForTraining, sharding
 from streaming_rwkv.train.microbatch import full_batch
 
 VOCAB_SIZE = 40
@@ -30,8 +31,9 @@ def results(batch: Batch, *, sharded: bool) -> tuple[torch.Tensor, dict[str, tor
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model = RWKV7ForTraining(network, num_streams=1, flops_per_token=1)
     if sharded:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=(SHARDS,))
         with patch.object(prepare_distributed, "_validate_precision"):  # Composer has bf16 for GPUs alone
-            prepare_distributed.parallelize_composer_model(model, None, sharding(), precision=Precision.AMP_BF16)
+            prepare_distributed.parallelize_composer_model(model, None, sharding(mesh), precision=Precision.AMP_BF16)
         assert isinstance(network.blocks[0], FSDPModule)
     register_fsdp_forward_method(network, "step")
     with torch.autocast("cpu", torch.bfloat16):

@@ -30,7 +30,7 @@ LEAST = {"save_folder": "run", "data": {"path": "data", "stages": [{"passes": 1}
 
 
 def test_the_page_has_examples() -> None:
-    assert (len(SETTINGS), len(COMMANDS)) == (4, 3)
+    assert (len(SETTINGS), len(COMMANDS)) == (5, 5)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -46,7 +46,7 @@ def test_settings_are_valid(settings: str) -> None:
 
 def test_every_key_in_a_table_or_a_sentence_exists() -> None:
     # Keys within a section, such as `data.workers`; file names begin with none.
-    sections = "data|model|optimizer|evaluation|checkpoint|log"
+    sections = "data|model|optimizer|parallel|evaluation|checkpoint|log"
     keys = re.findall(rf"`((?:{sections})\.[a-z_.]+)", PAGE)
     assert len(keys) >= 8
     for key in keys:
@@ -66,7 +66,7 @@ def test_overrides_in_commands_are_valid() -> None:
         for i, word in enumerate(words)
         if word == "train.py"
     ]
-    assert len(found) == 4
+    assert len(found) == 5
     for yaml, overrides in found:
         assert overrides
         load_config(RunConfig, ROOT / yaml, overrides=overrides)

@@ -59,7 +59,7 @@ def memory_for(tokens: int, *, in_backward: bool = False) -> Iterator[list[int]]
 
 def probe(packs: int) -> int:
     return probe_microbatch(
-        CONFIG, packs=packs, pack_tokens=16, pieces_per_pack=3, precision=Precision.FP32, device=CPU
+        CONFIG, packs=packs, pack_tokens=16, pieces_per_pack=3, precision=Precision.FP32, device=CPU, mesh=None
     )
 
 
@@ -157,7 +157,7 @@ def test_on_the_cpu_auto_is_the_default(given: object, found: int) -> None:
         plan=SimpleNamespace(batch_packs=8),
         shard_set=SimpleNamespace(manifest=None),
     )
-    assert choose_microbatch(prepared, precision="fp32", device=DeviceCPU()) == found  # type: ignore[arg-type]
+    assert choose_microbatch(prepared, precision="fp32", device=DeviceCPU(), mesh=None) == found  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
 from streaming_rwkv.train.prepare import prepare
-from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, state_bytes
+from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, shown_bytes, state_bytes
 
 CONFIG = """
 save_folder: {run}
@@ -56,6 +56,7 @@ def test_a_dry_run_shows_the_mixture_the_costs_and_a_batch(config, capsys):
     model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
     assert f"{parameter_count(model):,} (2 layers of 128, vocabulary 97)" in out
     assert "2, each with 2 packs of a step, 2 in a microbatch" in out
+    assert f"{shown_bytes(16 * parameter_count(model) // 2)} (one of 2 shards), activations" in out
     assert "2 kept" in out
     assert "Batch of step 0: 4 packs" in out
     assert re.search(r"time +│ about \d:\d\d:\d\d, at 30% of products of matrices here", out)
@@ -85,6 +86,13 @@ def test_the_batch_shown_is_the_first_that_the_run_reads(config, capsys, monkeyp
     assert f"0 … {last}" in out
 
 
+def test_replicas_have_fewer_shards(config, capsys):
+    assert main([str(config), "--dry-run", "--processes", "4", "parallel.replicas=2"]) == 0
+    model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
+    shard = shown_bytes(16 * parameter_count(model) // 2)
+    assert f"in float32 {shard} (one of 2 shards, 2 replicas), activations" in capsys.readouterr().out
+
+
 def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
     before = set(os.listdir(tmp_path))
     assert main([str(config), "--dry-run"]) == 0
@@ -96,6 +104,7 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--processes", "4", "parallel.replicas=3"], "parallel.replicas: found 3, but the number of processes, 4,"),
         (["--processes", "3"], "data.batch_packs: 4 packs do not divide among 3 processes"),
         (["data.path=/nowhere"], "/nowhere/manifest.json: missing"),
         (["optimizer.warmup_tokens=10_000_000"], "optimizer: warmup_tokens 10000000"),
@@ -204,8 +213,8 @@ def test_checkpoints_are_due_at_each_interval_and_at_the_end():
 
 def test_weights_gradients_and_moments_are_divided_among_processes():
     model = RWKV7Config(vocab_size=97, hidden_size=128, num_layers=2)
-    assert state_bytes(model, processes=1) == 16 * sum(p.numel() for p in RWKV7(model).parameters())
-    assert state_bytes(model, processes=4) == state_bytes(model, processes=1) // 4
+    assert state_bytes(model, shards=1) == 16 * sum(p.numel() for p in RWKV7(model).parameters())
+    assert state_bytes(model, shards=4) == state_bytes(model, shards=1) // 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
