@@ -29,9 +29,10 @@ class SourceConfig(Config):
     text: str = "text"
     """The column, or JSON key, that holds the text."""
     filter: str | None = None
-    """`module:function(record: dict) -> bool`: False rejects the document."""
+    """`module:function(record: dict) -> bool | str | Reject`: False rejects the document, a text is the reason."""
     transform: str | None = None
-    """`module:function(record: dict) -> str | None`: the text to use; None rejects the document."""
+    """`module:function(record: dict) -> str | None | Reject`: the text to use; None, or `prep.Reject(reason)`, rejects
+    the document."""
 
     @field_validator("paths", mode="before")
     @classmethod

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.config import NOT_DECIDING, PrepConfig, SourceConfig
-from prep.inputs.faults import FILTERED, INVALID_UTF8, TRANSFORMED_AWAY, BrokenRow, InputError, missing_text
+from prep.inputs.faults import FILTERED, INVALID_UTF8, TRANSFORMED_AWAY, BrokenRow, InputError, Reject, missing_text
 from prep.inputs.files import InputFile
 from prep.inputs.hook_code import code_digest
 from streaming_rwkv.config import UserError
+
+_LONGEST_REASON = 100
+_MOST_REASONS = 100
 
 
 class Hooks:
@@ -26,6 +29,7 @@ class Hooks:
         self._keep = load_hook(config.filter) if config.filter else None
         self._transform = load_hook(config.transform) if config.transform else None
         self._missing = BrokenRow(missing_text(config.text))
+        self._rejected: dict[str, BrokenRow] = {}  # by reason
 
     def apply(self, records: Sequence[Any], *, rows: NDArray[np.int64]) -> list[Any]:
         """Return the text of each record, unchecked, or a BrokenRow if the record is rejected.
@@ -34,7 +38,7 @@ class Hooks:
             records: dicts; a BrokenRow among them is returned unchanged.
 
         Raises:
-            InputError: a hook raised an exception.
+            InputError: a hook raised an exception, or returned a reason by which documents cannot be counted.
         """
         values: list[Any] = []
         for row, record in zip(rows.tolist(), records, strict=True):
@@ -48,16 +52,38 @@ class Hooks:
                     f"{self._file.path}: row {row}: a hook of `sources.{self._file.source}` raised "
                     f"{type(error).__name__}: {error}; fix it, or let it return False or None for such a document"
                 ) from error
+            if isinstance(value, Reject):
+                value = self._rejection(value.reason, row)
             values.append(_plain(value) if isinstance(value, str) else value)
         return values
 
     def _text(self, record: dict[str, Any]) -> Any:
-        if self._keep is not None and not self._keep(record):
-            return BrokenRow(FILTERED)
+        if self._keep is not None:
+            kept = self._keep(record)
+            if isinstance(kept, Reject) or (isinstance(kept, str) and kept):
+                return kept if isinstance(kept, Reject) else Reject(kept)
+            if not kept:
+                return BrokenRow(FILTERED, is_requested=True)
         if self._transform is None:
             return record.get(self._config.text, self._missing)
         text = self._transform(record)
-        return BrokenRow(TRANSFORMED_AWAY) if text is None else text
+        return BrokenRow(TRANSFORMED_AWAY, is_requested=True) if text is None else text
+
+    def _rejection(self, reason: Any, row: int) -> BrokenRow:
+        if isinstance(reason, str) and reason in self._rejected:
+            return self._rejected[reason]
+        where = f"{self._file.path}: row {row}: a hook of `sources.{self._file.source}` returned"
+        if not isinstance(reason, str) or not reason.isprintable() or not 0 < len(reason) <= _LONGEST_REASON:
+            raise InputError(
+                f"{where} the reason {str(reason)[:_LONGEST_REASON]!r}; expected one printable line of 1 to "
+                f"{_LONGEST_REASON} characters, by which documents are counted"
+            )
+        if len(self._rejected) == _MOST_REASONS:
+            raise InputError(
+                f"{where} more than {_MOST_REASONS} different reasons, the last {reason!r}; documents are counted by "
+                "reason: leave numbers and texts of the document out of it"
+            )
+        return self._rejected.setdefault(str.__str__(reason), BrokenRow(reason, is_requested=True))
 
 
 def _plain(value: str) -> str | BrokenRow:

@@ -87,7 +87,13 @@ def _batch(file: InputFile, rows: NDArray[np.int64], values: list[Any], *, text:
     if set(map(type, values)) <= {str}:
         return Batch(file=file, rows=rows, texts=values, rejections=[])
     rejections = [
-        Rejection(source=file.source, file=file.name, row=row, reason=_reason(value, text))
+        Rejection(
+            source=file.source,
+            file=file.name,
+            row=row,
+            reason=_reason(value, text),
+            is_requested=isinstance(value, BrokenRow) and value.is_requested,
+        )
         for row, value in zip(rows.tolist(), values, strict=True)
         if type(value) is not str
     ]
