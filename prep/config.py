@@ -28,6 +28,8 @@ class SourceConfig(Config):
     """Files, folders (searched at any depth) or globs; local or `s3://bucket/…`."""
     text: str = "text"
     """The column, or JSON key, that holds the text."""
+    tokenizer: str | None = None
+    """The tokenizer with which the ids of `.bin/.idx` files become text again; by default that of the recipe."""
     filter: str | None = None
     """`module:function(record: dict) -> bool | str | Reject`: False rejects the document, a text is the reason."""
     transform: str | None = None
@@ -43,6 +45,11 @@ class SourceConfig(Config):
     @classmethod
     def _are_locations(cls, paths: list[str]) -> list[str]:
         return [checked_location(path) for path in paths]
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        return None if path is None else checked_local(path)
 
     @field_validator("filter", "transform")
     @classmethod

@@ -15,6 +15,7 @@ from prep.config import NOT_DECIDING, PrepConfig, SourceConfig
 from prep.inputs.faults import FILTERED, INVALID_UTF8, TRANSFORMED_AWAY, BrokenRow, InputError, Reject, missing_text
 from prep.inputs.files import InputFile
 from prep.inputs.hook_code import code_digest
+from prep.inputs.token_ids import named_tokenizer
 from streaming_rwkv.config import UserError
 
 _LONGEST_REASON = 100
@@ -126,10 +127,13 @@ def source_identity(config: SourceConfig) -> dict[str, Any]:
     """Return the settings that, with the files' content, decide a source's documents, with digests of its hooks.
 
     Raises:
-        UserError: a hook cannot be loaded.
+        UserError: a hook or the source's tokenizer cannot be loaded.
     """
     hooks = {hook: _hook_identity(getattr(config, hook)) for hook in ("filter", "transform")}
-    return config.model_dump(exclude={"paths"}) | hooks
+    identity = config.model_dump(exclude={"paths", "tokenizer"}) | hooks
+    if config.tokenizer is not None:
+        identity["tokenizer"] = f"{config.tokenizer} (sha256 {named_tokenizer(config.tokenizer).sha256[:16]})"
+    return identity
 
 
 def recipe_identity(config: PrepConfig) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
     first = 0
     seen: Counter[str] = Counter()
     audit_bytes = context.audit_bytes(unit)
-    for documents in read_unit(unit, context.config.sources[unit.source]):
+    for documents in read_unit(unit, context.config.sources[unit.source], tokenizer=context.tokenizer):
         documents, batch = _encoded(context.tokenizer, documents)
         if audit_bytes and documents.texts:
             report(sample_for_audit(context.tokenizer, documents, batch, budget=audit_bytes))
