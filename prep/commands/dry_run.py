@@ -17,6 +17,7 @@ from prep.execution.context import BuildContext
 from prep.execution.engine import start
 from prep.execution.observer import Observer
 from prep.execution.work_folder import save_tokenizer
+from prep.inputs.decontamination import read_evaluation
 from prep.inputs.units import plan_units
 from prep.stages.audit import AuditError, report_handler, warn_of_reference
 from prep.stages.records import UnitRecord
@@ -41,6 +42,7 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> list[UnitR
             units=units,
             vocab_size=tokenizer.vocab_size,
             loaded_tokenizer=tokenizer,
+            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
         )
         save_tokenizer(tokenizer, context)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.config import NOT_DECIDING, PrepConfig, SourceConfig
+from prep.inputs.discovery import find_files
 from prep.inputs.faults import FILTERED, INVALID_UTF8, TRANSFORMED_AWAY, BrokenRow, InputError, Reject, missing_text
-from prep.inputs.files import InputFile
+from prep.inputs.files import InputFile, content_digest
 from prep.inputs.hook_code import code_digest
 from prep.inputs.token_ids import named_tokenizer
 from streaming_rwkv.config import UserError
@@ -140,10 +143,19 @@ def recipe_identity(config: PrepConfig) -> dict[str, Any]:
     """Return the settings that decide the output: a manifest records them, and during a build they must not change.
 
     Raises:
-        UserError: a hook cannot be loaded.
+        UserError: a hook cannot be loaded, or an evaluation file cannot be read.
     """
     sources = {name: source_identity(source) for name, source in sorted(config.sources.items())}
-    return config.with_interpolations(config.model_dump(exclude=NOT_DECIDING) | {"sources": sources})
+    identity = config.model_dump(exclude={*NOT_DECIDING, "decontaminate"}) | {"sources": sources}
+    if config.decontaminate is not None:
+        identity["decontaminate"] = {"ngram": config.decontaminate.ngram, "files": _content(config.decontaminate.files)}
+    return config.with_interpolations(identity)
+
+
+def _content(paths: list[str]) -> str:
+    """Return a digest of the content of evaluation files, which does not depend on their place or time."""
+    digests = sorted(content_digest(file) for file in find_files("decontaminate", paths))
+    return f"{len(digests)} (sha256 {hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]})"
 
 
 def _hook_identity(name: str | None) -> str | None:

@@ -75,14 +75,19 @@ def read_part(part: Part, config: SourceConfig, *, tokenizer: Tokenizer | None =
     """
     file = part.file
     hooks = Hooks(config, file) if config.has_hooks else None
-    for rows, values, not_objects in _read_rows(part, config, tokenizer):
+    for rows, values, not_objects in read_rows(part, config, tokenizer=tokenizer):
         texts = values if hooks is None else hooks.apply(values, rows=rows)
         yield replace(_batch(file, rows, texts, text=config.text), not_objects=not_objects)
 
 
-def _read_rows(
-    part: Part, config: SourceConfig, tokenizer: Tokenizer | None
+def read_rows(
+    part: Part, config: SourceConfig, *, tokenizer: Tokenizer | None = None
 ) -> Iterator[tuple[NDArray[np.int64], list[Any], int]]:
+    """Read a part's rows: texts, or whole records if the source has hooks, and how many are not JSON objects.
+
+    Raises:
+        InputError: the file is broken.
+    """
     if part.file.suffix == ".parquet":
         for rows, values in read_parquet(part, config):
             yield rows, values, 0

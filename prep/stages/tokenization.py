@@ -31,6 +31,7 @@ from prep.execution.steps import run_step
 from prep.execution.task_store import finish, load_done, temporary_task_folder
 from prep.execution.tasks import Report, Run
 from prep.execution.work_folder import mark_audited
+from prep.inputs.decontamination import CONTAMINATED
 from prep.inputs.faults import InputError
 from prep.inputs.files import Unit
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
@@ -148,6 +149,9 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
     seen: Counter[str] = Counter()
     audit_bytes = context.audit_bytes(unit)
     for documents in read_unit(unit, context.config.sources[unit.source], tokenizer=context.tokenizer):
+        if context.evaluation is not None:
+            found = dict.fromkeys(context.evaluation.contaminated(documents.texts), CONTAMINATED)
+            documents = documents.without(found, is_requested=True) if found else documents
         documents, batch = _encoded(context.tokenizer, documents)
         if audit_bytes and documents.texts:
             report(sample_for_audit(context.tokenizer, documents, batch, budget=audit_bytes))
