@@ -34,6 +34,7 @@ from prep.execution.work_folder import (
     switch_to_reference,
     uses_reference,
 )
+from prep.inputs.decontamination import read_evaluation
 from prep.inputs.files import InputFile, Unit
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
@@ -89,6 +90,7 @@ def build(
             units=units,
             vocab_size=tokenizer.vocab_size,
             loaded_tokenizer=tokenizer,
+            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
             by_reference=uses_reference(config),
         )
         with explained_write_errors(context.folder), locked(context.work_folder):

@@ -29,10 +29,13 @@ class SourceConfig(Config):
     """Files, folders (searched at any depth) or globs; local or `s3://bucket/…`."""
     text: str = "text"
     """The column, or JSON key, that holds the text."""
+    tokenizer: str | None = None
+    """The tokenizer with which the ids of `.bin/.idx` files become text again; by default that of the recipe."""
     filter: str | None = None
-    """`module:function(record: dict) -> bool`: False rejects the document."""
+    """`module:function(record: dict) -> bool | str | Reject`: False rejects the document, a text is the reason."""
     transform: str | None = None
-    """`module:function(record: dict) -> str | None`: the text to use; None rejects the document."""
+    """`module:function(record: dict) -> str | None | Reject`: the text to use; None, or `prep.Reject(reason)`, rejects
+    the document."""
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -43,6 +46,11 @@ class SourceConfig(Config):
     @classmethod
     def _are_locations(cls, paths: list[str]) -> list[str]:
         return [checked_location(path) for path in paths]
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        return None if path is None else checked_local(path)
 
     @field_validator("filter", "transform")
     @classmethod
@@ -55,6 +63,30 @@ class SourceConfig(Config):
     def has_hooks(self) -> bool:
         """True if the source's records are filtered or transformed."""
         return self.filter is not None or self.transform is not None
+
+    @property
+    def needs_text(self) -> bool:
+        """True if each record must have the key of the text."""
+        return self.transform is None
+
+
+class DecontaminationConfig(Config):
+    """Evaluation texts that must not be in the training data."""
+
+    files: list[str] = Field(min_length=1)
+    """Files, folders or globs of JSON or parquet, as in `sources.NAME.paths`; all texts of their records count."""
+    ngram: int = Field(default=13, ge=1, le=1000)
+    """The number of consecutive words, or Chinese characters, that a document must share with an evaluation text."""
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, paths: Any) -> Any:
+        return [paths] if isinstance(paths, str) else paths
+
+    @field_validator("files")
+    @classmethod
+    def _are_locations(cls, paths: list[str]) -> list[str]:
+        return [checked_location(path) for path in paths]
 
 
 class PrepConfig(LoadedConfig):
@@ -95,6 +127,8 @@ class PrepConfig(LoadedConfig):
     """Treatment of documents longer than the largest edge: cut into pieces, keep the first piece, or reject."""
     deduplicate: Literal["exact", "none"] = "exact"
     """`exact` keeps the first of all documents with equal text, across sources (sources by name, files by path)."""
+    decontaminate: DecontaminationConfig | None = None
+    """Evaluation texts to keep out: documents that share an n-gram with one are rejected, as `contaminated`."""
     on_error: Literal["skip", "stop"] = "skip"
     """`skip` counts broken documents, `stop` stops at the first. A broken file always stops the build."""
 

@@ -19,6 +19,7 @@ class Rejection:
     file: str
     row: int  # from 0: a line of a JSON file, a row of a parquet file
     reason: str
+    is_requested: bool = False  # by the recipe or a hook; False for a broken document
 
     def __str__(self) -> str:
         return f"{self.file}: row {self.row}: {self.reason}"
@@ -65,7 +66,7 @@ class Documents:
     def read(self) -> int:
         return len(self.texts) + len(self.rejections)
 
-    def without(self, reasons: dict[int, str]) -> Documents:
+    def without(self, reasons: dict[int, str], *, is_requested: bool = False) -> Documents:
         """Return the documents without those at the given indices, which become rejections with these reasons."""
         kept = [index for index in range(len(self.texts)) if index not in reasons]
         rejections = [
@@ -74,6 +75,7 @@ class Documents:
                 file=self.files[self.file_of[index]],
                 row=int(self.rows[index]),
                 reason=reason,
+                is_requested=is_requested,
             )
             for index, reason in sorted(reasons.items())
         ]

@@ -21,6 +21,7 @@ import random
 import re
 import resource
 import shutil
+import struct
 import sys
 import tempfile
 import traceback
@@ -36,7 +37,7 @@ import numpy as np
 import yaml
 import zstandard
 
-from prep.config import PrepConfig
+from prep.config import PrepConfig, SourceConfig
 from prep.dataset.shard_writer import ShardFormat, index_bytes, write_shards
 from prep.inputs.readers import read_unit
 from prep.inputs.units import plan_units
@@ -398,6 +399,31 @@ def inputs(folder: Path) -> Case:
         return sum(len(chunk.texts) for unit in units for chunk in read_unit(unit, config.sources["web"]))
 
     return case
+
+
+@fuzzed
+def token_ids(folder: Path) -> Case:
+    documents = [[300, 301, 0], [0], [302, 303, 304, 0], [305, 0]]
+    index, ids = _binidx(documents)
+    (folder / "ids").mkdir()
+
+    def case(rng: random.Random) -> Any:
+        is_index = rng.random() < 0.7
+        (folder / "ids" / "a.idx").write_bytes(mutated_bytes(index, rng) if is_index else index)
+        (folder / "ids" / "a.bin").write_bytes(ids if is_index else mutated_bytes(ids, rng))
+        source = SourceConfig(paths=[str(folder / "ids" / "a.idx")], tokenizer="rwkv-world")
+        units = plan_units({"web": source}, unit_bytes=rng.choice([5, 1 << 20]))
+        return sum(len(chunk.texts) for unit in units for chunk in read_unit(unit, source))
+
+    return case
+
+
+def _binidx(documents: list[list[int]]) -> tuple[bytes, bytes]:
+    sizes = np.array([*map(len, documents)], "<i4")
+    pointers = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype("<i8") * 2
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(sizes), len(sizes) + 1)
+    index = header + sizes.tobytes() + pointers.tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+    return index, np.concatenate(documents).astype("<u2").tobytes()
 
 
 # --- runs ---

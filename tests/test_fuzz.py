@@ -12,7 +12,7 @@ from tests.fuzz import FORMATS, run_cases
 
 # Cases that take about two seconds for each format, on one core.
 FAST = {"manifest": 150, "index": 150, "shard": 100, "statistics": 150, "tokenizer": 60, "world": 80, "recipe": 60,
-        "settings": 40, "inputs": 80, "metrics": 80, "mark": 150, "weights": 30,
+        "settings": 40, "inputs": 80, "token_ids": 150, "metrics": 80, "mark": 150, "weights": 30,
         "huggingface": 30, "sharded": 20}  # fmt: skip
 SLOW_TIMES = 3
 

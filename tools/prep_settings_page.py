@@ -5,11 +5,12 @@ python -m tools.prep_settings_page
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from prep.config import PrepConfig, SourceConfig
+from prep.config import DecontaminationConfig, PrepConfig, SourceConfig
 from streaming_rwkv.config import Config
 from tools.settings_page import declared
 
@@ -31,14 +32,15 @@ def rows(config: type[Config]) -> Iterator[str]:
     for name, field in config.model_fields.items():
         kind, text = written[name]
         default = "**required**" if field.is_required() else "–" if field.default is None else f"`{field.default}`"
-        cells = [f"`{name}`", kind.replace("SourceConfig", "section"), default, text]
+        cells = [f"`{name}`", re.sub(r"\b\w+Config\b", "section", kind), default, text]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def page() -> str:
     """Return the content of docs/prep_settings.md."""
     parts = [HEAD]
-    for title, config in (("At the top", PrepConfig), ("`sources.NAME`", SourceConfig)):
+    sections = {"At the top": PrepConfig, "`sources.NAME`": SourceConfig, "`decontaminate`": DecontaminationConfig}
+    for title, config in sections.items():
         parts.append("\n".join([f"## {title}", "", *rows(config)]) + "\n")
     return "\n".join(parts)
 

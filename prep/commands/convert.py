@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from prep.config import SourceConfig
 from prep.inputs.discovery import find_files
 from prep.inputs.faults import missing_text
-from prep.inputs.files import InputFile, Part
+from prep.inputs.files import LINES_SUFFIXES, InputFile, Part
 from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown
@@ -61,7 +61,11 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     Raises:
         UserError: nothing to convert, two files with one target, a broken file, or, at the end, no text in any file.
     """
-    files = [file for file in find_files("convert", [folder]) if file.suffix != ".parquet"]
+    files = [
+        file
+        for file in find_files("convert", [folder])
+        if file.suffix.startswith(".json") or file.suffix.startswith(LINES_SUFFIXES)
+    ]
     if not files:
         raise UserError(f"{folder}: found no JSON file below it; parquet needs no conversion")
     places = {file: Path(to) / f"{file.stem}.parquet" for file in files}

@@ -18,6 +18,7 @@ from prep.execution.context import BuildContext
 from prep.execution.engine import start
 from prep.execution.observer import Observer
 from prep.execution.work_folder import save_tokenizer
+from prep.inputs.decontamination import read_evaluation
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from prep.stages.audit import AuditError, report_handler, warn_of_reference
@@ -61,6 +62,7 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> Counts:
             units=units,
             vocab_size=tokenizer.vocab_size,
             loaded_tokenizer=tokenizer,
+            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
         )
         save_tokenizer(tokenizer, context)
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
+from prep.inputs.decontamination import Evaluation
 from prep.inputs.files import Unit
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
@@ -32,6 +33,8 @@ class BuildContext:
     units: tuple[Unit, ...]
     vocab_size: int
     loaded_tokenizer: Tokenizer | None = None
+    evaluation: Evaluation | None = None
+    """Texts that documents must not contain."""
     by_reference: bool = False
     """Encode with the library that defines the ids: the fast tokenizer was found to differ from it."""
 
@@ -74,5 +77,6 @@ class BuildContext:
             "config": self.config,
             "units": self.units,
             "vocab_size": self.vocab_size,
+            "evaluation": self.evaluation,
             "by_reference": self.by_reference,
         }

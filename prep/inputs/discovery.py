@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
-from prep.inputs.files import COMPRESSIONS, SPECIAL, SUFFIXES, InputFile, bucket_store
+from prep.inputs.files import COMPRESSIONS, IDS_SUFFIX, INDEX_SUFFIX, SPECIAL, SUFFIXES, InputFile, bucket_store
 from streaming_rwkv.config import UserError
 from streaming_rwkv.location import checked_location, expand_user, is_remote
 from streaming_rwkv.storage import StorageError
@@ -43,7 +43,10 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
         below = {file: (size, changed_ns) for file, size, changed_ns in _walk(source, path, not_read_below)}
         if not below:
             has = f" (it has {_counted(not_read_below)})" if not_read_below else ""
-            raise UserError(f"sources.{source}: no file to read below {path}{has}; {_EXPECTED}")
+            has_index = INDEX_SUFFIX in not_read_below.values()
+            index = f"; {INDEX_SUFFIX} files are read where `paths` ends in {INDEX_SUFFIX}" if has_index else ""
+            raise UserError(f"sources.{source}: no file to read below {path}{has}; {_EXPECTED}{index}")
+        below |= _ids_beside(source, below)
         found |= below
         not_read |= not_read_below
     not_read = {path: why for path, why in not_read.items() if path not in found}
@@ -57,7 +60,43 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
         InputFile(source=source, name=path[len(root) :], path=path, size=size, changed_ns=changed_ns)
         for path, (size, changed_ns) in found.items()
     ]
+    _check_keys(source, files)
     return sorted(files, key=lambda file: file.name)
+
+
+def _ids_beside(source: str, indexes: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return the `.bin` of each `.idx` among the paths, with its size and modification time."""
+    found: dict[str, tuple[int, int]] = {}
+    for index in indexes:
+        if not index.lower().endswith(INDEX_SUFFIX):
+            continue
+        stem, ending = index[: -len(INDEX_SUFFIX)], index[-len(INDEX_SUFFIX) :]
+        path = stem + (IDS_SUFFIX.upper() if ending.isupper() else IDS_SUFFIX)
+        status: tuple[int, int] | None = None
+        if is_remote(path):
+            bucket, _, name = path.removeprefix("s3://").partition("/")
+            try:
+                if stored := bucket_store(bucket).find(name):
+                    status = stored.size, stored.written_ns
+            except StorageError as error:
+                raise UserError(f"sources.{source}: {error}") from None
+        elif os.path.isfile(path) and (local := _stat(path, {})):
+            status = local[1:]
+        if status is None:
+            raise UserError(f"sources.{source}: {index}: found no {path} beside it, which holds its ids")
+        found[path] = status
+    return found
+
+
+def _check_keys(source: str, files: list[InputFile]) -> None:
+    """Check that no documents are read twice under the same keys."""
+    names = {file.name for file in files if file.suffix != INDEX_SUFFIX}
+    for file in files:
+        if file.key_name != file.name and file.key_name in names:
+            raise UserError(
+                f"sources.{source}: both {file.name} and {file.key_name} are read, which hold the same documents; name "
+                "one of them in `paths`"
+            )
 
 
 def _check_name(source: str, path: str) -> None:
@@ -105,6 +144,7 @@ def _walk(source: str, path: str, not_read: dict[str, str]) -> Iterator[tuple[st
         yield from _walk_s3(source, path, not_read)
         return
     is_pattern = _is_pattern(path)
+    names_index = path.lower().endswith(INDEX_SUFFIX)
     matches = map(os.path.normpath, glob.glob(path, recursive=True)) if is_pattern else [path]
     for match in matches:
         is_folder = os.path.isdir(match)
@@ -113,7 +153,7 @@ def _walk(source: str, path: str, not_read: dict[str, str]) -> Iterator[tuple[st
         elif is_folder:
             yield from _walk_folder(match, not_read)
         elif is_pattern:
-            if _is_wanted(match, not_read) and (found := _stat(match, not_read)):
+            if _is_wanted(match, not_read, names_index=names_index) and (found := _stat(match, not_read)):
                 yield found
         elif os.path.exists(match):
             if not os.path.isfile(match):
@@ -165,13 +205,19 @@ def _check_suffix(source: str, path: str) -> None:
         raise UserError(f"sources.{source}: {path}: cannot be read; {_EXPECTED}")
 
 
-def _is_wanted(path: str, not_read: dict[str, str]) -> bool:
-    """Return True if a file that was found in a folder or by a pattern is to be read."""
+def _is_wanted(path: str, not_read: dict[str, str], *, names_index: bool = False) -> bool:
+    """Return True if a file that was found in a folder or by a pattern is to be read.
+
+    Args:
+        names_index: the pattern ends in `.idx`. Others leave such files out: often they hold the texts of JSON files
+            beside them, and files of other formats have the same ending.
+    """
     name = os.path.basename(path)
     if name.startswith((".", "_")):
         _note_hidden(path, not_read)
         return False
-    if not name.lower().endswith(SUFFIXES):
+    is_index = name.lower().endswith(INDEX_SUFFIX)
+    if not name.lower().endswith(SUFFIXES) or (is_index and not names_index):
         not_read[path] = _ending(name.lower())
         return False
     return True
@@ -237,7 +283,7 @@ def _walk_s3(source: str, url: str, not_read: dict[str, str]) -> Iterator[tuple[
             elif folder := _hidden_folder_s3(name, path, magic=magic):
                 _note_hidden(f"s3://{bucket}/{folder}", not_read)
                 continue
-            elif not _is_wanted(found, not_read):
+            elif not _is_wanted(found, not_read, names_index=url.lower().endswith(INDEX_SUFFIX)):
                 continue
             yield found, size, changed_ns
     except StorageError as error:

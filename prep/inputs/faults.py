@@ -27,6 +27,17 @@ class BrokenRow:
 
     reason: str
     is_object: bool = False  # True if it is, or may be, a JSON object; then it does not count against the file
+    is_requested: bool = False  # True if a hook rejected it; then `on_error: stop` does not stop at it
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A hook's result for a document to reject: `return prep.Reject("too short")`.
+
+    Documents are counted by reason, so a reason is a short text that many documents share, without their numbers.
+    """
+
+    reason: str
 
 
 def missing_text(key: str) -> str:

@@ -19,8 +19,11 @@ from streaming_rwkv.storage import Store, open_store
 
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+INDEX_SUFFIX = ".idx"  # RWKV-LM's; the ids are in the file with IDS_SUFFIX beside it
+IDS_SUFFIX = ".bin"
 SUFFIXES = (
     ".parquet",
+    INDEX_SUFFIX,
     *(form + compression for form in (*LINES_SUFFIXES, ".json") for compression in ("", *COMPRESSIONS)),
 )
 SPECIAL = "named pipe, socket or device"
@@ -39,8 +42,8 @@ class InputFile:
 
     @property
     def suffix(self) -> str:
-        """One of SUFFIXES, in lower case."""
-        return max((suffix for suffix in SUFFIXES if self.name.lower().endswith(suffix)), key=len)
+        """One of SUFFIXES, or IDS_SUFFIX, in lower case."""
+        return max((suffix for suffix in (*SUFFIXES, IDS_SUFFIX) if self.name.lower().endswith(suffix)), key=len)
 
     @property
     def compression(self) -> str:
@@ -52,6 +55,11 @@ class InputFile:
         """The name without its suffix."""
         return self.name[: -len(self.suffix)]
 
+    @property
+    def key_name(self) -> str:
+        """The name from which documents' keys are made: for an `.idx` that of the JSON lines it was written from."""
+        return f"{self.stem}.jsonl" if self.suffix == INDEX_SUFFIX else self.name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -61,6 +69,8 @@ class Part:
     first_row: int = 0
     row_groups: tuple[int, ...] | None = None  # of a parquet file
     byte_range: tuple[int, int] | None = None  # of whole lines in an uncompressed file
+    ids: InputFile | None = None  # for an `.idx`, the `.bin` beside it
+    rows: int | None = None  # for an `.idx`
 
     @property
     def is_cut(self) -> bool:

@@ -138,7 +138,7 @@ def _check_text_column(schema: pa.Schema, file: InputFile, config: SourceConfig)
         raise InputError(
             f"{file.path}: has {schema.names.count(name)} columns {name!r}, which is ambiguous; rename them"
         )
-    if config.transform is not None:
+    if not config.needs_text:
         return
     if config.text not in schema.names:
         raise InputError(

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from prep.config import SourceConfig
 from prep.document import Documents, LineCounts, Rejection, add_counts, document_keys
 from prep.inputs.faults import BrokenRow, missing_text
-from prep.inputs.files import InputFile, Part, Unit
+from prep.inputs.files import INDEX_SUFFIX, InputFile, Part, Unit
 from prep.inputs.hooks import Hooks
 from prep.inputs.json_lines import check_lines, read_json
 from prep.inputs.parquet import read_parquet
+from prep.inputs.token_ids import named_tokenizer, read_ids
 from streaming_rwkv.config import UserError
+from streaming_rwkv.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS = 4 << 20
 CHUNK_DOCUMENTS = 1 << 15
@@ -44,15 +46,18 @@ class Batch:
         return sum(map(len, self.texts))
 
 
-def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
+def read_unit(unit: Unit, config: SourceConfig, *, tokenizer: Tokenizer | None = None) -> Iterator[Documents]:
     """Read a unit's documents, in order and in chunks.
+
+    Args:
+        tokenizer: decodes ids in a source that names no tokenizer of its own.
 
     Raises:
         InputError: a file is broken, or a hook fails.
     """
     pending: list[Batch] = []
     characters = documents = 0
-    for batch in itertools.chain.from_iterable(read_part(part, config) for part in unit.parts):
+    for batch in itertools.chain.from_iterable(read_part(part, config, tokenizer=tokenizer) for part in unit.parts):
         pending.append(batch)
         characters += batch.characters
         documents += len(batch.texts) + len(batch.rejections)
@@ -63,7 +68,7 @@ def read_unit(unit: Unit, config: SourceConfig) -> Iterator[Documents]:
         yield _documents(pending)
 
 
-def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
+def read_part(part: Part, config: SourceConfig, *, tokenizer: Tokenizer | None = None) -> Iterator[Batch]:
     """Read a part's documents, in order.
 
     Raises:
@@ -71,25 +76,54 @@ def read_part(part: Part, config: SourceConfig) -> Iterator[Batch]:
     """
     file = part.file
     hooks = Hooks(config, file) if config.has_hooks else None
-    for rows, values, not_objects, input_bytes in _read_rows(part, config):
+    for rows, values, not_objects, input_bytes in read_rows(part, config, tokenizer=tokenizer):
         texts = values if hooks is None else hooks.apply(values, rows=rows)
         batch = _batch(file, rows, texts, text=config.text)
         yield replace(batch, not_objects=not_objects, input_bytes=input_bytes)
 
 
-def _read_rows(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.int64], list[Any], int, int]]:
+def read_rows(
+    part: Part, config: SourceConfig, *, tokenizer: Tokenizer | None = None
+) -> Iterator[tuple[NDArray[np.int64], list[Any], int, int]]:
+    """Read a part's rows: texts, or whole records if the source has hooks.
+
+    With them come the number of lines that are not JSON objects, and that of the bytes of input that were read; the
+    bytes of ids are not counted as they are read.
+
+    Raises:
+        InputError: the file is broken.
+    """
     if part.file.suffix == ".parquet":
         for rows, values, text_bytes in read_parquet(part, config):  # by which its units are weighed
             yield rows, values, 0, text_bytes
+    elif part.file.suffix == INDEX_SUFFIX:
+        of_ids = named_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
+        if of_ids is None:
+            raise UserError(
+                f"{part.file.path}: holds ids; name the tokenizer that made them with "
+                f"`sources.{part.file.source}.tokenizer`, e.g. rwkv-world"
+            )
+        for rows, texts in read_ids(part, of_ids):
+            yield rows, [_record(text, config) for text in texts] if config.has_hooks else texts, 0, 0
     else:
         yield from read_json(part, config)
+
+
+def _record(text: str | BrokenRow, config: SourceConfig) -> Any:
+    return text if isinstance(text, BrokenRow) else {config.text: text}
 
 
 def _batch(file: InputFile, rows: NDArray[np.int64], values: list[Any], *, text: str) -> Batch:
     if set(map(type, values)) <= {str}:
         return Batch(file=file, rows=rows, texts=values, rejections=[])
     rejections = [
-        Rejection(source=file.source, file=file.name, row=row, reason=_reason(value, text))
+        Rejection(
+            source=file.source,
+            file=file.name,
+            row=row,
+            reason=_reason(value, text),
+            is_requested=isinstance(value, BrokenRow) and value.is_requested,
+        )
         for row, value in zip(rows.tolist(), values, strict=True)
         if type(value) is not str
     ]
@@ -109,7 +143,7 @@ def _documents(batches: list[Batch]) -> Documents:
     return Documents(
         source=batches[0].file.source,
         texts=list(itertools.chain.from_iterable(batch.texts for batch in batches)),
-        keys=np.concatenate([document_keys(batch.file.source, batch.file.name, batch.rows) for batch in batches]),
+        keys=np.concatenate([document_keys(batch.file.source, batch.file.key_name, batch.rows) for batch in batches]),
         rows=np.concatenate([batch.rows for batch in batches]),
         files=[batch.file.name for batch in batches],
         file_of=np.repeat(np.arange(len(batches)), [len(batch.texts) for batch in batches]),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from prep.config import SourceConfig
 from prep.inputs.faults import InputError
-from prep.inputs.files import InputFile, Part
+from prep.inputs.files import INDEX_SUFFIX, InputFile, Part
 from prep.inputs.json_lines import read_json
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown
@@ -23,13 +23,13 @@ def check_text_keys(sources: Mapping[str, SourceConfig], files: Mapping[str, Seq
     """Check that the first records of each JSON source have the key of the text.
 
     Files that are broken are left to the readers, which say what is wrong with them. Parquet files are checked when
-    units are planned.
+    units are planned; ids have no keys.
 
     Raises:
         UserError: none of the records has the key; the keys that there are are named.
     """
     for source, config in sources.items():
-        lines = [file for file in files[source] if file.suffix != ".parquet"]
+        lines = [file for file in files[source] if file.suffix not in (".parquet", INDEX_SUFFIX)]
         if config.transform is None and lines:
             _check_source(source, config, lines)
 

@@ -1,6 +1,7 @@
 """Units of work: decided by the input alone, never by the number of workers.
 
-A unit is some row groups of a parquet file, a range of lines, one large file, or many small files together.
+A unit is some row groups of a parquet file, a range of lines or of documents of ids, one large file, or many small
+files together.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 from prep.config import SourceConfig
 from prep.inputs.discovery import find_files
-from prep.inputs.files import LINES_SUFFIXES, InputFile, Part, Unit, opened
+from prep.inputs.files import IDS_SUFFIX, INDEX_SUFFIX, LINES_SUFFIXES, InputFile, Part, Unit, opened
 from prep.inputs.hooks import source_identity
 from prep.inputs.parquet import read_parquet_layout
+from prep.inputs.token_ids import read_ids_layout
 from streaming_rwkv.location import is_remote
 
 _FILES_PER_UNIT = 1024
@@ -57,7 +59,8 @@ def plan_units(
 def _identity(part: Part) -> list[Any]:
     """Return all that determines a part's documents, which its location does not."""
     file = part.file
-    return [file.name, file.size, file.changed_ns, part.first_row, part.row_groups, part.byte_range]
+    ids = [part.ids.size, part.ids.changed_ns, part.rows] if part.ids else []
+    return [file.name, file.size, file.changed_ns, part.first_row, part.row_groups, part.byte_range, *ids]
 
 
 def _digest(values: Any) -> str:
@@ -65,19 +68,27 @@ def _digest(values: Any) -> str:
 
 
 def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+    ids = {file.path[: -len(IDS_SUFFIX)]: file for file in files if file.suffix == IDS_SUFFIX}
+    files = [file for file in files if file.suffix != IDS_SUFFIX]
     if not any(is_remote(file.path) for file in files):
         for file in files:
-            yield from _parts(file, config, unit_bytes)
+            yield from _parts(file, config, unit_bytes, ids)
         return
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for S3
-        for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes)), files):
+        for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes, ids)), files):
             yield from parts
 
 
-def _parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+def _parts(
+    file: InputFile, config: SourceConfig, unit_bytes: int, ids: dict[str, InputFile]
+) -> Iterator[tuple[Part, int]]:
     """Yield a file's parts with their sizes, about `unit_bytes` each if the format can be divided."""
     if file.suffix == ".parquet":
         yield from _row_group_parts(file, config, unit_bytes)
+    elif file.suffix == INDEX_SUFFIX:
+        of_file = ids[file.path[: -len(INDEX_SUFFIX)]]
+        for first_row, rows, size in read_ids_layout(file, of_file, unit_bytes=unit_bytes):
+            yield Part(file=file, ids=of_file, first_row=first_row, rows=rows), size
     elif file.suffix in LINES_SUFFIXES and file.size > unit_bytes and not is_remote(file.path):
         yield from _line_parts(file, unit_bytes)
     else:

@@ -9,10 +9,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prep.dataset.names import REJECTED_NAME
 from prep.document import Documents, Rejection, content_hashes, in_validation
@@ -31,7 +31,8 @@ from prep.execution.steps import run_step
 from prep.execution.task_store import finish, load_done, temporary_task_folder
 from prep.execution.tasks import Report, Run
 from prep.execution.work_folder import mark_audited
-from prep.inputs.faults import FILTERED, TRANSFORMED_AWAY, InputError
+from prep.inputs.decontamination import CONTAMINATED
+from prep.inputs.faults import InputError
 from prep.inputs.files import Unit
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
 from prep.ragged import gather
@@ -154,15 +155,17 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
     seen: Counter[str] = Counter()
     audit_bytes = context.audit_bytes(unit)
     unreported = unit.input_bytes
-    requested = {FILTERED, TRANSFORMED_AWAY, _too_long(context)}  # by the configuration: nothing is broken
-    for documents in read_unit(unit, context.config.sources[unit.source]):
+    for documents in read_unit(unit, context.config.sources[unit.source], tokenizer=context.tokenizer):
+        if context.evaluation is not None:
+            found = dict.fromkeys(context.evaluation.contaminated(documents.texts), CONTAMINATED)
+            documents = documents.without(found, is_requested=True) if found else documents
         documents, batch = _encoded(context.tokenizer, documents)
         if audit_bytes and documents.texts:
             report(sample_for_audit(context.tokenizer, documents, batch, budget=audit_bytes))
             audit_bytes = 0
         documents, batch = _without_unusable(context, documents, batch)
         for rejection in documents.rejections:
-            if context.config.on_error == "stop" and rejection.reason not in requested:
+            if context.config.on_error == "stop" and not rejection.is_requested:
                 raise InputError(
                     f"{rejection}; fix it, or set on_error=skip to leave such documents out and count them"
                 )
@@ -249,24 +252,26 @@ def _encoded(tokenizer: Tokenizer, documents: Documents) -> tuple[Documents, Tok
 def _without_unusable(context: BuildContext, documents: Documents, batch: TokenBatch) -> tuple[Documents, TokenBatch]:
     """Reject documents with a false end inside and, with `long_documents: drop`, those that are too long."""
     tokenizer, largest = context.tokenizer, context.config.edges[-1]
-    (false_ends,) = np.nonzero((batch.ids == tokenizer.eos_id) | (batch.ids == tokenizer.bos_id))
-    reasons = dict.fromkeys(np.searchsorted(batch.offsets, false_ends, side="right") - 1, HOLDS_SPECIAL)
     if context.config.long_documents == "drop":
         (too_long,) = np.nonzero(np.diff(batch.offsets) + 1 > largest)
-        reasons |= dict.fromkeys(too_long, _too_long(context))
-    if not reasons:
+        documents, batch = _without(documents, batch, too_long, f"longer than {largest}", is_requested=True)
+    (false_ends,) = np.nonzero((batch.ids == tokenizer.eos_id) | (batch.ids == tokenizer.bos_id))
+    special = np.unique(np.searchsorted(batch.offsets, false_ends, side="right") - 1)
+    return _without(documents, batch, special, HOLDS_SPECIAL, is_requested=False)
+
+
+def _without(
+    documents: Documents, batch: TokenBatch, rejected: NDArray[np.int64], reason: str, *, is_requested: bool
+) -> tuple[Documents, TokenBatch]:
+    if not len(rejected):
         return documents, batch
     lengths = np.diff(batch.offsets)
-    kept = np.setdiff1d(np.arange(len(batch)), list(reasons))
+    kept = np.setdiff1d(np.arange(len(batch)), rejected)
     ids = gather(batch.ids, batch.offsets[kept], lengths[kept])
-    return documents.without({int(index): why for index, why in reasons.items()}), TokenBatch(
-        ids=ids, offsets=offsets_of(lengths[kept])
-    )
-
-
-def _too_long(context: BuildContext) -> str:
-    return f"longer than {context.config.edges[-1]}"
+    documents = documents.without(dict.fromkeys(rejected.tolist(), reason), is_requested=is_requested)
+    return documents, TokenBatch(ids=ids, offsets=offsets_of(lengths[kept]))
 
 
 def _json_line(rejection: Rejection) -> bytes:
-    return json.dumps(asdict(rejection), ensure_ascii=False).encode() + b"\n"
+    values = {name: getattr(rejection, name) for name in ("source", "file", "row", "reason")}
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prep.build import build
 from prep.config import PrepConfig, SourceConfig
 from prep.inputs.faults import InputError
 from prep.inputs.hooks import load_hook, recipe_identity
@@ -127,3 +128,61 @@ def test_a_module_that_raises_is_named(
     with pytest.raises(UserError) as raised:
         load_hook(f"raising_{number}:keep")
     assert str(raised.value) == message.format(number)
+
+
+@pytest.fixture
+def reasons(tmp_path, monkeypatch):
+    (tmp_path / "reasons_of_this_test.py").write_text(
+        "import prep\n"
+        "def named(record): return 'too low' if record['id'] < 2 else True\n"
+        "def as_object(record): return prep.Reject('too low') if record['id'] < 2 else True\n"
+        "def empty(record): return ''\n"
+        "def text(record): return prep.Reject('no title') if record['id'] == 3 else record['title']\n"
+        "def numbered(record): return f'number {record[\"id\"]}'\n"
+        "def many_lines(record): return 'one\\ntwo'\n"
+        "def long(record): return 'x' * 101\n"
+        "def number(record): return prep.Reject(5)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "reasons_of_this_test"
+
+
+@pytest.mark.parametrize("name", ["named", "as_object"])
+def test_a_filter_may_return_a_reason(titled, reasons, name):
+    assert read(titled, filter=f"{reasons}:{name}") == ([(2, "x2"), (3, "x3")], [(0, "too low"), (1, "too low")])
+
+
+def test_a_transform_may_return_a_reason_after_the_filter(titled, reasons):
+    assert read(titled, filter=f"{reasons}:named", transform=f"{reasons}:text") == (
+        [(2, "t2")],
+        [(0, "too low"), (1, "too low"), (3, "no title")],
+    )
+
+
+def test_an_empty_text_from_a_filter_is_false(titled, reasons):
+    assert read(titled, filter=f"{reasons}:empty")[1][0] == (0, "rejected by the filter")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("many_lines", r"'one\\ntwo'"), ("long", f"'{'x' * 100}'"), ("number", "'5'")]
+)
+def test_a_reason_is_a_short_line(titled, reasons, name, shown):
+    message = rf"row 0: a hook of `sources.s` returned the reason {shown}; expected one printable line of 1 to 100 char"
+    with pytest.raises(InputError, match=message):
+        read(titled, filter=f"{reasons}:{name}")
+
+
+def test_reasons_are_few(tmp_path, reasons):
+    (tmp_path / "many.jsonl").write_text("".join(f'{{"id": {number}}}\n' for number in range(101)))
+    with pytest.raises(
+        InputError, match=r"row 100: .* more than 100 different reasons, the last 'number 100'; .* leave"
+    ):
+        read(tmp_path / "many.jsonl", filter=f"{reasons}:numbered")
+
+
+def test_reasons_are_counted_and_do_not_stop_a_build(config, titled, reasons, tmp_path):
+    source = {"paths": str(titled), "filter": f"{reasons}:named", "transform": f"{reasons}:text"}
+    manifest = build(config(sources={"s": source}, on_error="stop")).manifest
+    assert manifest.counts["s"].rejected == {"no title": 1, "too low": 2}
+    listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert listed[0] == {"source": "s", "file": titled.name, "row": 0, "reason": "too low"}
