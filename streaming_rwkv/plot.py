@@ -259,6 +259,9 @@ def learning_panels(history: History) -> dict[str, Panel]:
     if history.names("validation/bits_per_byte/source/"):
         bits = lines("validation/bits_per_byte/source/", source_colors, "bits per byte of text")
         found["Validation bits per byte by source"] = bits
+    scores = [name for name in history.names("tasks/") if name.endswith(("/acc", "/exact_match"))]
+    if scores:
+        found["Standard tasks"] = lines("tasks/", colors_of(scores), "share of answers that are right")
     if trained:
         found["Mixture consumed, by source"] = lambda axes: draw_mixture(axes, history, source_colors, by=0)
         found["Mixture consumed, by bucket"] = lambda axes: draw_mixture(axes, history, colors_by_bucket, by=1)

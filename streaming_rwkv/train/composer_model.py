@@ -104,6 +104,13 @@ class LossByStream(Metric):
         return self.nll.sum() / self.targets.sum().clamp(min=1)
 
 
+def release_weights(model: torch.nn.Module) -> None:
+    """Shard the weights again that a forward pass without a backward pass leaves gathered, which are the root's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_gradients(network: RWKV7) -> None:
     """Divide gradients by the number of ranks where the backend returns their sum for a mean (gloo on torch 2.7).
 
