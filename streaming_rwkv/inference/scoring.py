@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from streaming_rwkv.distributed import all_gather_object, rank, world_size
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.ops.layer_reference import IGNORED
 
 ROW_TOKENS = 2048  # whose logits exist at once
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +41,65 @@ class Score:
     is_greedy: bool
 
 
-@torch.no_grad()
+def spread(jobs: Sequence[Job], work: Callable[[Job], Result], *, blank: Job) -> list[Result]:
+    """Do each job on one of the ranks, and return all results on every rank, in order.
+
+    All ranks call this with the same jobs, and each calls `work` equally often, as a sharded model needs: a rank that
+    has a job less than others does `blank`, whose result is dropped.
+    """
+    ranks, own = world_size(), rank()
+    results = [work(job) for job in jobs[own::ranks]]
+    if own >= (len(jobs) % ranks or ranks):
+        work(blank)
+    shares = all_gather_object(results)
+    return [shares[number % ranks][number // ranks] for number in range(len(jobs))]
+
+
 def score(model: RWKV7, requests: Sequence[Continuation], *, row_tokens: int = ROW_TOKENS) -> list[Score]:
     """Return the score of each continuation, which do not depend on each other.
 
+    All ranks call this with the same requests. The rows are those of one rank, so that the scores are too.
+
     Args:
-        model: on any device; on a GPU matrix products are done in bf16.
+        model: on any device; on a GPU matrix products are done in bf16. It may be sharded.
         row_tokens: packed at a time; a longer request is a row of its own.
     """
-    device = model.emb.weight.device
-    scores: dict[int, Score] = {}
-    for row in _rows([len(request.inputs) for request in requests], row_tokens):
-        inputs = [requests[number].inputs for number in row]
-        bounds = torch.tensor([0, *map(len, inputs)]).cumsum(0)
-        tokens = torch.tensor([token for one in inputs for token in one], device=device)
-        with _precision(device):
-            logits = model(tokens[None], cu_seqlens=bounds.int().to(device))[0]
-        for place, number in enumerate(row):
-            wanted = torch.tensor(list(requests[number].tokens), device=device)
-            end = int(bounds[place + 1])
-            part = logits[end - len(wanted) : end].float().log_softmax(-1)
-            likelihood = part.gather(1, wanted[:, None]).double().sum().item()
-            scores[number] = Score(log_likelihood=likelihood, is_greedy=bool((part.argmax(-1) == wanted).all()))
+    rows = list(_rows([len(request.inputs) for request in requests], row_tokens))
+    found = spread(
+        [[requests[number] for number in row] for row in rows],
+        partial(_score_row, model),
+        blank=[Continuation(context=[0], tokens=[0])],
+    )
+    scores = {
+        number: one for row, of_row in zip(rows, found, strict=True) for number, one in zip(row, of_row, strict=True)
+    }
     return [scores[number] for number in range(len(requests))]
+
+
+@torch.no_grad()
+def _score_row(model: RWKV7, requests: Sequence[Continuation]) -> list[Score]:
+    device = model.emb.weight.device
+    inputs = [request.inputs for request in requests]
+    bounds = torch.tensor([0, *map(len, inputs)]).cumsum(0)
+    tokens = torch.tensor([token for one in inputs for token in one], device=device)
+    with _precision(device):
+        logits = model(tokens[None], cu_seqlens=bounds.int().to(device))[0]
+    scores = []
+    for place, request in enumerate(requests):
+        wanted = torch.tensor(list(request.tokens), device=device)
+        end = int(bounds[place + 1])
+        part = logits[end - len(wanted) : end].float().log_softmax(-1)
+        likelihood = part.gather(1, wanted[:, None]).double().sum().item()
+        scores.append(Score(log_likelihood=likelihood, is_greedy=bool((part.argmax(-1) == wanted).all())))
+    return scores
+
+
+def log_likelihoods(model: RWKV7, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Return `log_likelihood` of each text. All ranks call this with the same texts."""
+    scored = [number for number, text in enumerate(texts) if len(text) > 1]
+    found = spread([texts[number] for number in scored], partial(log_likelihood, model), blank=[0, 0])
+    values = dict(zip(scored, found, strict=True))
+    return [values.get(number, 0.0) for number in range(len(texts))]
 
 
 @torch.no_grad()

@@ -94,6 +94,9 @@ def overlaid(runs: Sequence[Run]) -> Plot:
     ]
     for source in history.names("validation/loss/source/"):
         panels.append(panel(f"Validation loss, {source}", f"validation/loss/source/{source}", "nats per token"))
+    for score in history.names("tasks/"):
+        if score.endswith(("/acc", "/exact_match")):
+            panels.append(panel(f"Task {score}", f"tasks/{score}", "share of answers that are right"))
     panels += [panel(title, metric, unit, scale=scale) for title, metric, unit, scale in _RUNNING]
     return Plot(
         title=" and ".join(names),
@@ -146,6 +149,9 @@ def _learning(history: History) -> list[Panel]:
     if history.names("validation/bits_per_byte/source/"):
         prefix = "validation/bits_per_byte/source/"
         panels.append(lines("Validation bits per byte by source", prefix, source_colors, "bits per byte of text"))
+    scores = [name for name in history.names("tasks/") if name.endswith(("/acc", "/exact_match"))]
+    if scores:
+        panels.append(lines("Standard tasks", "tasks/", colors_of(scores), "share of answers that are right"))
     if trained:
         panels.append(_mixture(history, "Mixture consumed, by source", source_colors, by=0))
         panels.append(_mixture(history, "Mixture consumed, by bucket", colors_by_bucket, by=1))

@@ -158,7 +158,7 @@ class ModelConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """Validation loss, and texts sampled from the model."""
+    """Validation loss, texts sampled from the model, and standard tasks."""
 
     interval_steps: PositiveInt = 500
     """Steps between evaluations; the last step is always evaluated."""
@@ -174,6 +174,31 @@ class EvaluationConfig(Config):
     """Sampling temperature; 0 takes the likeliest token."""
     sample_top_p: float = Field(default=0.9, gt=0, le=1)
     """Sample from the fewest tokens whose probabilities add up to at least this share."""
+    tasks: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness to score at evaluations, such as [lambada_openai, piqa]; they need the extra
+    `tasks`."""
+    task_folder: str | None = None
+    """Folder with task YAMLs of your own; see docs/evaluation.md."""
+    task_limit: PositiveInt | None = None
+    """Number of documents of each task, from its beginning; by default all."""
+    task_interval_steps: PositiveInt | None = None
+    """Steps between evaluations with tasks, a multiple of `interval_steps`; by default every evaluation has them. The
+    last step always has them."""
+
+    @field_validator("task_folder")
+    @classmethod
+    def _local(cls, folder: str | None) -> str | None:
+        return None if folder is None else checked_local(folder)
+
+    @model_validator(mode="after")
+    def _tasks_come_with_evaluations(self) -> EvaluationConfig:
+        tasks, interval = self.task_interval_steps, self.interval_steps
+        if tasks is not None and tasks % interval:
+            raise ValueError(
+                f"task_interval_steps: found {tasks}, but evaluations come every {interval} steps (interval_steps); "
+                f"give a multiple of that, such as {-(-tasks // interval) * interval}"
+            )
+        return self
 
 
 class CheckpointConfig(Config):

@@ -18,6 +18,7 @@ from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.callbacks.tasks import load_tasks
 from streaming_rwkv.train.checkpoints.branch import branch_mark
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.restore import check_same_settings, plan_from
@@ -37,6 +38,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     """
     check_trackers(config.log)
     check_device(config.device)
+    load_tasks(config.evaluation)
     make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
     root = Path(config.save_folder) / "checkpoints"
     store = open_store(config.save_remote) if config.save_remote is not None else None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import local_world_size
+from streaming_rwkv.extras import install_command
 from streaming_rwkv.model.marked_files import CheckpointError, check_exists
 from streaming_rwkv.shards import check_is_finished
-from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.config import EvaluationConfig, RunConfig
 
 
 def check_paths(config: RunConfig) -> None:
-    """Refuse a run whose local data set or initial weights are missing on this machine.
+    """Refuse a run whose local data set, initial weights or tasks are missing on this machine.
 
     Raises:
         UserError: names the setting and the path.
     """
+    check_tasks(config.evaluation)
     check_is_finished(config.data.path)
     if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
         return
@@ -40,6 +43,24 @@ def check_replicas(config: RunConfig, *, processes: int) -> None:
             f"parallel.replicas: found {replicas}, but the number of processes, {processes}, is not a multiple of it; "
             f"expected {' or '.join(map(str, divisors))}, or start a multiple of {replicas} processes (processes=N)"
         )
+
+
+def check_tasks(evaluation: EvaluationConfig) -> None:
+    """Refuse tasks without the package that scores them, and a folder of tasks that is not there.
+
+    Raises:
+        ConfigError: names the setting, and the extra that installs the package.
+    """
+    if not evaluation.tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"evaluation.tasks: the package 'lm_eval' is not installed; run {install_command('tasks')}, or leave "
+            "evaluation.tasks out"
+        )
+    folder = evaluation.task_folder
+    if folder is not None and not is_one_of_many_nodes() and not Path(folder).is_dir():
+        raise ConfigError(f"evaluation.task_folder: {folder}: no such folder; expected one with task YAMLs")
 
 
 def may_resume(config: RunConfig) -> bool:

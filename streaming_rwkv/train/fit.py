@@ -44,7 +44,9 @@ def fit(run: CheckedRun) -> int:
     microbatch = choose_microbatch(prepared, precision=precision, device=run.device, mesh=mesh)
     model, optimizer = build_model(run)
     datasets = build_datasets(prepared, microbatch=microbatch)
-    callbacks = build_callbacks(prepared, mirror=run.mirror, peak_flops=peak * world_size() if peak else None)
+    callbacks = build_callbacks(
+        prepared, mirror=run.mirror, peak_flops=peak * world_size() if peak else None, tasks=run.tasks
+    )
     loggers = build_loggers(config, last_step=prepared.plan.steps)
     trainer = build_trainer(
         run, model, optimizer, datasets, callbacks, loggers, precision=precision, microbatch=microbatch, mesh=mesh

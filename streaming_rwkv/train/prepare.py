@@ -56,11 +56,13 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
     )
     manifest = shard_set.manifest
     limits = split_cache_limit(data.cache_limit, manifest)
-    if config.evaluation.prompts and not manifest.select("validation"):
-        raise ConfigError(
-            f"evaluation.prompts: texts are sampled at evaluations, but {data.path} has no validation packs; "
-            "build it with `validation` above 0, or leave the prompts out"
-        )
+    if not manifest.select("validation"):
+        for name, what in (("prompts", "texts are sampled"), ("tasks", "tasks are scored")):
+            if getattr(config.evaluation, name):
+                raise ConfigError(
+                    f"evaluation.{name}: {what} at evaluations, but {data.path} has no validation packs; build it with "
+                    f"`validation` above 0, or leave the {name} out"
+                )
     plan = _plan(config, manifest, world_size=world_size)
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]

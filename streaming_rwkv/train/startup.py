@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from composer.devices import Device
@@ -33,6 +33,7 @@ from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
+from streaming_rwkv.train.callbacks.tasks import load_tasks
 from streaming_rwkv.train.checkpoints.branch import fetch_branch
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.record import Checkpoint, CompletionMark
@@ -43,6 +44,9 @@ from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
 from streaming_rwkv.train.preview import mixture_table
 from streaming_rwkv.train.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from streaming_rwkv.inference.tasks import Tasks
 
 Value = TypeVar("Value")
 
@@ -66,6 +70,7 @@ class CheckedRun:
     device: Device
     timeout_seconds: float  # of a collective
     lock: FolderLock | None  # of the save folder, held by rank 0
+    tasks: Tasks | None = None  # of `evaluation.tasks`, on rank 0
 
 
 def start_up(config: RunConfig) -> CheckedRun | None:
@@ -85,6 +90,7 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     lock = run_on_rank_zero(
         lambda: lock_folder(save_folder, what="save folder", remedy="give this run its own `save_folder`")
     )
+    tasks = run_on_rank_zero(lambda: load_tasks(config.evaluation))
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
@@ -120,6 +126,7 @@ def start_up(config: RunConfig) -> CheckedRun | None:
         device=device,
         timeout_seconds=timeout_seconds,
         lock=lock,
+        tasks=tasks,
     )
 
 

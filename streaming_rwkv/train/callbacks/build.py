@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from composer.core import Callback
 
@@ -17,10 +18,14 @@ from streaming_rwkv.train.callbacks.profiling import Profile
 from streaming_rwkv.train.callbacks.samples import Samples
 from streaming_rwkv.train.callbacks.stage_number import StageNumber
 from streaming_rwkv.train.callbacks.step_seed import StepSeed
+from streaming_rwkv.train.callbacks.tasks import TaskScores
 from streaming_rwkv.train.callbacks.throughput import Throughput
 from streaming_rwkv.train.callbacks.validation import ValidationReport
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.prepare import PreparedRun
+
+if TYPE_CHECKING:
+    from streaming_rwkv.inference.tasks import Tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +39,13 @@ class RunCallbacks:
     checkpointer: Checkpointer
 
 
-def build_callbacks(prepared: PreparedRun, *, mirror: Mirror | None, peak_flops: float | None) -> RunCallbacks:
+def build_callbacks(
+    prepared: PreparedRun, *, mirror: Mirror | None, peak_flops: float | None, tasks: Tasks | None = None
+) -> RunCallbacks:
     """Return the callbacks of a run.
 
     Args:
+        tasks: loaded `evaluation.tasks`, on rank 0.
         peak_flops: of all processes together, in FLOP/s, or None if it is unknown.
     """
     config, plan = prepared.config, prepared.plan
@@ -83,6 +91,11 @@ def build_callbacks(prepared: PreparedRun, *, mirror: Mirror | None, peak_flops:
         ),
         checkpointer,
     ]
+    if config.evaluation.tasks:
+        scores = TaskScores(
+            config.evaluation, tasks, tokenizer_folder=save_folder / TOKENIZER_FOLDER, last_step=plan.steps
+        )
+        callbacks.insert(2, scores)  # before Throughput, as samples are
     if config.profile is not None:
         callbacks.append(Profile(save_folder, config.profile))
     if validation_records:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger, TensorboardLogger
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
 from streaming_rwkv.filesystem import append_to
 from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
-from streaming_rwkv.train.composer_model import RWKV7ForTraining
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, release_weights
 from streaming_rwkv.train.config import EvaluationConfig
 
 SHOWN_CHARACTERS = 240  # on the console; the whole text is in samples.jsonl
@@ -69,9 +69,7 @@ class Samples(Callback):
         assert isinstance(state.model, RWKV7ForTraining)
         with get_precision_context(state.precision, state.precision_config):
             samples = [self._sample(state.model, number) for number in range(len(self.prompts))]
-        for module in state.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass without a backward pass leaves the root's weights gathered
+        release_weights(state.model)
         if self.writes:
             self._write(samples, int(state.timestamp.batch), logger)
 
