@@ -100,6 +100,7 @@ def test_a_long_curve_is_thinned_to_means() -> None:
 def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
     rows = [*steps(10, stage_of=lambda step: step // 6), evaluation(5, 5.25), evaluation(10, 4.125)]
     rows[9] |= {"share/web/1-16": 0.75, "share/代码/17-32": 0.25, "throughput/tokens_per_second": 1234.0}
+    rows[-1] |= {"tasks/piqa/acc": 0.625, "tasks/piqa/acc_stderr": 0.1}
     first, second = write_run(tmp_path / "stage1", rows), write_run(tmp_path / "stage2", rows)
     assert main([str(first), str(second)]) == 0
     page = (second / "plot.html").read_text(encoding="utf-8")
@@ -109,6 +110,8 @@ def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
         "Validation loss by source",
         "Validation loss by bucket",
         "Validation bits per byte by source",
+        "Standard tasks",
+        "piqa/acc: 0.625",
         "Mixture consumed, by source",
         "Learning rate",
         "Gradient norm",

@@ -217,7 +217,9 @@ class Tasks:
             TaskError: a task does not exist, its data cannot be read, or it needs more than a language model.
         """
         self.limit = limit
-        manager = TaskManager(include_path=str(folder) if folder else None)
+        manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+        if folder and not set(names) <= set(manager.all_subtasks):  # reading all of the harness's takes seconds
+            manager = TaskManager(include_path=str(folder))
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
             where = f"in {folder} or among those of lm-evaluation-harness" if folder else "in lm-evaluation-harness"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ForkServer
+from tests.train.callbacks.small_tasks import write_task
 from tests.train.small_runs import STEPS, TRAIN, VALIDATION, SmallRuns, assert_same_end, copy_until, losses, mark_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,6 +62,32 @@ def test_a_run_that_skips_spikes_resumes_with_its_median(train: SmallRuns, plain
     assert losses(resumed) == losses(tmp_path / "run") != losses(plain)
     assert_same_end(resumed, tmp_path / "run")
     assert mark_of(resumed)["gradient_norms"] == mark_of(tmp_path / "run")["gradient_norms"]
+
+
+def test_tasks_change_no_bit_and_a_resumed_run_scores_no_checkpoint_again(
+    train: SmallRuns, plain: Path, tmp_path: Path
+) -> None:
+    kind = 'output_type: multiple_choice\ndoc_to_text: ""\ndoc_to_choice: choices\ndoc_to_target: label\n'
+    questions = [("", ["w3", "w5"], 0), ("", ["w7", "w2"], 1)]
+    write_task(tmp_path / "tasks", "words", kind + 'target_delimiter: ""\nmetric_list: [{metric: acc}]\n', questions)
+    settings = [f"evaluation={{interval_steps: 5, tasks: [words], task_folder: {tmp_path / 'tasks'}}}"]
+    environment = {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    status, output = train(tmp_path / "run", *settings, environment=environment)
+    assert status == 0, output
+    assert losses(tmp_path / "run") == losses(plain)
+    assert_same_end(tmp_path / "run", plain)
+    scored = accuracies(tmp_path / "run")
+    assert [step for step, _ in scored] == [5, 10, 15]
+    resumed = copy_until(tmp_path / "run", 10, tmp_path / "resumed")
+    status, output = train(resumed, *settings, environment=environment)
+    assert status == 0, output
+    assert accuracies(resumed) == scored
+    assert_same_end(resumed, plain)
+
+
+def accuracies(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["tasks/words/acc"]) for line in lines if "tasks/words/acc" in line]
 
 
 def test_a_run_goes_back_and_leaves_steps_out(train: SmallRuns, plain: Path, tmp_path: Path) -> None:

@@ -50,7 +50,6 @@ def build_callbacks(
     """
     config, plan = prepared.config, prepared.plan
     save_folder, interval = Path(config.save_folder), config.log.interval_steps
-    validation_records = prepared.shard_set.manifest.select("validation")
     consumption = Consumption(plan.streams, interval_steps=interval)
     clipping = ClipGradient(
         config.optimizer.gradient_clip,
@@ -79,6 +78,7 @@ def build_callbacks(
     callbacks: list[Callback] = [
         StepSeed(config.seed),
         samples,  # before Throughput, whose next window begins after an evaluation
+        *_task_scores(prepared, tasks),
         LearningRate(config.optimizer, total_tokens=prepared.total_tokens),
         StageNumber(plan.stage_of),
         clipping,
@@ -91,15 +91,24 @@ def build_callbacks(
         ),
         checkpointer,
     ]
-    if config.evaluation.tasks:
-        scores = TaskScores(
-            config.evaluation, tasks, tokenizer_folder=save_folder / TOKENIZER_FOLDER, last_step=plan.steps
-        )
-        callbacks.insert(2, scores)  # before Throughput, as samples are
-    if config.profile is not None:
-        callbacks.append(Profile(save_folder, config.profile))
-    if validation_records:
-        callbacks.append(ValidationReport(validation_records))
+    callbacks += _optional_callbacks(prepared)
     return RunCallbacks(
         all=callbacks, samples=samples, clipping=clipping, consumption=consumption, checkpointer=checkpointer
     )
+
+
+def _task_scores(prepared: PreparedRun, tasks: Tasks | None) -> list[Callback]:
+    config = prepared.config
+    if not config.evaluation.tasks:
+        return []
+    tokenizer_folder = Path(config.save_folder) / TOKENIZER_FOLDER
+    return [TaskScores(config.evaluation, tasks, tokenizer_folder=tokenizer_folder, last_step=prepared.plan.steps)]
+
+
+def _optional_callbacks(prepared: PreparedRun) -> list[Callback]:
+    config, callbacks = prepared.config, list[Callback]()
+    if config.profile is not None:
+        callbacks.append(Profile(Path(config.save_folder), config.profile))
+    if validation_records := prepared.shard_set.manifest.select("validation"):
+        callbacks.append(ValidationReport(validation_records))
+    return callbacks

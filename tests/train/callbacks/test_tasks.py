@@ -115,8 +115,6 @@ def test_tasks_come_at_their_own_interval_and_at_the_last_step(
 
 def test_what_is_missing_is_one_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_tasks(configured()) is None
-    with pytest.raises(UserError, match=r"evaluation\.tasks: colours: no such task in "):
-        load_tasks(configured(tasks=["choices", "colours"], task_folder=str(folder)))
     write_task(tmp_path / "tasks", "choices", KINDS["choices"])
     (tmp_path / "tasks" / "choices.jsonl").unlink()
     with pytest.raises(UserError, match=r"cannot be read .*give tasks with local files by evaluation\.task_folder"):
@@ -128,6 +126,12 @@ def test_what_is_missing_is_one_error(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match=r"evaluation\.tasks: the package 'lm_eval' is not installed; run .*tasks"):
         check_tasks(configured(tasks=["choices"]))
     check_tasks(configured())
+
+
+@pytest.mark.slow  # all tasks of the harness are read
+def test_a_task_that_does_not_exist_is_one_error(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.tasks: colours: no such task in "):
+        load_tasks(configured(tasks=["choices", "colours"], task_folder=str(folder)))
 
 
 def test_tasks_are_scored_at_evaluations_alone() -> None:
