@@ -35,6 +35,7 @@ from prep.execution.work_folder import (
     uses_reference,
 )
 from prep.inputs.decontamination import read_evaluation
+from prep.inputs.files import Unit
 from prep.inputs.units import find_sources, plan_units
 from prep.stages.assembly import ShardUploads, assemble, publish_locally
 from prep.stages.audit import AuditError, report_handler, warn_of_reference
@@ -84,14 +85,7 @@ def build(
                     _clear(config)
             return BuildResult(manifest=manifest, was_finished=True)
         units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
-        context = BuildContext(
-            config=config,
-            units=units,
-            vocab_size=tokenizer.vocab_size,
-            loaded_tokenizer=tokenizer,
-            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
-            by_reference=uses_reference(config),
-        )
+        context = _context(config, units, tokenizer)
         with explained_write_errors(context.folder), locked(context.work_folder):
             # Check again: another build may have worked here until this one held the lock.
             manifest, changes = _find_earlier(state, store, accept_changes=accept_changes)
@@ -118,6 +112,17 @@ def build(
                 publish_locally(context, manifest)
             _clear(config)
     return BuildResult(manifest=manifest, was_finished=False)
+
+
+def _context(config: PrepConfig, units: tuple[Unit, ...], tokenizer: Tokenizer) -> BuildContext:
+    return BuildContext(
+        config=config,
+        units=units,
+        vocab_size=tokenizer.vocab_size,
+        loaded_tokenizer=tokenizer,
+        evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
+        by_reference=uses_reference(config),
+    )
 
 
 def _find_earlier(state: BuildState, store: Store | None, *, accept_changes: bool) -> tuple[Manifest | None, list[str]]:
