@@ -84,15 +84,7 @@ def build(
                 with locked(config.work_folder):
                     _clear(config)
             return BuildResult(manifest=manifest, was_finished=True)
-        units = _checked_units(config, files)
-        context = BuildContext(
-            config=config,
-            units=units,
-            vocab_size=tokenizer.vocab_size,
-            loaded_tokenizer=tokenizer,
-            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
-            by_reference=uses_reference(config),
-        )
+        context = _context(config, _checked_units(config, files), tokenizer)
         with explained_write_errors(context.folder), locked(context.work_folder):
             # Another build may have worked here until this one held the lock.
             manifest, changes = _find_earlier(state, store, accept_changes=accept_changes)
@@ -131,6 +123,17 @@ def _found_files(config: PrepConfig, observer: Observer) -> dict[str, list[Input
 def _checked_units(config: PrepConfig, files: dict[str, list[InputFile]]) -> tuple[Unit, ...]:
     check_text_keys(config.sources, files)
     return plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
+
+
+def _context(config: PrepConfig, units: tuple[Unit, ...], tokenizer: Tokenizer) -> BuildContext:
+    return BuildContext(
+        config=config,
+        units=units,
+        vocab_size=tokenizer.vocab_size,
+        loaded_tokenizer=tokenizer,
+        evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
+        by_reference=uses_reference(config),
+    )
 
 
 def _find_earlier(state: BuildState, store: Store | None, *, accept_changes: bool) -> tuple[Manifest | None, list[str]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prep.config import PrepConfig
-from prep.inputs.decontamination import Evaluation
 from prep.inputs.files import Unit
+from prep.ngrams import Evaluation
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER, Split, bucket_bounds, token_dtype
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 

@@ -31,10 +31,10 @@ from prep.execution.steps import run_step
 from prep.execution.task_store import finish, load_done, temporary_task_folder
 from prep.execution.tasks import Report, Run
 from prep.execution.work_folder import mark_audited
-from prep.inputs.decontamination import CONTAMINATED
 from prep.inputs.faults import InputError
 from prep.inputs.files import Unit
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
+from prep.ngrams import CONTAMINATED
 from prep.ragged import gather
 from prep.stages import buckets
 from prep.stages.audit import sample_for_audit

@@ -14,8 +14,9 @@ from prep.build import build
 from prep.commands.dry_run import count
 from prep.config import DecontaminationConfig
 from prep.inputs import decontamination
-from prep.inputs.decontamination import ngram_hashes, read_evaluation, words_of
+from prep.inputs.decontamination import read_evaluation
 from prep.inputs.hooks import recipe_identity
+from prep.ngrams import ngram_hashes, words_of
 from streaming_rwkv.config import UserError
 
 ENGLISH = "It was the best of times, it was the worst of times, it was the age of wisdom"  # 18 words
