@@ -139,6 +139,28 @@ def test_states_of_zeros(chunked: RunCase) -> None:
     check(chunked(case), run_reference(case))
 
 
+def test_a_token_whose_r_and_k_cancel_alone_has_its_own_relative_error(chunked: RunCase) -> None:
+    """A document's first y is (r·k) v, and the last dv (r·k) dy: not less exact where r·k is 1/500 of |r| |k| or less.
+    bfloat16 rounds them by up to 2^-9, and fp16 rounds r·k once, by up to 2^-11; fp16 sums would be wrong by 5 % and more."""
+    case = bfloat16_case((1, 1, 16, 17, 1, 40))
+    r, k = (case.inputs[n].float() for n in (0, 2))
+    k = (k - (r * k).sum(-1, keepdim=True) / r.square().sum(-1, keepdim=True) * r).bfloat16()
+    case = case._replace(
+        inputs=[x if n != 2 else k for n, x in enumerate(case.inputs)],
+        initial_state=case.initial_state * 0,
+        dfinal_state=case.dfinal_state * 0,
+    )
+    cancelled = (r * k.float()).sum(-1).abs() / (r.norm(dim=-1) * k.float().norm(dim=-1))
+    found, reference = chunked(case), run_reference(case)
+    bounds = case.cu_seqlens.tolist()
+    for name, tokens in ("y", bounds[:-1]), ("dv", [stop - 1 for stop in bounds[1:]]):
+        for token in tokens:
+            assert 0 < cancelled[0, token, 0] < 2e-3
+            expected = reference[name][0, token].double()
+            error = (found[name][0, token].double() - expected).norm() / expected.norm()
+            assert error <= 2**-9 + 2**-11, (name, token)
+
+
 # --- the same bits ---
 
 
