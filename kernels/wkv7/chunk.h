@@ -223,6 +223,24 @@ __device__ inline void invert(Address t, unsigned a21) {
     store_word(t + in_square(group() + 8, 0) + pair() * 2, pack_halves(t21.x[2], t21.x[3]));
 }
 
+// The diagonal of R Kᵀ from the rows as given, exact but for float32's sums: [h] is row group() + h · 8, in the lane that
+// has the diagonal's element of Rk. y of a document's first token is (r·k) v, and GroupNorm magnifies it however small
+// r·k has become by cancelling; sums of R̃'s and K̃'s fp16 would leave an error there.
+struct Diagonal {
+    float x[2];
+};
+__device__ inline Diagonal diagonal_of_products(const Fragment (&r)[4], const Fragment (&k)[4]) {
+    Sums p[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        p[h] = product_of_bfloat16s(r[0], k[0].x[2 * h], k[0].x[2 * h + 1]);
+#pragma unroll
+        for (int j = 1; j < 4; ++j) multiply_bfloat16s(p[h], r[j], k[j].x[2 * h], k[j].x[2 * h + 1]);
+    }
+    const bool second = group() % 2;
+    return {{second ? p[0].x[1] : p[0].x[0], second ? p[1].x[3] : p[1].x[2]}};
+}
+
 // One warp makes a chunk's operands.
 template <bool KEYS, bool REST>  // K, Ak, Rk too; and in the tile `rest` (W's will do) what rounding takes from B
 __device__ inline void prepare(Address chunk, Address small, Address rest) {
@@ -244,6 +262,12 @@ __device__ inline void prepare(Address chunk, Address small, Address rest) {
     if (lane() == 0) {
         store_word(small + EXPONENTS, static_cast<unsigned>(scale_r));
         store_word(small + EXPONENTS + 4, static_cast<unsigned>(scale_k));
+    }
+    Diagonal own = {};
+    if constexpr (KEYS) {
+        own = diagonal_of_products(r, k);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) own.x[h] = own.x[h] * power_of_two(-scale_r) * to_k;
     }
     Sums ab[2], ak[2], rb[2], rk[2];
 #pragma unroll
@@ -304,7 +328,8 @@ __device__ inline void prepare(Address chunk, Address small, Address rest) {
             store_word(at + RB, pack_halves(lower(rb, 0, true), lower(rb, 1, true)));
             if constexpr (KEYS) {
                 store_word(at + AK, pack_halves(lower(ak, 0, false), lower(ak, 1, false)));
-                store_word(at + RK, pack_halves(lower(rk, 0, true), lower(rk, 1, true)));
+                const auto with_own = [=](int e) { return s + e == t ? own.x[h] : lower(rk, e, false); };
+                store_word(at + RK, pack_halves(with_own(0), with_own(1)));
             }
         }
     __syncwarp();  // Ab is there

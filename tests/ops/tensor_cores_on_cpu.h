@@ -346,6 +346,9 @@ inline Sums product_of_halves(const Fragment& a, unsigned b0, unsigned b1, HERE)
     cuda_on_cpu::multiply<cuda_on_cpu::decode_half>(d, a, b0, b1, line);
     return d;
 }
+inline void multiply_bfloat16s(Sums& d, const Fragment& a, unsigned b0, unsigned b1, HERE) {
+    cuda_on_cpu::multiply<cuda_on_cpu::decode_bfloat16>(d, a, b0, b1, line);
+}
 inline Sums product_of_bfloat16s(const Fragment& a, unsigned b0, unsigned b1, HERE) {
     Sums d = {};
     cuda_on_cpu::multiply<cuda_on_cpu::decode_bfloat16>(d, a, b0, b1, line);
