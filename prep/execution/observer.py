@@ -37,7 +37,7 @@ class Observer:
         """
 
     def done(self, source: str, amount: int) -> None:
-        """Note that `amount` more of the step's work is done."""
+        """Note that an item of the step is done, with `amount` of its work that was not reported before."""
 
     def progress(self, progress: TokenizationProgress) -> None:
         """Note that documents were read and tokenized."""

@@ -43,6 +43,6 @@ def run_step(
         results[order[place]] = result
         if on_result is not None:
             on_result(order[place], result)
-        if not are_reported:
-            observer.done(*sizes[order[place]])
+        source, size = sizes[order[place]]
+        observer.done(source, 0 if are_reported else size)
     return [results[index] for index in range(len(items))]
