@@ -111,7 +111,7 @@ def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
         "Validation loss by bucket",
         "Validation bits per byte by source",
         "Standard tasks",
-        "piqa/acc: 0.625",
+        "piqa/acc",
         "Mixture consumed, by source",
         "Learning rate",
         "Gradient norm",
