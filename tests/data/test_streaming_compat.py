@@ -176,7 +176,7 @@ def test_a_process_that_reads_on_its_own_is_a_world_of_one(opened, monkeypatch):
     other = replace(shard_set, cache=shard_set.cache.with_name("other"))
     streams = other.streams(other.manifest.select("train"), download_attempts=1, timeout_seconds=20)
     for stream in streams:
-        shutil.copytree(shard_set.cache / stream.folder, stream.local)
+        shutil.copytree(shard_set.cache / stream.record.path, stream.local)
     options = {"lock": other.cache / ".lock", "cache_limit": None, "fetch_ahead": 8, "batch": 4}
     dataset = VerifiedDataset(streams, as_rank=(1, 3), **options)
     try:
