@@ -116,7 +116,7 @@ def test_planted_documents_are_counted_and_listed(recipe, tmp_path):
     assert manifest.counts["corpus"].documents["train"] == 198
     listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [(line["row"], line["reason"]) for line in listed] == [(20, "contaminated"), (150, "contaminated")]
-    assert sum(unit.rejected.get("contaminated", 0) for unit in count(recipe())) == 2
+    assert sum(unit.rejected.get("contaminated", 0) for unit in count(recipe()).records) == 2
 
 
 @pytest.mark.slow
