@@ -58,7 +58,7 @@ class Counting(Observer):
         self.documents = 0
         self.left: dict[str, dict[str, int]] = {}
 
-    def step(self, name: str, *, totals: Mapping[str, int]) -> None:
+    def step(self, name: str, *, totals: Mapping[str, int], in_bytes: bool = False) -> None:
         self.left[name] = dict(totals)
 
     def done(self, source: str, amount: int) -> None:
@@ -66,6 +66,7 @@ class Counting(Observer):
 
     def progress(self, progress: TokenizationProgress) -> None:
         self.documents += progress.documents
+        self.done(progress.source, progress.input_bytes)
 
 
 @pytest.mark.slow
