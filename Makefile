@@ -65,7 +65,7 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 
 # The documentation as a site, in site/, without the network; warnings, such as broken links, are errors.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Write requirements/constraints.txt from .venv, after the tests have passed with these versions.
 constraints: $(STAMP)

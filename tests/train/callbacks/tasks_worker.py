@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from streaming_rwkv.config import validate
 from streaming_rwkv.processes import end_with
 from streaming_rwkv.train.callbacks.tasks import TaskScores, load_tasks
-from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
+from streaming_rwkv.train.composer_model import RWKV7ForTraining, build_mesh, sharding
 from streaming_rwkv.train.config import EvaluationConfig
 from tests.train.callbacks.small_tasks import import_harness, network, state_of
 
@@ -31,7 +31,9 @@ NAMES = ["choices", "words", "texts", "rows"]
 def scores(config: EvaluationConfig, tokenizer: Path, *, sharded: bool, leads: bool) -> dict[str, Any]:
     model = RWKV7ForTraining(network(), num_streams=1, flops_per_token=1)
     if sharded:
-        parallelize_composer_model(model, None, sharding(), precision=Precision.FP32)
+        mesh = build_mesh(1, device="cpu", timeout_seconds=60)
+        assert mesh is not None
+        parallelize_composer_model(model, None, sharding(mesh), precision=Precision.FP32)
         assert isinstance(model.network.blocks[0], FSDPModule)
     state, logger, logged = state_of(model, step=500)
     callback = TaskScores(config, load_tasks(config) if leads else None, tokenizer_folder=tokenizer, last_step=500)

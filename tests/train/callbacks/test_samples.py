@@ -204,6 +204,6 @@ def test_samples_of_two_processes_leave_the_training_as_it_is(
         model = read_model(sampled / "checkpoints" / f"step-{line['step']:08}")
         tokens = [tokenizer.bos_id, *tokenizer.encode(line["prompt"]).tolist()]
         generator = torch.Generator().manual_seed(17 + place % 2)  # each prompt has its own, the same at every step
-        sampled = list(generate_tokens(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
-        assert line["text"] == tokenizer.decode(sampled)
+        ids = list(generate_tokens(model, tokens, max_tokens=12, stop={tokenizer.eos_id}, generator=generator))
+        assert line["text"] == tokenizer.decode(ids)
     assert not (plain / "samples.jsonl").exists()
