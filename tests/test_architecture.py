@@ -151,3 +151,16 @@ def test_modules_of_training_have_one_responsibility() -> None:
 def test_one_module_answers_for_all(pattern: str, modules: set[str]) -> None:
     found = {str(path.relative_to(ROOT)) for path in OURS if re.search(pattern, path.read_text())}
     assert found == modules
+
+
+def test_every_package_is_installed() -> None:
+    """An editable install finds packages that an install from the list would lack."""
+    block = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    listed = {name for name in re.findall(r'"(.*?)"', block[1]) if not name.startswith("streaming_rwkv.kernels")}
+    found = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for package in ("prep", "streaming_rwkv")
+        for file in (ROOT / package).rglob("__init__.py")
+    }
+    assert listed == found
