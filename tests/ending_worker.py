@@ -21,7 +21,7 @@ from streaming_rwkv.processes import end_with
 from tools.ports import free_ports
 
 STATUS = 7
-SECONDS = 120  # none that ends needs so many, on a busy machine either
+SECONDS = 120  # more than a process that ends needs, also on a busy machine
 
 
 def communicate(rank: int, port: int) -> int:

@@ -28,8 +28,8 @@ class StepDataset:
     """The batches of a training run's steps that belong to one rank, in order.
 
     An iteration begins at `step` and ends after the last step. `step` counts the batches that were taken, so after any
-    batch it is the whole state: a dataset that is opened with it as `start_step` goes on with the next batch. With the
-    same data, stages, batch size and seed, a step has the same packs whatever the numbers of ranks and workers are.
+    batch it is the whole state: a dataset that is opened with it as `start_step` continues with the next batch. With
+    the same data, stages, batch size and seed, a step has the same packs whatever the numbers of ranks and workers are.
 
     Attributes:
         step: the number of the next batch.

@@ -141,13 +141,6 @@ class LossByStream(Metric):
         return self.nll.sum() / self.targets.sum().clamp(min=1)
 
 
-def release_weights(model: torch.nn.Module) -> None:
-    """Shard the weights again that a forward pass without a backward pass leaves gathered, which are the root's."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def average_gradients(network: RWKV7, mesh: DeviceMesh | None) -> None:
     """Make the gradient of every parameter the mean over all ranks: FSDP2 reduces it within a replica.
 

@@ -45,7 +45,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def test_every_kernel_is_launched(launched: Launched) -> None:
     loaded = {(source, kernel) for source, kernel in launched.kernels}
     assert {(x["source"], x["kernel"]) for x in launched.launches} == loaded
-    # Machine code was loaded for every source, and for every kernel whose name stands in one.
+    # Machine code was loaded for every source, and for every kernel that a source names.
     text = {str(path.relative_to(SOURCES)): path.read_text() for path in SOURCES.rglob("*.cu")}
     assert {source for source, _ in loaded} == set(text)
     written = {

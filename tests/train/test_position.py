@@ -14,7 +14,7 @@ from streaming_rwkv.train.position import BINS, position_bin_name, position_metr
 
 
 def pack(lengths: list[int]) -> dict[str, Any]:
-    """Documents of so many targets."""
+    """Documents with these numbers of targets."""
     stored = [length + 1 for length in lengths]
     return {
         "tokens": np.zeros(sum(stored), np.uint16), "lengths": np.array(stored, np.uint32),

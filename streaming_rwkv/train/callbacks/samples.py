@@ -20,9 +20,10 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from streaming_rwkv.distributed import broadcast_object, is_rank_zero
 from streaming_rwkv.filesystem import append_to
 from streaming_rwkv.inference.sampling import generate_tokens
+from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.callbacks.json_lines import forget_lines_after
-from streaming_rwkv.train.composer_model import RWKV7ForTraining, release_weights
+from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 
 SHOWN_CHARACTERS = 240  # on the console; the whole text is in samples.jsonl

@@ -14,8 +14,9 @@ from composer.loggers import Logger
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.composer_model import RWKV7ForTraining, release_weights
+from streaming_rwkv.train.composer_model import RWKV7ForTraining
 from streaming_rwkv.train.config import EvaluationConfig
 
 if TYPE_CHECKING:

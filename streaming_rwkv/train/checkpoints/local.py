@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.fsdp import FSDPModule
 
 from streaming_rwkv.distributed import (
     all_gather_object,
@@ -45,6 +44,7 @@ from streaming_rwkv.distributed import (
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
 from streaming_rwkv.model.marked_files import MARK_NAME, CheckpointError, MarkedFile, find_file_problem
 from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
+from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.train.checkpoints.record import (
     Checkpoint,
@@ -217,11 +217,9 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Return weights and AdamW's moments by parameter name; the moments are new before the optimizer's first step."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # A forward pass without a backward (an evaluation) leaves the root's parameters gathered. Those are not the
-            # optimizer's tensors, and would be saved without their moments.
-            module.reshard()
+    # After an evaluation the root's parameters are gathered. Those are not the optimizer's tensors, and would be saved
+    # without their moments.
+    release_weights(model)
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter) or {}
