@@ -199,7 +199,7 @@ def _add_convert(commands: _Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="convert a folder of JSON files to parquet files with a text column",
-        description="Convert a folder of JSON files to parquet files with a text column. Optional: `build` reads JSON.",
+        description="Convert a folder of JSON files to parquet files with a text column. Optional: JSON is read, too.",
         examples=["{prog} corpus/json corpus/parquet", "{prog} corpus/json corpus/parquet --text body --workers 8"],
     )
     convert.add_argument(

@@ -1,4 +1,4 @@
-"""Plots of one or more runs: `python -m streaming_rwkv.plot RUN [RUN …] [--overlay] [--to FILE.html|.png]`.
+"""Plots of one or more runs: `streaming-rwkv plot RUN [RUN …] [--overlay] [--to FILE.html|.png]`.
 
 Consecutive runs, such as stages 1 and 2, are plotted one after another over the tokens of all. With `--overlay` each
 run begins at 0, and their differences are listed. Only `metrics.jsonl` is read, so a run can be plotted during training

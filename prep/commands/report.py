@@ -22,7 +22,7 @@ from streaming_rwkv.filesystem import make_folder, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.pages import render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
-from streaming_rwkv.version import __version__
+from streaming_rwkv.version import PROGRAM, __version__
 
 _SAMPLES_PER_STREAM = 6
 _SAMPLE_CHARACTERS = 1600
@@ -207,7 +207,7 @@ def _cards(figures: dict[str, Any]) -> str:
     return f"<div class='cards'>{values}</div>"
 
 
-_SECTIONS = """
+_SECTIONS = f"""
 <section><h2>Sources</h2><div id='sources'></div><h2>Rejected documents</h2><div id='rejections' class='quiet'></div>
 </section>
 <section><h2>Length of documents</h2>
@@ -219,6 +219,6 @@ _SECTIONS = """
 <section><h2>Fill of packs</h2><div id='fill'></div></section>
 <section><h2>Streams</h2><div class='controls' id='stream-controls'></div><div id='streams'></div></section>
 <section><h2>Samples, as the model sees them</h2>
-<p class='quiet'>Some documents of each stream; <code>python -m prep inspect</code> shows all.</p>
+<p class='quiet'>Some documents of each stream; <code>{PROGRAM} inspect</code> shows all.</p>
 <div class='controls' id='sample-controls'></div><div id='samples'></div></section>
 """

@@ -35,6 +35,7 @@ from streaming_rwkv.shards import (
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, check_tokenizer, load_tokenizer
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
         more = f" and {len(problems) - SHOWN_SHARDS} more" if len(problems) > SHOWN_SHARDS else ""
         raise DataError(
             f"{shard_set.location}: shards are not as the manifest says: {', '.join(problems[:SHOWN_SHARDS])}{more}; "
-            f"restore them, or build again; `python -m prep verify {shard_set.location}` checks all of it"
+            f"restore them, or build again; `{PROGRAM} verify {shard_set.location}` checks all of it"
         )
 
 

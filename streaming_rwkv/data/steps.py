@@ -1,6 +1,6 @@
 """Batches of the steps of one rank, for any training loop: `open_dataset`.
 
-Training by `composer train.py` reads its packs through the same `StepDataset`, with the plan of its configuration.
+Training by `streaming-rwkv train` reads its packs through the same `StepDataset`, with the plan of its configuration.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def open_dataset(
 ) -> StepDataset:
     """Open a data set that `prep` built, as the batches of one rank of a training run.
 
-    Each step has the packs on which `composer train.py` trains with the same `data.stages`, batch size, seed,
+    Each step has the packs on which `streaming-rwkv train` trains with the same `data.stages`, batch size, seed,
     `data.fraction` and `data.shuffle_block_shards`, for any numbers of ranks and workers. Shards are verified, and
     fetched ahead.
 

@@ -55,6 +55,7 @@ from streaming_rwkv.filesystem import atomic_file, has_flock, wait_for_lock
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class VerifiedStream(Stream):
             path.unlink()
         raise DataError(
             f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
-            "rebuild the data set with `python -m prep build`"
+            f"rebuild the data set with `{PROGRAM} prepare`"
         )
 
     def drop_if_bad(self, raw_info: FileInfo) -> int:

@@ -1,4 +1,4 @@
-"""Loss of any checkpoint on a data set: `python -m streaming_rwkv.evaluate CHECKPOINT DATA`; scores with `--tasks`.
+"""Loss of any checkpoint on a data set: `streaming-rwkv evaluate CHECKPOINT DATA_SET`; scores with `--tasks`.
 
 Every validation pack is evaluated once, as during training. A BlinkDL file and a run's checkpoint can be compared on
 the same tokens, or in bits per byte across tokenizers.

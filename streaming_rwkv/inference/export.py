@@ -1,4 +1,4 @@
-"""Export of weights for other programs: `python -m streaming_rwkv.export CHECKPOINT OUT`.
+"""Export of weights for other programs: `streaming-rwkv export CHECKPOINT OUT`.
 
 An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers), one that ends with .gguf
 in llama.cpp's; any other OUT is a Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`, or transformers' own).
@@ -27,6 +27,7 @@ from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
+from streaming_rwkv.version import PROGRAM
 
 CARD_NAME = "README.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -127,7 +128,7 @@ def how_to_load(out: Path, *, layout: Layout = "fla") -> str:
     """Return a line that says how an export is loaded."""
     name = shown(str(out))
     if out.suffix == ".pth":
-        return f"load it with: python -m streaming_rwkv.generate {name} PROMPT --tokenizer NAME, or `rwkv`"
+        return f"load it with: {PROGRAM} generate {name} PROMPT --tokenizer NAME, or `rwkv`"
     if out.suffix == ".gguf":
         return f"load it with: llama-cli -m {name} -p PROMPT"
     registers = "" if layout == "transformers" else f"{_IMPORT_FLA}; "

@@ -1,4 +1,4 @@
-"""Text from a model: `python -m streaming_rwkv.generate CHECKPOINT "prompt"` writes as it generates."""
+"""Text from a model: `streaming-rwkv generate CHECKPOINT "prompt"` writes as it generates."""
 
 from __future__ import annotations
 
