@@ -38,7 +38,7 @@ MESSAGES = [
     "made by a run with other settings; steps already taken would not be those of this run.",
     "Give the run another save_folder, set the value back, or, if the change is meant, say checkpoint.allow_changed=[",
     "made with a data set of the format streaming-rwkv/1, which can no longer be read; rebuild it with "
-    "python -m prep build RECIPE, and start a run from these weights in another save_folder",
+    "streaming-rwkv prepare RECIPE, and start a run from these weights in another save_folder",
     "bring the files there, or move it away on every node to resume from the one before it (with save_remote, a node "
     "fetches the files that it lacks)",
     "holds an unfinished build",

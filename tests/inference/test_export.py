@@ -116,7 +116,7 @@ def test_an_export_is_replaced_only_on_request(
 @pytest.mark.parametrize(
     ("name", "layout", "line"),
     [
-        ("m.pth", "fla", "python -m streaming_rwkv.generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
+        ("m.pth", "fla", "streaming-rwkv generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
         ("m.gguf", "fla", "llama-cli -m m.gguf -p PROMPT"),
         ("m", "fla", "import fla; AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
         ("m", "transformers", "AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
