@@ -311,9 +311,11 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
     return manifest
 
 
-def check_is_finished(location: str) -> None:
+def check_is_finished(location: str, *, setting: str) -> None:
     """Refuse a local folder that has no manifest; a data set in object storage is found out when it is read.
 
+    Args:
+        setting: the name of the location, for the error.
     Raises:
         DataError: there is none: nothing was built, the build did not finish, or the path is wrong.
     """
@@ -322,16 +324,16 @@ def check_is_finished(location: str) -> None:
     try:
         os.stat(Path(location) / MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
-        raise missing_file(location, MANIFEST_NAME) from None
+        raise missing_file(location, MANIFEST_NAME, setting=setting) from None
     except OSError:  # reading it says more
         return
 
 
-def missing_file(location: str, name: str) -> DataError:
-    """Return the error of a data set that lacks the file `name`."""
+def missing_file(location: str, name: str, *, setting: str) -> DataError:
+    """Return the error of a data set that lacks the file `name`; `setting` is the name of its location."""
     remedy = f"build the data set with `{PROGRAM} prepare`" if name == MANIFEST_NAME else "rebuild it"
     return DataError(
-        f"{location.rstrip('/')}/{name}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
+        f"{location.rstrip('/')}/{name}: missing, so this is not a finished data set; {remedy}, or fix `{setting}`"
     )
 
 

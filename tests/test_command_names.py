@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OTHER = re.compile(r"python -m (?:prep|streaming_rwkv)\b|(?:python|composer) train\.py|\bprep (?:build|show|verify)\b")
 PROGRAM_NAME = re.compile(r"python -m [\w.]+|composer train\.py")  # of a usage line: as the user has typed it
-EXPLAIN_OTHERS = {"README.md", "CHANGELOG.md", "docs/commands.md", "docs/cluster.md"}
+EXPLAIN_OTHERS = {"README.md", "CHANGELOG.md", "docs/commands.md"}
 SOURCES = sorted([*ROOT.glob("prep/**/*.py"), *ROOT.glob("streaming_rwkv/**/*.py"), ROOT / "demo.py"])
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("yamls/**/*.yaml")])
 

@@ -103,7 +103,7 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     def run() -> int:
         check_exists(options.checkpoint)
         if options.data is not None:
-            check_is_finished(checked_location(options.data))
+            check_is_finished(checked_location(options.data), setting="data")
         if options.tasks is not None:
             exit_if_missing("lm_eval", extra="tasks")
         _announce()
