@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(flush=True)
     rate = f", {len(sampled) / seconds:.1f} tokens/s" if sampled and seconds > 0 else ""
-    print(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", file=sys.stderr)
+    print(styled(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", "quiet", stream=sys.stderr), file=sys.stderr)
     return 0
 
 

@@ -152,6 +152,10 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
         ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local path"),
         ("train-tokenizer x.yaml --vocab-size 300 --to s3://b/t", "argument --to: found 's3://b/t', expected a local"),
         ("train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 0", "argument --most-bytes: found '0', expected"),
+        (
+            "train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 1x",
+            "argument --most-bytes: found '1x'; expected a number of bytes, or one with kb, mb, gb or tb",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, message):
