@@ -17,7 +17,7 @@ EDITABLE := PYTHONWARNINGS=ignore:Editable
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-rest test-next check docs constraints s3 format clean
+.PHONY: demo test test-all test-rest test-next check docs quickstart constraints s3 format clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,10 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 # The documentation as a site, in site/, without the network; warnings, such as broken links, are errors.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The quickstarts of README and docs, command by command, in a clean clone.
+quickstart: $(STAMP)
+	$(BIN)/python -m tools.quickstart --environment $(VENV)
 
 # Write requirements/constraints.txt from .venv, after the tests have passed with these versions.
 constraints: $(STAMP)

@@ -82,8 +82,9 @@ def paged() -> Iterator[TextIO]:
         return
     # less ends by itself after a text of one screen (F), keeps colors (R) and leaves the text on the terminal (X).
     environment = {"LESS": "FRX"} | os.environ
-    encoding = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
-    pager = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment, **encoding)
+    pager = subprocess.Popen(
+        command, stdin=subprocess.PIPE, encoding=sys.stdout.encoding, errors="backslashreplace", env=environment
+    )
     assert pager.stdin is not None
     try:
         with suppress(BrokenPipeError):  # the user has left the pager
