@@ -184,7 +184,7 @@ def report_page(figures: dict[str, Any], samples: list[dict[str, Any]], *, title
 def _about(figures: dict[str, Any]) -> str:
     written = time.strftime("%Y-%m-%d %H:%M")
     about = (
-        f"{figures['location']} · report of {written} by streaming-rwkv {__version__} · fingerprint "
+        f"{figures['location']} · report of {written} by {PROGRAM} {__version__} · fingerprint "
         f"{figures['fingerprint'][:16]}"
     )
     return f"<p class='quiet'>{html.escape(about)}</p>"

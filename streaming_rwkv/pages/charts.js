@@ -39,6 +39,8 @@ function short(value) {
   return size !== 0 && size < 1e-3 ? value.toExponential(1) : String(+value.toPrecision(4));
 }
 
+const percent = (value) => `${+(100 * value).toPrecision(3)} %`;
+
 const whole = (value) => Math.round(value).toLocaleString("en-US");
 
 // Redraws when the width changes.
@@ -56,11 +58,11 @@ function responsive(holder, draw) {
 // Left, right, top and bottom of the plot within a chart.
 const EDGE = { left: 56, right: 14, top: 18, bottom: 36 };
 
-function frame(svg, width, height, { y, yTicks, yName, xName }) {
+function frame(svg, width, height, { y, yTicks, yText = short, yName, xName }) {
   for (const tick of yTicks) {
     svg.append(
       element("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: y(tick), y2: y(tick) }),
-      element("text", { x: EDGE.left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)),
+      element("text", { x: EDGE.left - 6, y: y(tick) + 4, "text-anchor": "end" }, yText(tick)),
     );
   }
   const middle = (EDGE.top + height - EDGE.bottom) / 2;
@@ -113,7 +115,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
     const y = (value) => height - EDGE.bottom - (value / highest) * (height - EDGE.bottom - EDGE.top);
     const step = (width - EDGE.left - EDGE.right) / Math.max(1, labels.length);
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
-    frame(svg, width, height, { y, yTicks: ticks(0, highest, 5, !share), yName, xName });
+    frame(svg, width, height, { y, yTicks: ticks(0, highest, 5, !share), yText: share ? percent : short, yName, xName });
     const shown = shownLabels.filter(Boolean);
     const room = Math.max(0, ...shown.map((label) => label.length)) * 6.6 + 8;
     const every = Math.ceil(room / (step * (labels.length / Math.max(1, shown.length))));

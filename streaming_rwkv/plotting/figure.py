@@ -39,7 +39,7 @@ def draw(plot: Plot) -> Figure:
     """Return a figure: the first panel across it, and the others below it in two columns."""
     # Not pyplot, which would keep the figure and choose a window system.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, PercentFormatter
 
     first, *others = plot.panels
     rows = 1 + -(-len(others) // 2)
@@ -56,6 +56,8 @@ def draw(plot: Plot) -> Figure:
         axes.set_xlim(0, max(1.0, plot.end))
         axes.set_xlabel("tokens trained on")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if panel.unit.startswith("share"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
