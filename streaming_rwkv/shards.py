@@ -293,9 +293,7 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
         values = json.loads(content)
         json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half a surrogate pair is no text
-        raise DataError(
-            f"{where}: not valid JSON ({error}); rebuild the data set with `{PROGRAM} prepare`"
-        ) from None
+        raise DataError(f"{where}: not valid JSON ({error}); rebuild the data set with `{PROGRAM} prepare`") from None
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(

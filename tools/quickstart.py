@@ -3,8 +3,8 @@
     python -m tools.quickstart                        # `make` builds the environment there: some minutes, 7 GB
     python -m tools.quickstart --environment .venv    # the packages of an environment that is there already
 
-The clone has the newest commit. The YAML blocks of a part are written to the files that the text names, its `bash` blocks
-are run in one shell, and the corpus that it asks for is 60 files of Python's standard library.
+The clone has the newest commit. The YAML blocks of a part are written to the files that the text names, its `bash`
+blocks are run in one shell, and the corpus that it asks for is 60 files of Python's standard library.
 """
 
 from __future__ import annotations

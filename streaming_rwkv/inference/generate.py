@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from streaming_rwkv.console import shown
+from streaming_rwkv.console import shown, styled
 from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.inference.text import continue_prompt
