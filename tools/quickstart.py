@@ -58,7 +58,7 @@ def make_environment(clone: Path, environment: Path) -> None:
         for path in (python, ".venv/bin/python")
     )
     Path(ours, "packages.pth").write_text(f"{theirs}\n", encoding="utf-8")
-    install = ["-m", "pip", "--python", ".venv", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    install = ["-m", "pip", "--python", ".venv", "install", "--quiet", "--no-deps"]
     subprocess.run([python, *install, "--editable", "."], cwd=clone, check=True)
     Path(clone, ".venv", ".installed").touch()
 
