@@ -2,6 +2,7 @@
 
     python -m tools.quickstart                        # `make` builds the environment there: some minutes, 7 GB
     python -m tools.quickstart --environment .venv    # the packages of an environment that is there already
+    python -m tools.quickstart --quick …              # without the demo, and with a tenth of the corpus
 
 The clone has the newest commit. The YAML blocks of a part are written to the files that the text names, its `bash`
 blocks are run in one shell, and the corpus that it asks for is 60 files of Python's standard library.
@@ -25,15 +26,16 @@ PARTS = [("README.md", "Quickstart"), ("docs/preparation.md", "A corpus of your 
 CORPUS = "mine/texts.jsonl"
 CORPUS_FILES = 60
 ACTIVATE = ". .venv/bin/activate"
+DEMO = "make demo"
 
 
 def part_of(page: str, heading: str) -> str:
     """Return the text below a heading, up to the next one of its level or above."""
-    found = re.search(rf"^(#+) {re.escape(heading)}\n", page, re.MULTILINE)
+    text = re.sub(r"```.*?```", lambda block: "`" * len(block[0]), page, flags=re.DOTALL)  # a remark is no heading
+    found = re.search(rf"^(#+) {re.escape(heading)}\n", text, re.MULTILINE)
     assert found is not None, heading
-    rest = page[found.end() :]
-    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
-    return rest[: end.start()] if end else rest
+    end = re.compile(rf"^#{{1,{len(found[1])}}} ", re.MULTILINE).search(text, found.end())
+    return page[found.end() : end.start() if end else None]
 
 
 def files_of(part: str) -> dict[str, str]:
@@ -63,25 +65,25 @@ def make_environment(clone: Path, environment: Path) -> None:
     Path(clone, ".venv", ".installed").touch()
 
 
-def write_corpus(to: Path) -> None:
-    """Write JSON lines with a `text` each."""
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:CORPUS_FILES]
+def write_corpus(to: Path, *, files: int) -> None:
+    """Write JSON lines with a `text` each, of Python's own modules."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in modules)
     to.parent.mkdir()
     to.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts), encoding="utf-8")
 
 
-def run_part(clone: Path, part: str) -> None:
+def run_part(clone: Path, part: str, *, is_quick: bool) -> None:
     """Run the commands of a part in a clone without files of an earlier part.
 
     Raises:
         subprocess.CalledProcessError: the first command that fails ends the shell.
     """
     subprocess.run(["git", "clean", "-ffdxq", "--exclude=.venv"], cwd=clone, check=True)
-    write_corpus(clone / CORPUS)
+    write_corpus(clone / CORPUS, files=CORPUS_FILES // 10 if is_quick else CORPUS_FILES)
     for name, content in files_of(part).items():
         Path(clone, name).write_text(content, encoding="utf-8")
-    commands = commands_of(part)
+    commands = [command for command in commands_of(part) if not (is_quick and command.startswith(DEMO))]
     if not any(command.startswith(ACTIVATE) for command in commands):
         commands.insert(0, ACTIVATE)
     script = "\n".join(f"echo; echo {shlex.quote(f'$ {command}')}\n{command}" for command in commands)
@@ -93,6 +95,7 @@ def main() -> int:
     """Run all parts and return the exit status."""
     parser = argparse.ArgumentParser(description="Run the quickstarts of README and docs in a clean clone.")
     parser.add_argument("--environment", type=Path, metavar="PATH", help="use the packages of this environment")
+    parser.add_argument("--quick", action="store_true", help="leave out the demo and most of the corpus")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="quickstart-") as folder:
         clone = Path(folder, "streaming-rwkv")
@@ -102,7 +105,7 @@ def main() -> int:
         for page, heading in PARTS:
             print(f"\n== {page}: {heading}", flush=True)
             try:
-                run_part(clone, part_of((clone / page).read_text(encoding="utf-8"), heading))
+                run_part(clone, part_of((clone / page).read_text(encoding="utf-8"), heading), is_quick=options.quick)
             except subprocess.CalledProcessError as error:
                 print(f"{page}: {heading}: a command ended with status {error.returncode}", file=sys.stderr)
                 return 1

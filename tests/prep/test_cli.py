@@ -111,7 +111,7 @@ def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys
             ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
             "sources.corpus: no 'body' in the first 3 records of {folder}/corpus/a.jsonl; their keys are 'text'",
         ),
-        (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `compo"),
+        (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `stream"),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
