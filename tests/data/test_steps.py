@@ -142,7 +142,7 @@ def test_training_and_validation_are_open_together_and_keep_their_cache(data: Pa
         open_dataset(data, batch_packs=1, cache=tmp_path / "cache", workers=0, split="validation") as validation,
     ):
         assert (len(train), len(list(validation))) == (60, 7)
-        with pytest.raises(UserError, match=r"this data cache is in use .*; give this run its own `cache`"):
+        with pytest.raises(UserError, match=r"this data cache is in use .* give this run its own `cache`$"):
             open_dataset(data, batch_packs=1, cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "validation").rglob("*.mds"))
 
