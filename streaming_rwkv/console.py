@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import IO, TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,7 +74,7 @@ def print_error(error: Exception) -> None:
 
 
 @contextmanager
-def paged() -> Iterator[TextIO]:
+def paged() -> Iterator[IO[str]]:
     """Yield a stream for a long text: that of $PAGER, or of `less`, on a terminal, and otherwise standard output."""
     command = shlex.split(os.environ.get("PAGER") or "less")
     if not sys.stdout.isatty() or shutil.which(command[0]) is None:

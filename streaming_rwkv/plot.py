@@ -55,7 +55,7 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     if overlay and len(history.runs) > 1:
         tables.append(("Differences", differences(history.runs)))
     last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
-    about = f"{', '.join(runs)} · plotted by {PROGRAM} {__version__}"
+    about = f"{', '.join(map(str, runs))} · plotted by {PROGRAM} {__version__}"
     to.write_text(plot_page(plot, about=about, before=tables, after=last), encoding="utf-8")
 
 
