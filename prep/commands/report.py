@@ -51,7 +51,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         manifest = data_set.manifest()
         statistics = _statistics(data_set, manifest)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
-        figures = report_figures(manifest, statistics) | {"location": str(out) if is_remote(out) else str(folder)}
+        figures = report_figures(manifest, statistics) | {"location": str(out)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / f"{REPORT_NAME}.json", content.encode())

@@ -39,7 +39,7 @@ function short(value) {
   return size !== 0 && size < 1e-3 ? value.toExponential(1) : String(+value.toPrecision(4));
 }
 
-const percent = (value) => `${+(100 * value).toPrecision(3)} %`;
+const percent = (value) => `${+(100 * value).toPrecision(3)}%`;
 
 const whole = (value) => Math.round(value).toLocaleString("en-US");
 
@@ -141,7 +141,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
         const lines = [tipLine("", element("b", {}, label))];
         for (const part of parts)
           if (part.values[at]) {
-            const portion = parts.length > 1 ? ` (${((100 * part.values[at]) / totals[at]).toFixed(1)} %)` : "";
+            const portion = parts.length > 1 ? ` (${((100 * part.values[at]) / totals[at]).toFixed(1)}%)` : "";
             lines.push(tipLine(part.color, `${part.name ? part.name + ": " : ""}${whole(part.values[at])}${portion}`));
           }
         tip(holder, lines, left + step / 2, width);
@@ -152,7 +152,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
       const x = EDGE.left + at * step;
       svg.append(
         element("line", { class: "mark", x1: x, x2: x, y1: EDGE.top, y2: height - EDGE.bottom }),
-        element("text", { x: x - 4, y: EDGE.top + 8, "text-anchor": "end" }, label),
+        element("text", { x, y: EDGE.top - 6, "text-anchor": "middle" }, label),
       );
     }
     svg.addEventListener("pointerleave", () => holder.querySelector(".tip")?.remove());
@@ -167,7 +167,7 @@ function sortable(holder, { head, rows, total, text = 1 }) {
   let by = -1;
   let falls = true;
   const shown = (value) =>
-    typeof value === "number" ? (Number.isInteger(value) ? whole(value) : `${(100 * value).toFixed(1)} %`) : value;
+    typeof value === "number" ? (Number.isInteger(value) ? whole(value) : `${(100 * value).toFixed(1)}%`) : value;
   const cells = (row) =>
     row.map((value, at) => element("td", { class: at < text ? "" : "number" }, String(shown(value) ?? "")));
   const draw = () => {

@@ -13,7 +13,7 @@ from streaming_rwkv.plotting.runs import History, Run, bucket_order
 
 def summary(history: History) -> list[list[str]]:
     """Return a row for each run: its progress and its last values."""
-    head = ["run", "steps", "tokens", "training loss, last 2.5 %", "validation loss", "bits per byte"]
+    head = ["run", "steps", "tokens", "training loss, last 2.5%", "validation loss", "bits per byte"]
     rows = [[*head, "tokens / s, median"]]
     for run in history.runs:
         loss = run.series("loss/train/total")[1]
