@@ -36,7 +36,7 @@ function short(value) {
   const size = Math.abs(value);
   for (const [limit, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
     if (size >= limit) return +(value / limit).toPrecision(4) + unit;
-  return size !== 0 && size < 1e-3 ? value.toExponential(1) : String(+value.toPrecision(4));
+  return size !== 0 && size < 1e-4 ? value.toExponential(1) : String(+value.toPrecision(4));
 }
 
 const percent = (value) => `${+(100 * value).toPrecision(3)}%`;

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABEL_WIDTH = 0.006  # of a character, as a share of the width of the figure
+_LABEL_WIDTH = 0.0085  # of a bold character, as a share of the width of the axes beside a legend
 _DRAWING: Any = {
     "text.parse_math": False,  # a `$` in the name of a run or a source is a `$`
     "legend.frameon": False,
