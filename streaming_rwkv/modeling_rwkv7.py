@@ -29,6 +29,7 @@ class RWKV7Config(PretrainedConfig):
     """The shape of a model, in the fields of fla's configuration."""
 
     model_type = "rwkv7"
+    keys_to_ignore_at_inference = ["state"]  # noqa: RUF012  # as transformers reads it
 
     def __init__(self, **options: Any) -> None:
         sizes = {"vocab_size": 65536, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
@@ -258,7 +259,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
-        **_: Any,
+        **options: Any,
     ) -> RWKV7Output | tuple[Any, ...]:
         """Return the logits of the tokens that follow those of `state`.
 
@@ -267,6 +268,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T or more), 0 for padding; its last T columns are used.
             labels: (B, T), the ids again, or -100 where there is no loss.
             logits_to_keep: return the logits of this many last tokens; 0 for all.
+            options: of transformers' loss, such as num_items_in_batch; others are ignored.
         """
         rows, length = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -274,7 +276,9 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask: found shape {tuple(mask.shape)}, expected ({rows}, {length} or more)")
         x, state = self.model(input_ids, mask[:, mask.shape[1] - length :].bool(), state)
         logits = self.lm_head(x[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         keeps_state = self.config.use_cache if use_cache is None else use_cache
         output = RWKV7Output(loss=loss, logits=logits, state=state if keeps_state else None)
         return output.to_tuple() if return_dict is False else output
