@@ -288,11 +288,11 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *_: Any, state: RWKV7State | None = None, **options: Any
+        self, input_ids: Tensor, state: RWKV7State | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return the arguments of `forward`, with the tokens that the state has not seen."""
         unseen = input_ids[:, 0 if state is None else state.length :]
-        kept = {name: options.get(name) for name in ("attention_mask", "use_cache")}
+        kept = {name: kwargs.get(name) for name in ("attention_mask", "use_cache")}
         return {"input_ids": unseen, "state": state, "logits_to_keep": 1, **kept}
 
     def _update_model_kwargs_for_generation(

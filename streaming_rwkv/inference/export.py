@@ -91,7 +91,7 @@ def write_export(
         _copy_code(_MODEL_CODE, out)
     if tokenizer is not None:
         tokenizer.save(out)
-        _write_tokenizer_code(tokenizer, out, self_contained=self_contained)
+        _write_tokenizer_config(tokenizer, out, self_contained=self_contained)
     auto_map = _AUTO_MAP if self_contained else None
     write_huggingface(state, out, dtype=dtype, bos_id=bos_id, eos_id=eos_id, layout=layout, auto_map=auto_map)
     if tokenizer is not None:
@@ -119,10 +119,11 @@ def model_card(
     config = infer_config(state, where="export")
     needs_fla = layout == "fla" and not self_contained
     registers = f"{_IMPORT_FLA}  # pip install flash-linear-attention\n" if needs_fla else ""
-    own_tokenizer = self_contained or (tokenizer is not None and tokenizer.kind == "rwkv-world")
+    trusts = _TRUSTS if self_contained else ""
+    trusts_tokenizer = _TRUSTS if tokenizer is not None and tokenizer.kind == "rwkv-world" else trusts
     loads_tokenizer = f"""
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("."{_TRUSTS if own_tokenizer else ""})"""
+tokenizer = AutoTokenizer.from_pretrained("."{trusts_tokenizer})"""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -136,7 +137,7 @@ with streaming-rwkv. Before you publish it, add the training data, its licence, 
 
 ```python
 {registers}from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("."{_TRUSTS if self_contained else ""}){loads_tokenizer if tokenizer else ""}
+model = AutoModelForCausalLM.from_pretrained("."{trusts}){loads_tokenizer if tokenizer else ""}
 ```
 {_SELF_CONTAINED if self_contained else ""}"""
 
@@ -193,8 +194,8 @@ def _copy_code(name: str, folder: Path) -> None:
     shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
 
 
-def _write_tokenizer_code(tokenizer: Tokenizer, folder: Path, *, self_contained: bool) -> None:
-    """Write the code that `AutoTokenizer` needs to give the tokenizer's ids, and to begin texts with bos.
+def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_contained: bool) -> None:
+    """Write what `AutoTokenizer` needs to give the tokenizer's ids, and in self-contained folders to begin with bos.
 
     RWKV World's vocabulary needs code, since tokenizer.json cannot hold it; other tokenizers need it for bos alone.
     """
@@ -202,22 +203,23 @@ def _write_tokenizer_code(tokenizer: Tokenizer, folder: Path, *, self_contained:
     config: dict[str, Any]
     if tokenizer.kind == "rwkv-world":
         _copy_code(_WORLD_CODE, folder)
-        special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
         config = {
             "tokenizer_class": "RWKVWorldTokenizer",
             "auto_map": {"AutoTokenizer": [f"{_WORLD_CODE}.RWKVWorldTokenizer", None]},
-            **special,
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
             "clean_up_tokenization_spaces": False,
         }
         if self_contained:
-            config |= {"starts_with_bos": True, "padding_side": "left"}
-    elif self_contained:
-        _copy_code(_TOKENIZER_CODE, folder)
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config |= {"auto_map": {"AutoTokenizer": [None, f"{_TOKENIZER_CODE}.RWKV7TokenizerFast"]}}
-        config |= {"pad_token": config["eos_token"], "padding_side": "left"}
+            config["starts_with_bos"] = True
     else:
-        return
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # `generate` refuses token_type_ids
+        if self_contained:
+            _copy_code(_TOKENIZER_CODE, folder)
+            config["auto_map"] = {"AutoTokenizer": [None, f"{_TOKENIZER_CODE}.RWKV7TokenizerFast"]}
+            config["pad_token"] = config["eos_token"]
+    if self_contained:
+        config["padding_side"] = "left"  # texts are continued at the right
     file.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

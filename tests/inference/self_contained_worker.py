@@ -21,9 +21,9 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())  # type: ignore[arg-type]
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def padded(rows: list[list[int]], width: int, *, left: bool) -> dict[str, torch.Tensor]:

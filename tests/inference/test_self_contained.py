@@ -130,9 +130,7 @@ def test_greedy_texts_of_a_padded_batch_are_those_of_our_generate(exported: Expo
         ids = [words.bos_id, *words.encode(text.removesuffix("<end>")).tolist()]
         ids += [words.eos_id] if text.endswith("<end>") else []  # transformers reads special tokens in texts
         assert prompt == [words.eos_id] * (width - len(ids)) + ids
-        ours = list(
-            generate_tokens(exported.model, ids, max_tokens=NEW_TOKENS, temperature=0, stop={words.eos_id})
-        )
+        ours = list(generate_tokens(exported.model, ids, max_tokens=NEW_TOKENS, temperature=0, stop={words.eos_id}))
         assert row[width : width + len(ours)] == ours
         with torch.no_grad():
             top = exported.model(torch.tensor([ids + ours]))[0, len(ids) - 1 :].topk(2).values
