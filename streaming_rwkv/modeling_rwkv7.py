@@ -34,7 +34,7 @@ class RWKV7Config(PretrainedConfig):
     def __init__(self, **options: Any) -> None:
         sizes = {"vocab_size": 65536, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
         ranks = {"decay_low_rank_dim": 64, "a_low_rank_dim": 64, "v_low_rank_dim": 32, "gate_low_rank_dim": 128}
-        super().__init__(**{**sizes, **ranks, "head_dim": 64, "norm_eps": 1e-5, "use_cache": True, **options})
+        super().__init__(**{**sizes, **ranks, "head_dim": 64, "norm_eps": 1e-5, **options})
 
 
 class LayerState(NamedTuple):
@@ -279,8 +279,7 @@ class RWKV7ForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        keeps_state = self.config.use_cache if use_cache is None else use_cache
-        output = RWKV7Output(loss=loss, logits=logits, state=state if keeps_state else None)
+        output = RWKV7Output(loss=loss, logits=logits, state=None if use_cache is False else state)
         return output.to_tuple() if return_dict is False else output
 
     @classmethod

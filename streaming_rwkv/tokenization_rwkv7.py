@@ -16,9 +16,12 @@ from transformers import PreTrainedTokenizerFast
 class RWKV7TokenizerFast(PreTrainedTokenizerFast):
     """The tokenizer of a tokenizer.json, with bos before each text."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.update_post_processor()
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        # Not in __init__: transformers 5 reads a tokenizer.json in parts for a class that has its own.
+        tokenizer = super().from_pretrained(*arguments, **options)
+        tokenizer.update_post_processor()
+        return tokenizer
 
     def update_post_processor(self) -> None:
         """Add bos, unless the tokenizer.json does; transformers 5 calls this too."""

@@ -68,7 +68,7 @@ def main(folder: Path, world: Path, request: dict[str, Any], out: Path) -> None:
             parts.append(output.logits[0])
         found["parts"] = torch.cat(parts)
         found["state_bytes"] = sum(x.nbytes for layer in state.layers for x in layer)
-        options = {"max_new_tokens": request["new_tokens"], "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": request["new_tokens"], "do_sample": False}
         prompts = tokenizer(texts, padding=True, return_tensors="pt")
         found["prompts"], found["greedy"] = prompts["input_ids"], model.generate(**prompts, **options)
         found["greedy_uncached"] = model.generate(**prompts, **options, use_cache=False)
