@@ -34,7 +34,8 @@ class RWKV7Config(PretrainedConfig):
     def __init__(self, **options: Any) -> None:
         sizes = {"vocab_size": 65536, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
         ranks = {"decay_low_rank_dim": 64, "a_low_rank_dim": 64, "v_low_rank_dim": 32, "gate_low_rank_dim": 128}
-        super().__init__(**{**sizes, **ranks, "head_dim": 64, "norm_eps": 1e-5, **options})
+        others = {"head_dim": 64, "norm_eps": 1e-5, "tie_word_embeddings": False}
+        super().__init__(**{**sizes, **ranks, **others, **options})
 
 
 class LayerState(NamedTuple):

@@ -2,7 +2,7 @@
 
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
-Without this code the same tokenizer.json gives the same ids without bos.
+The tokenizer.json beside it gives the same ids without bos.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ sources:
   mine: {paths: texts.jsonl}
 deduplicate: none
 pack_tokens: 256
+edges: [256]
 validation: 0.05
 """
 TASK = """

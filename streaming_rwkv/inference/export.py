@@ -216,6 +216,7 @@ def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_containe
         config["model_input_names"] = ["input_ids", "attention_mask"]  # `generate` refuses token_type_ids
         if self_contained:
             _copy_code(_TOKENIZER_CODE, folder)
+            config["tokenizer_class"] = "RWKV7TokenizerFast"
             config["auto_map"] = {"AutoTokenizer": [None, f"{_TOKENIZER_CODE}.RWKV7TokenizerFast"]}
             config["pad_token"] = config["eos_token"]
     if self_contained:

@@ -78,6 +78,10 @@ def main(folder: Path, world: Path, request: dict[str, Any], out: Path) -> None:
         tokenizer.save_pretrained(out.parent / "again")
         worlds.save_pretrained(out.parent / "world_again")
         again = AutoModelForCausalLM.from_pretrained(out.parent / "again", **trusted)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found["autocast"] = again(longest).logits[0].float()
+        narrow = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **trusted)
+        found["bfloat16"] = narrow(longest).logits[0].float()
         found["again"] = again(longest).logits[0]
         try:
             model(longest, attention_mask=torch.ones(1, 1, 3, 3))
