@@ -126,6 +126,11 @@ def test_each_format_is_loaded_in_its_way(name: str, layout: Layout, line: str) 
     assert how_to_load(Path(name), layout=layout) == f"load it with: {line}"
 
 
+def test_a_self_contained_folder_is_loaded_with_its_code() -> None:
+    expected = "load it with: AutoModelForCausalLM.from_pretrained('m', trust_remote_code=True); see its README.md"
+    assert how_to_load(Path("m"), self_contained=True) == expected
+
+
 def test_only_the_layout_of_fla_needs_fla() -> None:
     state = model_state(RWKV7(RWKV7Config(vocab_size=16, hidden_size=64, num_layers=1)))
     cards = {
