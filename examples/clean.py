@@ -144,8 +144,10 @@ def find_reader(folder: Path, *, text: str) -> tuple[PipelineStep, int]:
             f"ending of {', '.join(sorted(endings))}, .parquet"
         )
     ((ending, count),) = found.items()
-    reader = CountingParquetReader if ending == ".parquet" else CountingJsonlReader
-    return reader(str(folder), glob_pattern=f"**/*{ending}", text_key=text, add_file_path=False), count
+    kind = CountingParquetReader if ending == ".parquet" else CountingJsonlReader
+    reader = kind(str(folder), glob_pattern=f"**/*{ending}", text_key=text)
+    reader.add_file_path = False  # which the parquet reader has no argument for
+    return reader, count
 
 
 def text_and_id(writer: PipelineStep, document: Document) -> dict[str, Any]:

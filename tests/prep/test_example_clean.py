@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from prep.build import build
@@ -106,9 +108,14 @@ def test_english_is_cleaned_and_prep_reads_it(tmp_path: Path, config: Callable[.
     ],
 )
 def test_other_texts_are_judged_by_their_kind(tmp_path: Path, kind: str, kept: str, removed: str, reason: str) -> None:
+    """With parquet as input and output."""
     (tmp_path / "corpus").mkdir()
-    records = [{"content": kept}, {"content": removed}]
-    (tmp_path / "corpus" / "0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    counts, _ = clean(tmp_path / "corpus", tmp_path / "out", "--kind", kind, "--text", "content")
-    assert counts == {"read": 2, f"removed: {reason}": 1, "removed: near-duplicate": 0, "written": 1}
-    assert texts_in(tmp_path / "out" / "texts") == [kept]
+    table = pa.table({"content": [kept, removed, None], "score": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "corpus" / "0.parquet")
+    arguments = ["--kind", kind, "--text", "content", "--output", "parquet"]
+    counts, _ = clean(tmp_path / "corpus", tmp_path / "out", *arguments)
+    assert counts == {
+        "read": 3, "removed: no content": 1, f"removed: {reason}": 1, "removed: near-duplicate": 0, "written": 1,
+    }  # fmt: skip
+    (written,) = (tmp_path / "out" / "texts").iterdir()
+    assert pq.read_table(written)["text"].to_pylist() == [kept]
