@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
+import signal
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from streaming_rwkv.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +62,68 @@ def tolerate_any_encoding() -> None:
 def print_error(error: Exception) -> None:
     """Write an error to standard error, as all front ends do."""
     print(f"error: {shown(str(error), lines=True)}", file=sys.stderr, flush=True)
+
+
+def run_command(run: Callable[[], int], *, interrupted: str = "") -> int:
+    """Run a command and return its exit status; an error that the user can fix is printed as one line.
+
+    Args:
+        interrupted: the line after Ctrl-C.
+    """
+    tolerate_any_encoding()
+    try:
+        status = run()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # not left to the end of the process, where an error has no line
+        return status
+    except UserError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        explained = _explain_file_error(error)
+        if explained is None:  # not about a file, so a fault of this program
+            raise
+        print_error(explained)
+        return 1
+
+
+def _explain_file_error(error: OSError) -> UserError | None:
+    """Return the error for a file or a standard output that cannot be used; None for another error."""
+    if error.strerror is None:
+        return None
+    if error.filename is not None:
+        return UserError(f"{error.filename}: cannot be read or written ({error.strerror})")
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer
+    except OSError:
+        _drop_output()
+        return UserError(f"standard output: cannot be written ({error.strerror}); write it to another place")
+    return None
+
+
+def _drop_output() -> None:
+    """Discard what standard output still holds: Python's last flush would fail again, and report that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats a record with its control characters shown: names in it may come from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
+
+
+def log_to_terminal(level: int) -> None:
+    """Write log records of at least this level to standard error, for a front end's `main`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def print_rich(content: Table | str) -> None:

@@ -83,6 +83,7 @@ def test_the_help_shows_defaults(capsys: pytest.CaptureFixture[str], monkeypatch
         ("export runs/x out --dtype float23", "; did you mean 'float32'?"),
         ("train x.yaml --data.path=d", "settings are written without dashes: data.path=d"),
         ("train x.yaml processes=none", "--processes: found none, expected 1 or more"),
+        (f"train x.yaml processes={'9' * 5000}", "expected 1 or more, at most 999,999"),
         ("train", "the following arguments are required: CONFIG\n"),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import explained_writes, write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -55,6 +54,13 @@ def write_export(
     layout: Layout = "fla",
 ) -> None:
     """Write weights to a file or folder: see `export`."""
+    with explained_writes(out):
+        _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout)
+
+
+def _write(
+    state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout
+) -> None:
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
@@ -156,7 +162,7 @@ def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, t
 def _write_world_for_transformers(folder: Path) -> None:
     """Write the code with which `AutoTokenizer` reads RWKV World's vocabulary; tokenizer.json cannot hold it."""
     name = "tokenization_rwkv_world"
-    shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
+    write_atomically(folder / f"{name}.py", (Path(__file__).parents[1] / f"{name}.py").read_bytes())
     end = "<|endoftext|>"
     config = {
         "tokenizer_class": "RWKVWorldTokenizer",
@@ -167,7 +173,7 @@ def _write_world_for_transformers(folder: Path) -> None:
         "unk_token": end,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def run(options: argparse.Namespace) -> int:
