@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -97,6 +98,8 @@ def _explain_file_error(error: OSError) -> UserError | None:
     """Return the error for a file or a standard output that cannot be used; None for another error."""
     if error.strerror is None:
         return None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(f"{error.strerror}; raise the limit of open files (ulimit -n)")
     if error.filename is not None:
         return UserError(f"{error.filename}: cannot be read or written ({error.strerror})")
     try:

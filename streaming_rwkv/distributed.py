@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-_LAUNCHER_NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # the least
+# The variables by which a launcher tells a process its rank, with their smallest values.
+_LAUNCHER_NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 POLL_SECONDS = 0.5  # between two checks of the other ranks' progress
 
 
@@ -48,8 +49,8 @@ def check_launcher() -> None:
         text = os.environ.get(name)
         if text is not None and not (re.fullmatch("[0-9]{1,9}", text) and int(text) >= least):
             raise UserError(
-                f"{name}: found {text[:80]!r} in the environment, expected a whole number, at least {least}, as launchers "
-                "set it; unset it, or fix the launcher"
+                f"{name}: found {text[:80]!r} in the environment, expected a whole number, at least {least}, as "
+                "launchers set it; unset it, or fix the launcher"
             )
 
 

@@ -220,7 +220,7 @@ def open_regular_file(path: Path, *, most: int, follow: bool = True) -> BinaryIO
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         else:
             descriptor = _open_regular(path, os.O_RDONLY, remedy=expected)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, UserError):
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error

@@ -144,3 +144,12 @@ def test_initial_weights_that_are_missing_are_told_with_their_setting(
     arguments = ["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path}/run", "model.init_from=nowhere"]
     assert main(["train", str(ROOT / arguments[0]), *arguments[1:]]) == 1
     assert "error: model.init_from: nowhere: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "x"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")])
+def test_a_launchers_variable_that_is_no_number_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["train", "yamls/tiny_cpu.yaml"]) == 1
+    assert f"error: {name}: found {value!r} in the environment, expected a whole number" in capsys.readouterr().err

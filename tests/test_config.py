@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -155,17 +156,16 @@ def test_a_value_that_does_not_fit_its_tag_is_named(path: Path, value: str) -> N
     path.write_text(f"seed: {value}\n")
     assert errors(path)[0].startswith("run.yaml: not valid YAML: ")
     path.write_text(YAML)
-    assert errors(path, f"seed={value}")[0].startswith(f"command line: {f'seed={value}'!r}: the value is not valid YAML: ")
+    assert errors(path, f"seed={value}")[0].startswith(
+        f"command line: {f'seed={value}'!r}: the value is not valid YAML: "
+    )
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["a: &a [x, x, x, x, x, x, x, x, x]", *(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]" for x, y in zip("abcdef", "bcdefg"))],
-        ["a: &a [*a]"],
-        ["a: &a {b: *a}"],
-    ],
-)  # fmt: skip
+NESTED = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+NESTED += [f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]" for before, after in itertools.pairwise("abcdefg")]
+
+
+@pytest.mark.parametrize("lines", [NESTED, ["a: &a [*a]"], ["a: &a {b: *a}"]], ids=["wide", "list", "mapping"])
 def test_a_small_file_cannot_become_a_huge_configuration(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines))
     (line,) = errors(path)

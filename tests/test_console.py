@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -91,6 +92,11 @@ def test_an_output_that_cannot_be_written_is_one_line(flush, monkeypatch, capsys
         assert run_command(lambda: print("text", flush=flush) or 0) == 1
     error = "error: standard output: cannot be written (No space left on device); write it to another place\n"
     assert capsys.readouterr().err == error
+
+
+def test_the_limit_of_open_files_is_named(capsys):
+    assert run_command(lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))) == 1
+    assert capsys.readouterr().err == "error: Too many open files; raise the limit of open files (ulimit -n)\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

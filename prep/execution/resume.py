@@ -152,7 +152,9 @@ def _are_states(files: Any, contents: Any) -> bool:
         isinstance(files, dict)
         and isinstance(contents, dict)
         and set(contents) <= set(files)
-        and all(isinstance(state, list) and [type(number) for number in state] == [int, int] for state in files.values())
+        and all(
+            isinstance(state, list) and [type(number) for number in state] == [int, int] for state in files.values()
+        )
     )
 
 

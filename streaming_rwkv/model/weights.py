@@ -225,7 +225,8 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
 # The second line is torch's and pickle's, of bytes that mean nothing.
 _UNREADABLE = (
     RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError,
-    LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile,
+    LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, AssertionError,
+    struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -339,10 +340,9 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, _explained_saving(path):
         # A parameter of a mapped file is a view of the whole file: without a copy, all of it would be stored.
-        with _explained_saving(path):
-            torch.save({name: value.clone() for name, value in complete.items()}, temporary)
+        torch.save({name: value.clone() for name, value in complete.items()}, temporary)
 
 
 @contextlib.contextmanager

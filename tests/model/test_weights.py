@@ -293,8 +293,9 @@ def test_another_kind_of_file_is_not_reported_as_an_attack(
         (b"\x80\x02cbuiltins\nbytearray\n\x8a\x07\0\0\0\0\0\0\x40\x85R.", "damaged or no checkpoint"),  # 2**54 bytes
         (b"\x80\x02}r\0", "damaged or no checkpoint"),  # ends within a number
         (b"\x80\x02cdatetime\ntimedelta\n\x8a\x09\0\0\0\0\0\0\0\0\x01\x85R.", "damaged or no checkpoint"),  # 2**64 days
+        (b"\x80\x02NQ.", "damaged or no checkpoint"),  # storage without a description
     ],
-    ids=["memory", "cut off", "overflow"],
+    ids=["memory", "cut off", "overflow", "assertion"],
 )
 def test_a_pickle_that_cannot_be_meant_is_damaged(pickled: bytes, error: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:

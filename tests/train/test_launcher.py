@@ -127,7 +127,9 @@ def test_ranks_that_cannot_all_be_started_are_ended(tmp_path: Path) -> None:
     program = f"import os, signal; open('{tmp_path}/' + str(os.getpid()), 'w'); signal.pause()"
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 8, before[1]))
-        with pytest.raises(UserError, match=r"process \d+ of 40 could not be started \(Too many open files\); start fewer"):
+        with pytest.raises(
+            UserError, match=r"process \d+ of 40 could not be started \(Too many open files\); start fewer"
+        ):
             launch([sys.executable, "-c", program], processes=40)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
