@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from streaming_rwkv.arguments import CommandParser
-from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, tolerate_any_encoding
+from streaming_rwkv.console import log_to_terminal, run_command
 from streaming_rwkv.extras import TRAIN, exit_if_missing
 from streaming_rwkv.inference.generation_checks import check_max_tokens, check_prompt, check_seed
 from streaming_rwkv.location import checked_local, checked_location
@@ -59,7 +58,7 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def evaluate_parser(program: str) -> CommandParser:
@@ -111,7 +110,7 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def export_parser(program: str) -> CommandParser:
@@ -161,7 +160,7 @@ def export(arguments: Sequence[str] | None = None, *, program: str = "python -m 
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def average_parser(program: str) -> CommandParser:
@@ -199,25 +198,10 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def _announce() -> None:
     exit_if_missing(*TRAIN, extra="train")
+    log_to_terminal(logging.WARNING)
     print("loading torch and the checkpoint …", file=sys.stderr, flush=True)
-
-
-def _status(run: Callable[[], int]) -> int:
-    """Run a command; print an error that the user can fix in one line."""
-    tolerate_any_encoding()
-    try:
-        return run()
-    except UserError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at exit
-        return 141

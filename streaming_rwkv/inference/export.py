@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import explained_writes, write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -80,6 +79,19 @@ def write_export(
     self_contained: bool = False,
 ) -> None:
     """Write weights to a file or folder: see `export`."""
+    with explained_writes(out):
+        _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
+
+
+def _write(
+    state: Mapping[str, Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout,
+    self_contained: bool,
+) -> None:
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
@@ -192,7 +204,7 @@ def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, t
 
 def _copy_code(name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
+    write_atomically(folder / f"{name}.py", (Path(__file__).parents[1] / f"{name}.py").read_bytes())
 
 
 def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_contained: bool) -> None:
@@ -222,7 +234,7 @@ def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_containe
             config["pad_token"] = config["eos_token"]
     if self_contained:
         config["padding_side"] = "left"  # texts are continued at the right
-    file.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(file, (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def run(options: argparse.Namespace) -> int:

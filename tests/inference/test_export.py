@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -111,6 +112,41 @@ def test_an_export_is_replaced_only_on_request(
     expected = f"error: {tmp_path / found}: exists already; name another place, or replace it with --overwrite\n"
     assert capsys.readouterr().err.endswith(expected)
     assert command_line.export([*arguments, "--overwrite"]) == 0
+
+
+def test_an_export_replaces_links_and_does_not_follow_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "hf" / file.name).symlink_to(tmp_path / f"outside-{file.name}")
+    assert command_line.export([str(folder), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])
+def test_a_place_that_cannot_be_written_is_named(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / name, tmp_path / f"{'x' * 300}{name}"):
+        assert command_line.export([str(folder), str(out)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: {tmp_path}/")
+        assert "cannot be " in last
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])
+def test_a_disk_without_room_is_named(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert command_line.export([str(folder), str(tmp_path / "out" / name)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'out'}/")
+    assert "cannot be written" in last
 
 
 @pytest.mark.parametrize(
