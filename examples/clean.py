@@ -170,7 +170,7 @@ def clean(
     minhash = MinhashConfig()  # 14 bands of 8 hashes of 5 words: a similarity of about 0.72
     # Of its own: the one that filters share has loaded jieba by then, and could not be copied with the pipeline.
     words = SpaCyTokenizer(kind) if kind in ("en", "zh") else WhitespaceTokenizer()
-    kept = JsonlReader(str(work / "kept"))
+    kept = JsonlReader(str(work / "kept"), add_file_path=False)
     if output == "parquet":
         writer: PipelineStep = ParquetWriter(str(out / "texts"), adapter=text_and_id, compression="zstd")
     else:

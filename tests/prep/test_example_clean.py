@@ -65,11 +65,9 @@ def clean(*arguments: str | Path) -> tuple[dict[str, int], str]:
     return {name: int(count.replace(",", "")) for count, name in lines}, done.stderr
 
 
-def texts_in(folder: Path) -> list[str]:
-    lines = [
-        line for file in sorted(folder.glob("*.jsonl.gz")) for line in gzip.decompress(file.read_bytes()).splitlines()
-    ]
-    return [json.loads(line)["text"] for line in lines]
+def records_in(folder: Path) -> list[dict[str, Any]]:
+    lines = [gzip.decompress(file.read_bytes()).splitlines() for file in sorted(folder.glob("*.jsonl.gz"))]
+    return [json.loads(line) for of_file in lines for line in of_file]
 
 
 @pytest.mark.slow
@@ -90,9 +88,9 @@ def test_english_is_cleaned_and_prep_reads_it(tmp_path: Path, config: Callable[.
         "read": 7, "written": 2, "removed: near-duplicate": 1, "removed: broken line": 1, "removed: no text": 1,
         "removed: top_2_gram": 1, "removed: top_3_gram": 1,
     }  # fmt: skip
-    river, bread = texts_in(out / "texts")
-    assert river == RIVER
-    assert bread == BREAD.replace("baker@bread.com", "email@example.com")
+    river, bread = records_in(out / "texts")
+    assert river == {"text": RIVER, "id": "0.jsonl.gz/0", "url": "https://example.com/river"}
+    assert bread["text"] == BREAD.replace("baker@bread.com", "email@example.com")
     assert clean(corpus, out, "--kind", "en")[0] == counts  # nothing is done again
     assert "give another folder" in clean(corpus, out, "--kind", "any")[1]
     manifest = build(config(sources={"web": {"paths": str(out / "texts")}})).manifest
