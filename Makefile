@@ -14,10 +14,12 @@ CONSTRAINTS ?= requirements/constraints.txt
 # setuptools warns at every editable install that imports may find folders of the working directory first.
 EDITABLE := PYTHONWARNINGS=ignore:Editable
 
+IN_ONE_PIECE := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 # Threads that wait in a loop take the core that the one they wait for needs, when machines are small or shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-rest test-next check docs constraints s3 format clean
+.PHONY: demo test test-all test-rest test-next check style types types-of-examples imports docs quickstart constraints s3 format clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,14 +31,23 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 demo: $(STAMP)
 	$(BIN)/python demo.py
 
+# Everything that needs no test to run: two at a time, each with its output in one piece.
 check: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs 2 $(IN_ONE_PIECE) types types-of-examples style imports docs
+
+style: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell prep streaming_rwkv kernels yamls docs tests tools bench examples README.md demo.py train.py
+
+types: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/mypy --strict --follow-imports=silent examples
+
+types-of-examples: $(STAMP)
+	$(BIN)/mypy --strict --follow-imports=silent --cache-dir .mypy_cache/examples examples
+
+imports: $(STAMP)
 	$(BIN)/lint-imports
-	$(MAKE) --no-print-directory docs
 
 # Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
 # storage and two processes. Each of two workers begins with one half of the tests, whose fixtures and compiled kernels
@@ -66,6 +77,10 @@ $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.tx
 # The documentation as a site, in site/, without the network; warnings, such as broken links, are errors.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The quickstarts of README and docs, command by command, in a clean clone.
+quickstart: $(STAMP)
+	$(BIN)/python -m tools.quickstart --environment $(VENV)
 
 # Write requirements/constraints.txt from .venv, after the tests have passed with these versions.
 constraints: $(STAMP)

@@ -1,4 +1,4 @@
-"""Raw corpora to packed, length-bucketed MDS shards: `python -m prep build yamls/prep/NAME.yaml`.
+"""Raw corpora to packed, length-bucketed MDS shards: `streaming-rwkv prepare yamls/prep/NAME.yaml`.
 
 The names in `__all__` are the public interface (docs/python.md); everything else is internal and may change in any
 release. Nothing here needs torch.

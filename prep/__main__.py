@@ -47,6 +47,18 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _byte_count(text: str) -> int:
+    from streaming_rwkv.quantities import read_bytes
+
+    try:
+        count: int = read_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected at least 1")
+    return count
+
+
 def _local_folder(text: str) -> str:
     from streaming_rwkv.location import LocationError, checked_local
 
@@ -185,7 +197,7 @@ def _add_convert(commands: _Commands) -> None:
     convert = commands.add_parser(
         "convert",
         help="convert a folder of JSON files to parquet files with a text column",
-        description="Convert a folder of JSON files to parquet files with a text column. Optional: `build` reads JSON.",
+        description="Convert a folder of JSON files to parquet files with a text column. Optional: JSON is read, too.",
         examples=["{prog} corpus/json corpus/parquet", "{prog} corpus/json corpus/parquet --text body --workers 8"],
     )
     convert.add_argument(
@@ -211,9 +223,9 @@ def _add_train_tokenizer(commands: _Commands) -> None:
     train.add_argument("--to", type=_local_folder, required=True, help="the folder to write to: a new or empty one")
     train.add_argument(
         "--most-bytes",
-        type=_at_least(1),
-        default=1 << 28,
-        help="largest number of bytes of text to train on, spread evenly over the sources",
+        type=_byte_count,
+        default="256mb",
+        help="largest amount of text to train on, spread evenly over the sources: bytes, or with kb, mb or gb",
     )
 
 

@@ -16,6 +16,7 @@ from streaming_rwkv.location import checked_local, checked_location, expand_user
 from streaming_rwkv.processes import usable_cores
 from streaming_rwkv.quantities import ByteCount, Count
 from streaming_rwkv.shards import check_source_name
+from streaming_rwkv.version import PROGRAM
 
 WORK_FOLDER = ".prep"  # in the folder where this machine writes
 # Settings that do not affect the output: locations, the number of processes, checks.
@@ -94,7 +95,7 @@ class PrepConfig(LoadedConfig):
 
     mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
         frozenset({"save_folder", "data", "model", "optimizer"}),
-        "this is a training YAML, not a recipe of a data set; train with `composer train.py {path}`, or give a recipe "
+        f"this is a training YAML, not a recipe of a data set; train with `{PROGRAM} train {{path}}`, or give a recipe "
         "such as yamls/prep/demo.yaml",
     )
 

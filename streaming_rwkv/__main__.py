@@ -13,8 +13,8 @@ from typing import NoReturn
 from streaming_rwkv.arguments import CommandParser, add_version, did_you_mean
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import end_with
+from streaming_rwkv.version import PROGRAM
 
-PROGRAM = "streaming-rwkv"
 DATA_COMMANDS = {
     "train-tokenizer": "train a byte-level BPE on the sources of a recipe",
     "prepare": "build a data set from a recipe, or resume an unfinished build",

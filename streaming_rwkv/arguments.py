@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from streaming_rwkv.version import __version__
+from streaming_rwkv.version import PROGRAM, __version__
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -62,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add the option `--version`."""
     parser.add_argument(
-        "--version", action="version", version=f"streaming-rwkv {__version__}", help="print the version and exit"
+        "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
     )
 
 

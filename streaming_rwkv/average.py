@@ -1,4 +1,4 @@
-"""Average a run's newest checkpoints: `python -m streaming_rwkv.average`; see `streaming_rwkv.inference.average`."""
+"""Average a run's newest checkpoints: `python -m streaming_rwkv.average`, as `streaming-rwkv average`."""
 
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 

@@ -1,4 +1,4 @@
-"""Text on a terminal: control characters are shown, and no encoding of the output ends a program."""
+"""Text on a terminal: colors, a pager; control characters are shown, and no encoding of the output ends a program."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import errno
 import io
 import logging
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Literal, TextIO
 
 from streaming_rwkv.errors import UserError
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG_COLUMNS = 160
+_STYLES = {"error": "1;31", "heading": "36", "quiet": "2"}
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
 _C1 = {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
@@ -60,9 +65,44 @@ def tolerate_any_encoding() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def styled(text: str, style: Literal["error", "heading", "quiet"], *, stream: TextIO) -> str:
+    """Return a text in its style if `stream` is a terminal and the user has not set NO_COLOR (https://no-color.org)."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
 def print_error(error: Exception) -> None:
     """Write an error to standard error, as all front ends do."""
-    print(f"error: {shown(str(error), lines=True)}", file=sys.stderr, flush=True)
+    begin = styled("error:", "error", stream=sys.stderr)
+    print(f"{begin} {shown(str(error), lines=True)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def paged() -> Iterator[IO[str]]:
+    """Yield a stream for a long text: that of $PAGER, or of `less`, on a terminal, and otherwise standard output."""
+    try:
+        command = shlex.split(os.environ.get("PAGER", "")) or ["less"]
+    except ValueError:  # a quote that is not closed
+        command = ["less"]
+    if not sys.stdout.isatty() or shutil.which(command[0]) is None:
+        yield sys.stdout
+        return
+    # less ends by itself after a text of one screen (F), keeps colors (R) and leaves the text on the terminal (X).
+    environment = {"LESS": "FRX"} | os.environ
+    pager = subprocess.Popen(
+        command, stdin=subprocess.PIPE, encoding=sys.stdout.encoding, errors="backslashreplace", env=environment
+    )
+    assert pager.stdin is not None
+    try:
+        with suppress(BrokenPipeError):  # the user has left the pager
+            yield pager.stdin
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        while pager.poll() is None:
+            with suppress(KeyboardInterrupt):  # it is for the pager
+                pager.wait()
 
 
 def run_command(run: Callable[[], int], *, interrupted: str = "") -> int:

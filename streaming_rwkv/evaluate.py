@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a data set: `python -m streaming_rwkv.evaluate`; see `streaming_rwkv.inference.evaluate`."""
+"""Evaluate a checkpoint on a data set: `python -m streaming_rwkv.evaluate`, as `streaming-rwkv evaluate`."""
 
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 

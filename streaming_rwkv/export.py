@@ -1,4 +1,4 @@
-"""Export a checkpoint to another format: `python -m streaming_rwkv.export`; see `streaming_rwkv.inference.export`."""
+"""Export a checkpoint to another format: `python -m streaming_rwkv.export`, as `streaming-rwkv export`."""
 
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 

@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint: `python -m streaming_rwkv.generate`; see `streaming_rwkv.inference.generate`."""
+"""Generate text from a checkpoint: `python -m streaming_rwkv.generate`, as `streaming-rwkv generate`."""
 
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 

@@ -1,4 +1,4 @@
-"""MDS shards and their indexes, read strictly: `prep verify` and training accept exactly the same files.
+"""MDS shards and their indexes, read strictly: `verify` and training accept exactly the same files.
 
 Streaming's own reader ignores a shard's head and what is left over in a sample, and takes an index as it is. Here
 every byte has to be what MDSWriter writes. A shard is

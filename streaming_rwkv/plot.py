@@ -1,4 +1,4 @@
-"""Plots of one or more runs: `python -m streaming_rwkv.plot RUN [RUN …] [--overlay] [--to FILE.html|.png]`.
+"""Plots of one or more runs: `streaming-rwkv plot RUN [RUN …] [--overlay] [--to FILE.html|.png]`.
 
 Consecutive runs, such as stages 1 and 2, are plotted one after another over the tokens of all. With `--overlay` each
 run begins at 0, and their differences are listed. Only `metrics.jsonl` is read, so a run can be plotted during training
@@ -25,6 +25,7 @@ from streaming_rwkv.plotting.page import plot_page
 from streaming_rwkv.plotting.panels import consecutive, overlaid
 from streaming_rwkv.plotting.runs import History, PlotError, read_run
 from streaming_rwkv.plotting.tables import differences, last_validation, summary
+from streaming_rwkv.version import PROGRAM, __version__
 
 SUFFIXES = (".html", ".png")
 
@@ -55,8 +56,9 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     if overlay and len(history.runs) > 1:
         tables.append(("Differences", differences(history.runs)))
     last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
+    about = f"{', '.join(map(str, runs))} · plotted by {PROGRAM} {__version__}"
     with explained_writes(to):
-        write_atomically(to, plot_page(plot, before=tables, after=last).encode())
+        write_atomically(to, plot_page(plot, about=about, before=tables, after=last).encode())
 
 
 def command_parser(program: str) -> CommandParser:

@@ -39,6 +39,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.filesystem import is_plain_name, read_regular_file
 from streaming_rwkv.location import is_remote
+from streaming_rwkv.version import PROGRAM
 
 FORMAT = "streaming-rwkv/2"
 MANIFEST_NAME = "manifest.json"
@@ -292,14 +293,12 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
         values = json.loads(content)
         json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half a surrogate pair is no text
-        raise DataError(
-            f"{where}: not valid JSON ({error}); rebuild the data set with `python -m prep build`"
-        ) from None
+        raise DataError(f"{where}: not valid JSON ({error}); rebuild the data set with `{PROGRAM} prepare`") from None
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise DataError(
             f"{where}: found format {found!r}, but this version reads {FORMAT!r}; rebuild the data set with "
-            "`python -m prep build RECIPE`, after removing this one or with another `out=`"
+            f"`{PROGRAM} prepare RECIPE`, after removing this one or with another `out=`"
         )
     try:
         manifest = validate(Manifest, values, where=where)
@@ -310,9 +309,11 @@ def parse_manifest(content: bytes, *, where: str) -> Manifest:
     return manifest
 
 
-def check_is_finished(location: str) -> None:
+def check_is_finished(location: str, *, setting: str) -> None:
     """Refuse a local folder that has no manifest; a data set in object storage is found out when it is read.
 
+    Args:
+        setting: the name of the location, for the error.
     Raises:
         DataError: there is none: nothing was built, the build did not finish, or the path is wrong.
     """
@@ -321,16 +322,16 @@ def check_is_finished(location: str) -> None:
     try:
         os.stat(Path(location) / MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
-        raise missing_file(location, MANIFEST_NAME) from None
+        raise missing_file(location, MANIFEST_NAME, setting=setting) from None
     except OSError:  # reading it says more
         return
 
 
-def missing_file(location: str, name: str) -> DataError:
-    """Return the error of a data set that lacks the file `name`."""
-    remedy = "build the data set with `python -m prep build`" if name == MANIFEST_NAME else "rebuild it"
+def missing_file(location: str, name: str, *, setting: str) -> DataError:
+    """Return the error of a data set that lacks the file `name`; `setting` is the name of its location."""
+    remedy = f"build the data set with `{PROGRAM} prepare`" if name == MANIFEST_NAME else "rebuild it"
     return DataError(
-        f"{location.rstrip('/')}/{name}: missing, so this is not a finished data set; {remedy}, or fix `data.path`"
+        f"{location.rstrip('/')}/{name}: missing, so this is not a finished data set; {remedy}, or fix `{setting}`"
     )
 
 
@@ -347,7 +348,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         content = read_small_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path}: no manifest, so no finished data set here; build it with `python -m prep build`, "
+            f"{path}: no manifest, so no finished data set here; build it with `{PROGRAM} prepare`, "
             "or run the same command again if it was interrupted"
         ) from None
     return parse_manifest(content, where=str(path))
@@ -411,7 +412,7 @@ def check_pack(pack: Mapping[str, Any], *, stream: StreamRecord, manifest: Manif
     if (largest := int(tokens.max())) >= vocab_size:
         raise DataError(
             f"{where}: found token id {largest}, but the tokenizer has {vocab_size} ids; the data set was changed or "
-            "damaged: rebuild it with `python -m prep build`"
+            f"damaged: rebuild it with `{PROGRAM} prepare`"
         )
     if (tokens[offsets_of(lengths)[:-1][starts == 0]] != manifest.tokenizer.bos_id).any():
         raise DataError(f"{where}: a document does not begin with bos; build again")

@@ -29,6 +29,7 @@ from streaming_rwkv.tokenizers.definition import check_definition
 from streaming_rwkv.tokenizers.huggingface import HUB_FILES, HuggingFaceTokenizer
 from streaming_rwkv.tokenizers.tiktoken import LLAMA3_BOS, LLAMA3_EOS, llama3_definition, read_tiktoken
 from streaming_rwkv.tokenizers.world import WORLD_NAME, WORLD_VOCABULARY, WorldTokenizer
+from streaming_rwkv.version import PROGRAM
 
 __all__ = [
     "RECORD_NAME",
@@ -102,7 +103,7 @@ def check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -> 
         if found[field] != value:
             raise DataError(
                 f"{where}: {field} is {found[field]!r}, that of the tokenizer that made the tokens is {value!r}; "
-                "restore it, or rebuild with `python -m prep build`"
+                f"restore it, or rebuild with `{PROGRAM} prepare`"
             )
 
 
@@ -163,7 +164,7 @@ def _load_from_hub(name: str, *, bos_token: str | None, eos_token: str | None) -
         if "/" not in name:  # nearly every name on the hub has one
             raise TokenizerError(
                 f"tokenizer {name!r}: no such folder in {Path.cwd()}, and the Hugging Face hub does not provide it "
-                f"({type(error).__name__}); create it with `python -m prep train-tokenizer RECIPE --vocab-size N --to "
+                f"({type(error).__name__}); create it with `{PROGRAM} train-tokenizer RECIPE --vocab-size N --to "
                 f"{name}`, or give {WORLD_NAME!r}, another folder, or a name on the hub"
             ) from error
         raise TokenizerError(

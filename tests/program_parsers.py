@@ -7,11 +7,12 @@ from pathlib import Path
 
 from prep.__main__ import PROGRAM as PREP
 from prep.__main__ import command_parser as prep_parser
-from streaming_rwkv.__main__ import DATA_COMMANDS, PROGRAM, RUN_COMMANDS, command_parser
+from streaming_rwkv.__main__ import DATA_COMMANDS, RUN_COMMANDS, command_parser
 from streaming_rwkv.arguments import parse_with_overrides
 from streaming_rwkv.inference.command_line import average_parser, evaluate_parser, export_parser, generate_parser
 from streaming_rwkv.plot import command_parser as plot_parser
 from streaming_rwkv.train.__main__ import command_parser as train_parser
+from streaming_rwkv.version import PROGRAM
 
 LAUNCHER_OPTIONS = {"-n", "--nproc", "--world_size", "--node_rank", "--master_addr", "--master_port"}
 

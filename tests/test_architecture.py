@@ -6,12 +6,22 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import ForkServer
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "streaming", "composer", "transformers", "torchmetrics", "boto3", "ray")
+SMALLEST = [
+    "model.hidden_size=64",
+    "model.num_layers=1",
+    "data.batch_packs=4",
+    "data.workers=0",
+    "log.tensorboard=false",
+]
 OURS = sorted(path for folder in ("prep", "streaming_rwkv") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -164,3 +174,17 @@ def test_every_package_is_installed() -> None:
         for file in (ROOT / package).rglob("__init__.py")
     }
     assert listed == found
+
+
+@pytest.mark.slow
+def test_the_configuration_of_a_run_takes_a_short_way(
+    write_data_set: Callable[..., Path], tmp_path: Path, programs: ForkServer
+) -> None:
+    data = write_data_set(tmp_path / "data", {("web", 1, 16): 24})
+    settings = ["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path / 'run'}", *SMALLEST]
+    command = [sys.executable, "-m", "tools.config_walk", "streaming_rwkv.train", *settings]
+    walk = programs.run(command, cwd=ROOT, timeout=300, check=True).stdout
+    assert "streaming_rwkv/train/prepare.py: prepare\n" in walk
+    stops, returns = map(int, re.findall(r"(\d+) stops, (\d+) returns", walk)[0])
+    assert stops <= 25
+    assert returns <= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streaming_rwkv.console import _LogFormatter, run_command, shown
+from streaming_rwkv.console import _LogFormatter, paged, run_command, shown, styled
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,45 @@ def test_the_limit_of_open_files_is_named(capsys):
 def test_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(OSError, match="no file"):
         run_command(lambda: (_ for _ in ()).throw(OSError("no file")))
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variables", "expected"),
+    [
+        (True, {}, "\x1b[36mx\x1b[0m"),
+        (True, {"NO_COLOR": ""}, "\x1b[36mx\x1b[0m"),  # as if it were not set
+        (True, {"NO_COLOR": "1"}, "x"),
+        (True, {"TERM": "dumb"}, "x"),
+        (False, {}, "x"),
+    ],
+)
+def test_colors_are_for_terminals_whose_users_want_them(is_terminal, variables, expected, monkeypatch):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    assert styled("x", "heading", stream=stream) == expected
+
+
+@pytest.mark.parametrize(("pager", "expected"), [("cat -n", "     1\ta\n     2\tb\n"), ("no-such-pager", "a\nb\n")])
+def test_a_long_text_is_for_the_pager_of_a_terminal(pager, expected, monkeypatch, capfd):
+    monkeypatch.setenv("PAGER", pager)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with paged() as output:
+        print("a\nb", file=output)
+    assert capfd.readouterr().out == expected
+
+
+def test_a_pager_may_be_left_before_the_end(monkeypatch):
+    monkeypatch.setenv("PAGER", "true")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with paged() as output:
+        for _ in range(1 << 16):
+            print("a line that nobody reads", file=output)
+
+
+def test_without_a_terminal_there_is_no_pager():
+    with paged() as output:
+        assert output is sys.stdout

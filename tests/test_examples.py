@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -15,20 +14,13 @@ import pytest
 import torch
 
 from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
+from tests.example_modules import example
 from tests.fork_server import ForkServer
 from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TESTS = [Path(__file__), *Path(__file__).parent.rglob("test_example_*.py")]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +38,10 @@ def accelerate() -> Iterator[ModuleType]:
 
 
 def test_every_example_is_tested() -> None:
-    source = Path(__file__).read_text()
+    source = "".join(path.read_text() for path in TESTS)
     assert EXAMPLES
-    assert [path.stem for path in EXAMPLES if f'example("{path.stem}")' not in source] == []
+    tested = [path for path in EXAMPLES if f'example("{path.stem}")' in source or f'"{path.name}"' in source]
+    assert tested == EXAMPLES
 
 
 def test_pytorch_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
@@ -105,17 +98,16 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_users_program_passes_strict_type_checks(tmp_path: Path) -> None:
-    """With the types that the package ships, and the errors that it should have."""
+    """With the types that the package ships, and the errors that it should have; `make check` does the examples."""
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
         "from streaming_rwkv import RWKV8, open_dataset\n"
         "open_dataset('data', batch_pack=4)\n"
         "reveal_type(open_dataset('data', batch_packs=4))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *map(str, EXAMPLES), str(wrong)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    command += ["--cache-dir", ".mypy_cache/examples", str(wrong)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if ": note:" not in line or "Revealed" in line]
     assert [line.rpartition("/")[2].partition("[")[0].strip() for line in lines[:-1]] == [
         'wrong.py:1: error: Module "streaming_rwkv" has no attribute "RWKV8"; maybe "RWKV7"?',

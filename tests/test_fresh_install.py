@@ -97,10 +97,12 @@ def newest(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path, newest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    output = newest.succeed("-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, checkout)
-    assert "would be ignored" not in output  # setuptools, of folders that it takes for packages
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, checkout]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "would be ignored" not in done.stdout + done.stderr  # setuptools, of folders that it takes for packages
     (file,) = folder.glob("*.whl")
     return file
 

@@ -12,7 +12,7 @@ from tests.fork_server import ROOT, ForkServer
 PROGRAM = """
 import json
 from bench.layer_bytes import layer_cost
-costs = [layer_cost(fused=fused, hidden_size=128, tokens=2048) for fused in (True, False)]
+costs = [layer_cost(fused=fused, hidden_size=128, tokens=1024) for fused in (True, False)]
 print(json.dumps([[*cost.forward.total(), *cost.backward.total(), cost.saved_bytes] for cost in costs]))
 """
 

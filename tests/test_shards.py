@@ -131,7 +131,7 @@ def test_the_fingerprint_depends_on_what_shards_hold_and_on_all_other_fields():
 
 
 def test_no_manifest_means_no_finished_data_set(tmp_path):
-    with pytest.raises(DataError, match=r"manifest\.json: no manifest.*python -m prep build"):
+    with pytest.raises(DataError, match=r"manifest\.json: no manifest.*streaming-rwkv prepare"):
         read_manifest(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_no_manifest_means_no_finished_data_set(tmp_path):
         (
             b'{"format": "streaming-rwkv/1"}',
             "found format 'streaming-rwkv/1', but this version reads 'streaming-rwkv/2'; rebuild the data set with "
-            "`python -m prep build RECIPE`",
+            "`streaming-rwkv prepare RECIPE`",
         ),
         (json.dumps({"format": FORMAT}).encode(), "pack_tokens: required"),
         (manifest().to_json().replace(b"{", b'{"edgse": 1,', 1), "edgse: unknown key; did you mean 'edges'"),

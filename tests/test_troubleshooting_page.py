@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from streaming_rwkv.version import PROGRAM
+
 ROOT = Path(__file__).parent.parent
 PAGE = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").replace("`", "").split())
 
@@ -16,9 +18,9 @@ MESSAGES = [
     "microbatch_packs: not even one pack of",
     "tokens fits into this device's memory; set model.activation_checkpointing=true, use more processes or a smaller "
     "model, or build with smaller packs",
-    "data.workers: loader process",
-    "most often the machine or the container ran out of memory (see dmesg): give the job more, or set data.workers or "
-    "data.fetch_ahead lower",
+    ": loader process",
+    "most often the machine or the container ran out of memory (see dmesg): give the job more, or",
+    "set data.workers or data.fetch_ahead lower; the same command resumes from the newest checkpoint",
     "not a local folder, and the Hugging Face hub does not provide it",
     "check the name, run huggingface-cli login if it is gated, or give a local folder",
     "no C++ compiler (c++, g++, clang++) on PATH, and the CPU kernel is compiled on first use; install one",
@@ -33,12 +35,12 @@ MESSAGES = [
     "a time, or mount it with flock (Lustre: -o flock, NFS: without nolock)",
     "another run has taken over this place:",
     "only one run may write here; stop the other, or give this one its own save_remote",
-    "check the storage and the network, give the run more loader data.workers, or raise data.timeout_seconds",
+    "check the storage and the network, give the run more loader",
     "it is overloaded or broken: try again later",
     "made by a run with other settings; steps already taken would not be those of this run.",
     "Give the run another save_folder, set the value back, or, if the change is meant, say checkpoint.allow_changed=[",
     "made with a data set of the format streaming-rwkv/1, which can no longer be read; rebuild it with "
-    "python -m prep build RECIPE, and start a run from these weights in another save_folder",
+    "streaming-rwkv prepare RECIPE, and start a run from these weights in another save_folder",
     "bring the files there, or move it away on every node to resume from the one before it (with save_remote, a node "
     "fetches the files that it lacks)",
     "holds an unfinished build",
@@ -62,7 +64,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         for target in node.targets
         if isinstance(target, ast.Name)
-    }
+    } | {"PROGRAM": PROGRAM}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value

@@ -25,7 +25,7 @@ HEAD = """\
 # Settings of a run
 
 Every key of a training YAML and of `key=value` on the command line. Generated from the classes that declare them by
-`python -m tools.settings_page`; a test fails when the page is out of date. Settings of `prep build` are in
+`python -m tools.settings_page`; a test fails when the page is out of date. Settings of `prepare` are in
 [`prep/config.py`](../prep/config.py).
 """
 KINDS = {

@@ -1,1 +1,1 @@
-"""Commands: one module for each command of `python -m prep`; `run` takes its parsed arguments."""
+"""Commands: one module for each command on data sets; `run` takes its parsed arguments."""

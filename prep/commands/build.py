@@ -1,4 +1,4 @@
-"""`build`: a recipe to a data set, or with `--dry-run` to a count of its documents and tokens."""
+"""`prepare`: a recipe to a data set, or with `--dry-run` to a count of its documents and tokens."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from prep.execution.progress import observing
 from streaming_rwkv.config import load_config
 from streaming_rwkv.console import LOG_COLUMNS, shown
 from streaming_rwkv.location import is_remote
+from streaming_rwkv.version import PROGRAM
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         seconds = time.monotonic() - started
         rate = f"{text_bytes / 1e6 / seconds:.1f} MB/s"
         print(f"{out}: {text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s, {rate}; fingerprint {fingerprint}")
-    print(f"next: `python -m prep inspect {out}` shows documents, `composer train.py YAML data.path={out}` trains")
+    print(f"next: `{PROGRAM} inspect {out}` shows documents, `{PROGRAM} train YAML data.path={out}` trains")
     return 0
 
 

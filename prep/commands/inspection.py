@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prep.dataset.finished import DataSet, open_data_set
 from prep.dataset.shard_reader import read_shard
-from streaming_rwkv.console import shown
+from streaming_rwkv.console import paged, shown, styled
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, offsets_of
 from streaming_rwkv.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
     is_found = False
     # A search reads everything, and what is skipped is skipped in the stored order.
     in_order = options.in_order or options.skip > 0 or options.grep is not None
-    with open_data_set(options.out) as data_set:
+    with open_data_set(options.out) as data_set, paged() as output:
         manifest = data_set.manifest()
         streams = selected(
             manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
@@ -188,9 +188,10 @@ def run(options: argparse.Namespace) -> int:
             min(options.skip + options.count, sys.maxsize),
         ):
             is_found = True
-            print(shown(str(piece), lines=True))
+            head, _, text = shown(str(piece), lines=True).partition("\n")
+            print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
             if options.ids:
-                print(piece.shown_ids())
+                print(piece.shown_ids(), file=output)
     if options.grep is not None and not is_found:
         print(f"{shown(options.out)}: no document has {shown(options.grep)!r}", file=sys.stderr)
     return 0

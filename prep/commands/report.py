@@ -22,7 +22,7 @@ from streaming_rwkv.filesystem import explained_writes, make_folder, write_atomi
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.pages import render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
-from streaming_rwkv.version import __version__
+from streaming_rwkv.version import PROGRAM, __version__
 
 _SAMPLES_PER_STREAM = 6
 _SAMPLE_CHARACTERS = 1600
@@ -51,7 +51,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         manifest = data_set.manifest()
         statistics = _statistics(data_set, manifest)
         make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
-        figures = report_figures(manifest, statistics) | {"location": str(out) if is_remote(out) else str(folder)}
+        figures = report_figures(manifest, statistics) | {"location": str(out)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     page = folder / f"{REPORT_NAME}.html"
@@ -185,7 +185,7 @@ def report_page(figures: dict[str, Any], samples: list[dict[str, Any]], *, title
 def _about(figures: dict[str, Any]) -> str:
     written = time.strftime("%Y-%m-%d %H:%M")
     about = (
-        f"{figures['location']} · report of {written} by streaming-rwkv {__version__} · fingerprint "
+        f"{figures['location']} · report of {written} by {PROGRAM} {__version__} · fingerprint "
         f"{figures['fingerprint'][:16]}"
     )
     return f"<p class='quiet'>{html.escape(about)}</p>"
@@ -208,7 +208,7 @@ def _cards(figures: dict[str, Any]) -> str:
     return f"<div class='cards'>{values}</div>"
 
 
-_SECTIONS = """
+_SECTIONS = f"""
 <section><h2>Sources</h2><div id='sources'></div><h2>Rejected documents</h2><div id='rejections' class='quiet'></div>
 </section>
 <section><h2>Length of documents</h2>
@@ -220,6 +220,6 @@ _SECTIONS = """
 <section><h2>Fill of packs</h2><div id='fill'></div></section>
 <section><h2>Streams</h2><div class='controls' id='stream-controls'></div><div id='streams'></div></section>
 <section><h2>Samples, as the model sees them</h2>
-<p class='quiet'>Some documents of each stream; <code>python -m prep inspect</code> shows all.</p>
+<p class='quiet'>Some documents of each stream; <code>{PROGRAM} inspect</code> shows all.</p>
 <div class='controls' id='sample-controls'></div><div id='samples'></div></section>
 """

@@ -25,6 +25,7 @@ from streaming_rwkv.shards import (
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
+from streaming_rwkv.version import PROGRAM
 
 _FETCHED_AHEAD = 8
 
@@ -130,7 +131,7 @@ class RemoteDataSet:
         if manifest is None:
             raise DataError(
                 f"{self.store.url(MANIFEST_NAME)}: no manifest, so no finished data set here; build it with "
-                "`python -m prep build`, or run the same command again if it was interrupted"
+                f"`{PROGRAM} prepare`, or run the same command again if it was interrupted"
             )
         return manifest
 

@@ -21,6 +21,7 @@ from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import FORMAT, LARGEST_FILE_BYTES, MANIFEST_NAME, Manifest, TokenizerRecord
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _check_folder(config: PrepConfig) -> None:
     if (config.work_folder / _STATE_NAME_OF_VERSION_1).exists():
         raise WorkError(
             f"{config.work_folder}: holds work of an earlier version, which cannot be continued; remove "
-            f"{config.folder} and run `python -m prep build` again, or choose another `out=`"
+            f"{config.folder} and run `{PROGRAM} prepare` again, or choose another `out=`"
         )
 
 

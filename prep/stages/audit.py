@@ -14,6 +14,7 @@ from prep.execution.observer import Observer, TokenizationProgress
 from prep.execution.tasks import AuditSample
 from streaming_rwkv.config import UserError
 from streaming_rwkv.tokenizer import TokenBatch, Tokenizer
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,12 @@ class Audit:
         near = slice(max(0, at - 12), at + 12)
         logger.warning(
             "tokenizer %s: decoding the ids of a text does not give the same text, so the model never sees all of it: "
-            "%s: %r becomes %r. If that is not intended, choose a byte-level tokenizer (`prep train-tokenizer`)",
+            "%s: %r becomes %r. If that is not intended, choose a byte-level tokenizer (`%s train-tokenizer`)",
             self._tokenizer.name,
             where,
             text[near],
             decoded[near],
+            PROGRAM,
         )
         self._has_warned = True
 

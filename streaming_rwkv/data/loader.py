@@ -21,6 +21,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.data.batch import Batch, blank_pack, count_packs, count_tokens, finish, join, split_batch
 from streaming_rwkv.data.mixture import Plan
 from streaming_rwkv.data.order import Ints
+from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.data.shard_set import ShardSet
 from streaming_rwkv.data.streaming_compat import VerifiedDataset
 from streaming_rwkv.data.workers import (
@@ -54,12 +55,14 @@ class LoaderOptions:
         cache_limit: bytes of this split's shards to keep, or a size such as '200gb'; None keeps all.
         download_attempts: for a data set in a folder; object storage has deadlines instead.
         timeout_seconds: a download that makes no progress for this long fails.
+        names: of the settings, for errors.
     """
 
     fetch_ahead: int = 64
     cache_limit: str | int | None = None
     download_attempts: int = 3
     timeout_seconds: float = 120.0
+    names: SettingNames = RUN_SETTINGS
 
 
 class PackDataset(VerifiedDataset):
@@ -85,10 +88,12 @@ class PackDataset(VerifiedDataset):
             fetch_ahead=max(options.fetch_ahead, batch_packs),
             batch=batch_packs,
             as_rank=as_rank,
+            names=options.names,
         )
         if batch_packs % self.num_ranks:
             raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
         self.location = shard_set.location
+        self.names = options.names
         self.records = records
         self.manifest = shard_set.manifest
         self.batches = batches
@@ -228,18 +233,21 @@ class PackLoader(DataLoader[Any]):
         return _WorkerIterator(self)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # callers use no more of torch's iterator class
+        dataset = self.dataset
+        assert isinstance(dataset, PackDataset)
+        names = dataset.names
         with stop_signals_blocked():
             before = set(multiprocessing.active_children())
             try:
                 batches = super().__iter__()
             except (OSError, RuntimeError) as error:
-                reason = explain_resource(error)
+                reason = explain_resource(error, names=names)
                 if reason is None:
                     raise
                 started = set(multiprocessing.active_children()) - before
                 kill_workers(started)  # now: torch's unfinished iterator does not know them
                 raise UserError(
-                    f"data.workers: loader process {len(started) + 1} of {self.num_workers} could not be started: "
+                    f"{names.workers}: loader process {len(started) + 1} of {self.num_workers} could not be started: "
                     f"{reason}"
                 ) from None
             finally:
@@ -252,11 +260,10 @@ class PackLoader(DataLoader[Any]):
             raise type(error)(str(error).rpartition(name)[2].strip()) from None
         except RuntimeError as error:
             if "timed out" not in str(error):
-                raise explain_dead_worker(error) or error from None
-            assert isinstance(self.dataset, PackDataset)
+                raise explain_dead_worker(error, names=names) or error from None
             raise DataError(
-                f"{self.dataset.location}: no batch in {self.timeout:.0f} s; check the storage and the network, give "
-                "the run more loader `data.workers`, or raise `data.timeout_seconds`"
+                f"{dataset.location}: no batch in {self.timeout:.0f} s; check the storage and the network, give "
+                f"the run more loader `{names.workers}`, or raise `{names.timeout_seconds}`"
             ) from None
         finally:
             if self.num_workers:  # not left to the garbage collector, where torch waits 5 s for each worker

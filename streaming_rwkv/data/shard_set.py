@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import (
@@ -43,6 +44,7 @@ from streaming_rwkv.shards import (
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
 from streaming_rwkv.tokenizer import SAVED_FILES, check_tokenizer, load_tokenizer
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,20 @@ class ShardSet:
 
 
 def open_shard_set(
-    location: str | Path, *, cache: str | Path, splits: Sequence[str], timeout_seconds: float, fetch: bool
+    location: str | Path,
+    *,
+    cache: str | Path,
+    splits: Sequence[str],
+    timeout_seconds: float,
+    fetch: bool,
+    names: SettingNames = RUN_SETTINGS,
 ) -> ShardSet:
     """Open a data set, with the manifest and the indexes of `splits` in `cache`.
 
     Args:
         fetch: fetch and check them, and lock the cache; only local rank 0 does. The other ranks call this afterwards,
             and read its files.
+        names: of the settings, for errors.
 
     Raises:
         DataError: there is no data set, or it is damaged.
@@ -99,10 +108,10 @@ def open_shard_set(
     cache = Path(cache).resolve()
     lock = None
     if fetch:
-        lock = lock_folder(cache, what="data cache", remedy="give this run its own `data.cache`")
+        lock = lock_folder(cache, what="data cache", remedy=f"give this run its own `{names.cache}`")
         remove_stale_shared_memory(cache)
         _remove_unfinished_files(cache)
-        content = _fetch(location, store, MANIFEST_NAME, to=cache, timeout_seconds=timeout_seconds)
+        content = _fetch(location, store, MANIFEST_NAME, to=cache, timeout_seconds=timeout_seconds, names=names)
     else:
         content = (cache / MANIFEST_NAME).read_bytes()
     manifest = parse_manifest(content, where=f"{location}/{MANIFEST_NAME}")
@@ -115,7 +124,7 @@ def open_shard_set(
         def check(record: StreamRecord) -> None:
             if not _has_hash(folder / record.path / INDEX_NAME, record.index_sha256):
                 name = f"{record.path}/{INDEX_NAME}"
-                content = _fetch(location, store, name, to=folder, timeout_seconds=timeout_seconds)
+                content = _fetch(location, store, name, to=folder, timeout_seconds=timeout_seconds, names=names)
                 try:
                     _check_index(content, record, manifest, where=f"{location}/{name}")
                 except DataError:
@@ -151,7 +160,7 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
         more = f" and {len(problems) - SHOWN_SHARDS} more" if len(problems) > SHOWN_SHARDS else ""
         raise DataError(
             f"{shard_set.location}: shards are not as the manifest says: {', '.join(problems[:SHOWN_SHARDS])}{more}; "
-            f"restore them, or build again; `python -m prep verify {shard_set.location}` checks all of it"
+            f"restore them, or build again; `{PROGRAM} verify {shard_set.location}` checks all of it"
         )
 
 
@@ -187,7 +196,15 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
     check_tokenizer(load_tokenizer(folder), shard_set.manifest, where=source)
 
 
-def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_seconds: float) -> bytes:
+def _fetch(
+    location: str,
+    store: Store | None,
+    name: str,
+    *,
+    to: Path,
+    timeout_seconds: float,
+    names: SettingNames = RUN_SETTINGS,
+) -> bytes:
     """Fetch the file `name` of the data set, replace the copy in `to` atomically, and return its bytes."""
     local, remote = to / name, f"{location}/{name}"
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +219,12 @@ def _fetch(location: str, store: Store | None, name: str, *, to: Path, timeout_s
             else:
                 raise ObjectMissing(remote)
         except ObjectMissing:
-            raise missing_file(location, name) from None
+            raise missing_file(location, name, setting=names.path) from None
         except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:
             raise DataError(
-                f"{remote}: cannot be read ({error}); check `data.path`, endpoint and credentials"
+                f"{remote}: cannot be read ({error}); check `{names.path}`, endpoint and credentials"
             ) from error
         return temporary.read_bytes()
 

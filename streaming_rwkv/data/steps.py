@@ -1,6 +1,6 @@
 """Batches of the steps of one rank, for any training loop: `open_dataset`.
 
-Training by `composer train.py` reads its packs through the same `StepDataset`, with the plan of its configuration.
+Training by `streaming-rwkv train` reads its packs through the same `StepDataset`, with the plan of its configuration.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from streaming_rwkv.config import Config, ConfigError, validate
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, pack_loader, training_batches
 from streaming_rwkv.data.mixture import Plan, StageConfig, count_batch_packs, make_plan
+from streaming_rwkv.data.setting_names import ARGUMENTS
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, least_cache_bytes, open_shard_set
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.shards import Manifest, Split, StreamRecord
@@ -77,7 +78,7 @@ class StepDataset:
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= len(self):
             raise ValueError(
-                f"step: found {step!r}, expected a whole number from 0 to {len(self)}, the number of steps; a state "
+                f"step {step!r}: expected a whole number from 0 to {len(self)}, the number of steps; a state "
                 "belongs to one data set, list of stages and batch size"
             )
         self._stop()
@@ -178,7 +179,7 @@ def open_dataset(
 ) -> StepDataset:
     """Open a data set that `prep` built, as the batches of one rank of a training run.
 
-    Each step has the packs on which `composer train.py` trains with the same `data.stages`, batch size, seed,
+    Each step has the packs on which `streaming-rwkv train` trains with the same `data.stages`, batch size, seed,
     `data.fraction` and `data.shuffle_block_shards`, for any numbers of ranks and workers. Shards are verified, and
     fetched ahead.
 
@@ -261,7 +262,9 @@ def _open(arguments: _Arguments) -> StepDataset:
         plan = _plan(arguments, shard_set.manifest)
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, used)
-        options = LoaderOptions(cache_limit=arguments.cache_limit, timeout_seconds=arguments.timeout_seconds)
+        options = LoaderOptions(
+            cache_limit=arguments.cache_limit, timeout_seconds=arguments.timeout_seconds, names=ARGUMENTS
+        )
         as_rank = None if arguments.is_shared else arguments.as_rank
         packs = open_packs(shard_set, plan, options=options, as_rank=as_rank)
         resources.callback(packs.close)
@@ -288,6 +291,7 @@ def _open_shards(arguments: _Arguments, resources: ExitStack) -> ShardSet:
             splits=[arguments.split],
             timeout_seconds=arguments.timeout_seconds,
             fetch=fetch,
+            names=ARGUMENTS,
         )
 
     shard_set = distributed.run_on_local_rank_zero(lambda: opened(True)) if is_shared else opened(True)

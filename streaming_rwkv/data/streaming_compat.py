@@ -50,11 +50,13 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.world import World
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.distributed import barrier
 from streaming_rwkv.filesystem import atomic_file, has_flock, read_regular_file, wait_for_lock
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +152,7 @@ class VerifiedStream(Stream):
             path.unlink()
         raise DataError(
             f"{self._url(info)}: does not have the hash that the index gives, fetched twice; restore the shard, or "
-            "rebuild the data set with `python -m prep build`"
+            f"rebuild the data set with `{PROGRAM} prepare`"
         )
 
     def drop_if_bad(self, raw_info: FileInfo) -> int:
@@ -195,6 +197,7 @@ class VerifiedDataset(StreamingDataset):
         fetch_ahead: int,
         batch: int,
         as_rank: tuple[int, int] | None = None,
+        names: SettingNames = RUN_SETTINGS,
     ) -> None:
         """Open the streams, and record the shared memory that Streaming creates for them.
 
@@ -202,6 +205,7 @@ class VerifiedDataset(StreamingDataset):
             lock: file by which processes take turns at the cache; elsewhere if its file system has no `flock`.
             as_rank: the rank and the number of ranks of a process that reads on its own, with a cache of its own. By
                 default they are the launcher's: its ranks open the data together, and share the cache of their node.
+            names: of the settings, for errors.
         """
         alone = as_rank is not None
         take_prefix = _take_prefix_alone if alone else _take_prefix
@@ -231,7 +235,7 @@ class VerifiedDataset(StreamingDataset):
         self.rank: int
         self.num_ranks: int
         self.rank, self.num_ranks = as_rank or (world.rank, world.num_ranks)
-        self._cache_filelock_path = str(_lock_path(lock))
+        self._cache_filelock_path = str(_lock_path(lock, names))
         if self._unique_rank_world.is_local_leader:
             self._verified[:] = 0
             self._counts[:] = 0
@@ -351,7 +355,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _lock_path(path: Path) -> Path:
+def _lock_path(path: Path, names: SettingNames) -> Path:
     """Return `path`, or a file outside the cache if the cache's file system has no `flock`, which Streaming needs.
 
     Raises:
@@ -365,7 +369,7 @@ def _lock_path(path: Path) -> Path:
             return folder / f"streaming-rwkv-{os.geteuid()}-{name}.lock"
     raise UserError(
         f"{path.parent}: loader processes share this data cache, but its file system has no locks (flock), and neither "
-        f"has that of {tempfile.gettempdir()}; set `data.cache` or TMPDIR to a folder on a local disk"
+        f"has that of {tempfile.gettempdir()}; set `{names.cache}` or TMPDIR to a folder on a local disk"
     )
 
 

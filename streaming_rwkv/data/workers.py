@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError
 
@@ -65,12 +66,12 @@ def init_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
-def explain_resource(error: OSError | RuntimeError) -> str | None:
+def explain_resource(error: OSError | RuntimeError, *, names: SettingNames = RUN_SETTINGS) -> str | None:
     """Describe the resource that a new process or thread lacked, its limit and the remedy; None for another error."""
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         number = errno.EAGAIN  # Python's RuntimeError has no number
-    fewer = "set `data.workers` lower"
+    fewer = f"set `{names.workers}` lower"
     match number:
         case errno.EMFILE:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -102,7 +103,7 @@ def _read_pids_max() -> str:
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\.|exited)")
 
 
-def explain_dead_worker(error: RuntimeError) -> DataError | None:
+def explain_dead_worker(error: RuntimeError, *, names: SettingNames = RUN_SETTINGS) -> DataError | None:
     """Return the error for a loader process that was killed from outside, by torch's message; None for another error.
 
     torch raises it wherever the training process is at that moment, not only in the loader.
@@ -112,7 +113,6 @@ def explain_dead_worker(error: RuntimeError) -> DataError | None:
         return None
     how = f"by signal {found[2]}" if found[2] else "from outside"
     return DataError(
-        f"data.workers: loader process {found[1]} was ended {how}; most often the machine or the container ran out of "
-        "memory (see dmesg): give the job more, or set `data.workers` or `data.fetch_ahead` lower; the same command "
-        "resumes from the newest checkpoint"
+        f"{names.workers}: loader process {found[1]} was ended {how}; most often the machine or the container ran out "
+        f"of memory (see dmesg): give the job more, or {names.to_save_memory}"
     )

@@ -1,4 +1,4 @@
-"""Average of a run's newest checkpoints: `python -m streaming_rwkv.average RUN --last 8 OUT`.
+"""Average of a run's newest checkpoints: `streaming-rwkv average RUN --last 8 OUT`.
 
 Weights are read, added in float64 and rounded one tensor at a time, so memory holds one model whatever the number of
 checkpoints. Averaging checkpoints of a constant learning rate has the effect of a decay of the rate.

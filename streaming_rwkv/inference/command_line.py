@@ -102,7 +102,7 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     def run() -> int:
         check_exists(options.checkpoint)
         if options.data is not None:
-            check_is_finished(checked_location(options.data))
+            check_is_finished(checked_location(options.data), setting="data")
         if options.tasks is not None:
             exit_if_missing("lm_eval", extra="tasks")
         _announce()
@@ -122,6 +122,7 @@ def export_parser(program: str) -> CommandParser:
         examples=[
             "{prog} runs/stage2 model.pth",
             "{prog} runs/stage2 model-hf --dtype float32",
+            "{prog} runs/stage2 model-hf --self-contained",
             "{prog} runs/stage2 model.gguf",
         ],
     )
@@ -132,6 +133,10 @@ def export_parser(program: str) -> CommandParser:
         help="names of a folder's weights: those of fla, which llama.cpp, vLLM and SGLang read too, or those of "
         "transformers' own RWKV-7",
     )  # fmt: skip
+    parser.add_argument(
+        "--self-contained", action="store_true",
+        help="add the model's code to a folder: transformers with trust_remote_code=True needs no fla",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
@@ -140,7 +145,12 @@ def export_parser(program: str) -> CommandParser:
 
 def export(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.export") -> int:
     """Run the command that writes weights for other programs, and return its exit status."""
-    options = export_parser(program).parse_args(arguments)
+    parser = export_parser(program)
+    options = parser.parse_args(arguments)
+    if options.self_contained and options.out.endswith((".pth", ".gguf")):
+        parser.error(f"--self-contained: for a Hugging Face folder, found {options.out!r}; name a folder")
+    if options.self_contained and options.layout != "fla":
+        parser.error("--self-contained: transformers has code for its own layout; leave --layout out")
 
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")

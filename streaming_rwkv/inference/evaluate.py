@@ -1,4 +1,4 @@
-"""Loss of any checkpoint on a data set: `python -m streaming_rwkv.evaluate CHECKPOINT DATA`; scores with `--tasks`.
+"""Loss of any checkpoint on a data set: `streaming-rwkv evaluate CHECKPOINT DATA_SET`; scores with `--tasks`.
 
 Every validation pack is evaluated once, as during training. A BlinkDL file and a run's checkpoint can be compared on
 the same tokens, or in bits per byte across tokenizers.
@@ -24,6 +24,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
+from streaming_rwkv.data.setting_names import SettingNames
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
@@ -41,6 +42,7 @@ from streaming_rwkv.train.position import position_metrics
 TIMEOUT_SECONDS = 120.0
 DOWNLOAD_ATTEMPTS = 3
 FETCH_AHEAD = 64  # packs
+_ARGUMENTS = SettingNames(path="data", cache="--cache")  # it has no loader processes
 
 
 class EvaluationError(UserError):
@@ -88,7 +90,10 @@ def evaluate(
         num_batches=count,
         batch_packs=1,
         options=LoaderOptions(
-            fetch_ahead=FETCH_AHEAD, download_attempts=DOWNLOAD_ATTEMPTS, timeout_seconds=TIMEOUT_SECONDS
+            fetch_ahead=FETCH_AHEAD,
+            download_attempts=DOWNLOAD_ATTEMPTS,
+            timeout_seconds=TIMEOUT_SECONDS,
+            names=_ARGUMENTS,
         ),
     )
     network = RWKV7ForTraining(model, num_streams=len(records), flops_per_token=1)
@@ -167,6 +172,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             splits=[options.split],
             timeout_seconds=TIMEOUT_SECONDS,
             fetch=True,
+            names=_ARGUMENTS,
         )
         check_shards(shard_set, shard_set.manifest.select(options.split))
         own, of_data = find_tokenizer(checkpoint), shard_set.manifest.tokenizer

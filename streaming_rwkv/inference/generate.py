@@ -1,4 +1,4 @@
-"""Text from a model: `python -m streaming_rwkv.generate CHECKPOINT "prompt"` writes as it generates."""
+"""Text from a model: `streaming-rwkv generate CHECKPOINT "prompt"` writes as it generates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from streaming_rwkv.console import shown
+from streaming_rwkv.console import shown, styled
 from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.inference.text import continue_prompt
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(flush=True)
     rate = f", {len(sampled) / seconds:.1f} tokens/s" if sampled and seconds > 0 else ""
-    print(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", file=sys.stderr)
+    print(styled(f"{len(sampled)} tokens in {seconds:.1f} s{rate}", "quiet", stream=sys.stderr), file=sys.stderr)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from streaming_rwkv.config import UserError
 from streaming_rwkv.model.gguf import UNUSED_TOKEN, Field, Vocabulary
 from streaming_rwkv.tokenizer import WORLD_VOCABULARY, Tokenizer
+from streaming_rwkv.version import PROGRAM
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # gguf.TokenType
 _WORLD_END_OF_TURN = 261  # "\n\n", which ends a turn of World's chat models
@@ -63,7 +64,7 @@ def _bpe(definition: dict[str, Any], *, name: str, bos_id: int, eos_id: int) -> 
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or definition.get("normalizer") is not None:
         raise GgufError(
             f"tokenizer {name!r}: is not byte-level BPE without a normalizer, so llama.cpp would give other ids; "
-            "export a .pth or a folder, or train with rwkv-world or a tokenizer of `python -m prep train-tokenizer`"
+            f"export a .pth or a folder, or train with rwkv-world or a tokenizer of `{PROGRAM} train-tokenizer`"
         )
     pre = _splitting(definition.get("pre_tokenizer"), name)
     added = {token["id"]: token for token in definition.get("added_tokens", [])}

@@ -363,6 +363,7 @@ def write_huggingface(
     bos_id: int | None = None,
     eos_id: int | None = None,
     layout: Layout = "fla",
+    auto_map: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder in Hugging Face's format: model.safetensors, then config.json.
 
@@ -370,6 +371,7 @@ def write_huggingface(
 
     Args:
         layout: `fla`, which `fla`, `rwkv7_hf` and llama.cpp's converter load, or that of transformers' own model.
+        auto_map: in the layout `fla`, the classes in the folder's own code that transformers loads the model with.
     Raises:
         CheckpointError: a head size for which those implementations compute something else, or a value that is not
             finite in `dtype`.
@@ -392,7 +394,8 @@ def write_huggingface(
         value = value.T if is_transposed(their_name) else value
         value = value.flatten() if their_name.endswith(FLAT) else value
         weights[their_name] = value.contiguous().clone()
-    _write_folder(folder, weights, _fla_values(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+    values = _fla_values(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    _write_folder(folder, weights, values | ({"auto_map": dict(auto_map)} if auto_map else {}))
 
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -36,8 +36,10 @@ function short(value) {
   const size = Math.abs(value);
   for (const [limit, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
     if (size >= limit) return +(value / limit).toPrecision(4) + unit;
-  return size !== 0 && size < 1e-3 ? value.toExponential(1) : String(+value.toPrecision(4));
+  return size !== 0 && size < 1e-4 ? value.toExponential(1) : String(+value.toPrecision(4));
 }
+
+const percent = (value) => `${+(100 * value).toPrecision(3)}%`;
 
 const whole = (value) => Math.round(value).toLocaleString("en-US");
 
@@ -56,11 +58,11 @@ function responsive(holder, draw) {
 // Left, right, top and bottom of the plot within a chart.
 const EDGE = { left: 56, right: 14, top: 18, bottom: 36 };
 
-function frame(svg, width, height, { y, yTicks, yName, xName }) {
+function frame(svg, width, height, { y, yTicks, yText = short, yName, xName }) {
   for (const tick of yTicks) {
     svg.append(
       element("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: y(tick), y2: y(tick) }),
-      element("text", { x: EDGE.left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)),
+      element("text", { x: EDGE.left - 6, y: y(tick) + 4, "text-anchor": "end" }, yText(tick)),
     );
   }
   const middle = (EDGE.top + height - EDGE.bottom) / 2;
@@ -113,7 +115,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
     const y = (value) => height - EDGE.bottom - (value / highest) * (height - EDGE.bottom - EDGE.top);
     const step = (width - EDGE.left - EDGE.right) / Math.max(1, labels.length);
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
-    frame(svg, width, height, { y, yTicks: ticks(0, highest, 5, !share), yName, xName });
+    frame(svg, width, height, { y, yTicks: ticks(0, highest, 5, !share), yText: share ? percent : short, yName, xName });
     const shown = shownLabels.filter(Boolean);
     const room = Math.max(0, ...shown.map((label) => label.length)) * 6.6 + 8;
     const every = Math.ceil(room / (step * (labels.length / Math.max(1, shown.length))));
@@ -139,7 +141,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
         const lines = [tipLine("", element("b", {}, label))];
         for (const part of parts)
           if (part.values[at]) {
-            const portion = parts.length > 1 ? ` (${((100 * part.values[at]) / totals[at]).toFixed(1)} %)` : "";
+            const portion = parts.length > 1 ? ` (${((100 * part.values[at]) / totals[at]).toFixed(1)}%)` : "";
             lines.push(tipLine(part.color, `${part.name ? part.name + ": " : ""}${whole(part.values[at])}${portion}`));
           }
         tip(holder, lines, left + step / 2, width);
@@ -150,7 +152,7 @@ function columns(holder, { labels, shownLabels = labels, parts, xName, yName, sh
       const x = EDGE.left + at * step;
       svg.append(
         element("line", { class: "mark", x1: x, x2: x, y1: EDGE.top, y2: height - EDGE.bottom }),
-        element("text", { x: x - 4, y: EDGE.top + 8, "text-anchor": "end" }, label),
+        element("text", { x, y: EDGE.top - 6, "text-anchor": "middle" }, label),
       );
     }
     svg.addEventListener("pointerleave", () => holder.querySelector(".tip")?.remove());
@@ -165,7 +167,7 @@ function sortable(holder, { head, rows, total, text = 1 }) {
   let by = -1;
   let falls = true;
   const shown = (value) =>
-    typeof value === "number" ? (Number.isInteger(value) ? whole(value) : `${(100 * value).toFixed(1)} %`) : value;
+    typeof value === "number" ? (Number.isInteger(value) ? whole(value) : `${(100 * value).toFixed(1)}%`) : value;
   const cells = (row) =>
     row.map((value, at) => element("td", { class: at < text ? "" : "number" }, String(shown(value) ?? "")));
   const draw = () => {

@@ -18,6 +18,8 @@ function smoothed(values, share) {
   });
 }
 
+const textOf = (about) => (about.unit.startsWith("share") ? percent : short);
+
 function panel(about, isFirst) {
   const holder = element("div", { class: "chart" });
   const names = element("div");
@@ -41,7 +43,7 @@ function panel(about, isFirst) {
     const y = (value) => height - EDGE.bottom - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * inner;
     const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
     const yTicks = isLog ? logTicks(low, high) : ticks(low, high, 5);
-    frame(svg, width, height, { y, yTicks, yName: about.unit, xName: "tokens trained on" });
+    frame(svg, width, height, { y, yTicks, yText: textOf(about), yName: about.unit, xName: "tokens trained on" });
     for (const tick of ticks(0, plot.end, width / 90)) {
       const place = { x: x(tick), y: height - EDGE.bottom + 15, "text-anchor": "middle" };
       svg.append(element("text", place, short(tick)));
@@ -126,7 +128,7 @@ function hover(svg, holder, series, about, x, width, height) {
     for (const { name, color, parts } of ordered) {
       const value = about.kind === "areas" ? share(parts, tokens) : nearest(parts, tokens);
       if (value !== null && value !== undefined)
-        lines.push(tipLine(color, `${name}: ${about.kind === "areas" ? `${(100 * value).toFixed(1)} %` : short(value)}`));
+        lines.push(tipLine(color, `${name}: ${textOf(about)(value)}`));
     }
     for (const side of ["x1", "x2"]) line.setAttribute(side, pointer);
     line.setAttribute("visibility", "visible");

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABEL_WIDTH = 0.006  # of a character, as a share of the width of the figure
+_LABEL_WIDTH = 0.0085  # of a bold character, as a share of the width of the axes beside a legend
 _DRAWING: Any = {
     "text.parse_math": False,  # a `$` in the name of a run or a source is a `$`
     "legend.frameon": False,
@@ -39,7 +39,7 @@ def draw(plot: Plot) -> Figure:
     """Return a figure: the first panel across it, and the others below it in two columns."""
     # Not pyplot, which would keep the figure and choose a window system.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, PercentFormatter
 
     first, *others = plot.panels
     rows = 1 + -(-len(others) // 2)
@@ -56,6 +56,8 @@ def draw(plot: Plot) -> Figure:
         axes.set_xlim(0, max(1.0, plot.end))
         axes.set_xlabel("tokens trained on")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if panel.unit.startswith("share"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

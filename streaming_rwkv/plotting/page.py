@@ -17,10 +17,11 @@ Tables = list[tuple[str, list[list[str]]]]
 """Headings, and rows of which the first has the names of the columns."""
 
 
-def plot_page(plot: Plot, *, before: Tables, after: Tables) -> str:
+def plot_page(plot: Plot, *, about: str, before: Tables, after: Tables) -> str:
     """Return one HTML file without references to other files.
 
     Args:
+        about: a line below the title.
         before: tables above the curves.
         after: tables below them.
     """
@@ -35,7 +36,8 @@ def plot_page(plot: Plot, *, before: Tables, after: Tables) -> str:
     )
     panels = f"{controls}<div class='panels' id='panels'></div>"
     last = f"<div class='panels'>{_sections(after)}</div>"
-    body = f"<h1>{html.escape(plot.title)}</h1>{_sections(before)}{panels}{last}"
+    head = f"<h1>{html.escape(plot.title)}</h1><p class='quiet'>{html.escape(about)}</p>"
+    body = f"{head}{_sections(before)}{panels}{last}"
     return render(plot.title, body, data, scripts=["charts.js", "plot.js"])
 
 

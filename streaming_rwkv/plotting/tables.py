@@ -13,7 +13,8 @@ from streaming_rwkv.plotting.runs import History, Run, bucket_order
 
 def summary(history: History) -> list[list[str]]:
     """Return a row for each run: its progress and its last values."""
-    rows = [["run", "steps", "tokens", "training loss", "validation loss", "bits per byte", "tokens / s, median"]]
+    head = ["run", "steps", "tokens", "training loss, last 2.5%", "validation loss", "bits per byte"]
+    rows = [[*head, "tokens / s, median"]]
     for run in history.runs:
         loss = run.series("loss/train/total")[1]
         loss = loss[np.isfinite(loss)]

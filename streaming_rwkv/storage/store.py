@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.filesystem import atomic_file
 from streaming_rwkv.location import LocationError, checked_location, is_remote
+from streaming_rwkv.storage.content import Content, CountedBody, content_of, content_of_file
 from streaming_rwkv.storage.remote_file import RemoteFile
 from streaming_rwkv.storage.requests import (
     STEP_BYTES,
@@ -46,9 +47,6 @@ __all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 1 << 24
-"""Size of the parts of large files; R2 wants all but the last equal, AWS at least 5 MiB and at most 10,000."""
-_MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 4
 
 T = TypeVar("T")
@@ -180,7 +178,7 @@ class Store:
         Args:
             sha256: the file's hash when it was written: a file that was damaged since is not uploaded.
         """
-        content = _content_of_file(Path(path))
+        content = content_of_file(Path(path))
         if content.sha256 != sha256:
             raise StorageError(
                 f"{path}: sha256 {content.sha256} is not the expected {sha256}: the file was changed or damaged "
@@ -190,7 +188,7 @@ class Store:
 
     def put_bytes(self, content: bytes, name: str) -> bool:
         """Upload bytes and verify them; return False if the store already had them."""
-        return self._put(_content(len(content), lambda at, size: content[at : at + size]), name)
+        return self._put(content_of(len(content), lambda at, size: content[at : at + size]), name)
 
     def get_bytes(self, name: str, *, most: int, sha256: str | None = None) -> bytes:
         """Return the content of an object of at most `most` bytes, verified as by `get_file`."""
@@ -247,7 +245,7 @@ class Store:
 
     # --- uploads ---
 
-    def _put(self, content: _Content, name: str) -> bool:
+    def _put(self, content: Content, name: str) -> bool:
         if self._holds(content, name):
             return False
         for attempt in ("first", "second"):
@@ -263,7 +261,7 @@ class Store:
             "server or something before it damages or replaces objects"
         )
 
-    def _holds(self, content: _Content, name: str) -> bool:
+    def _holds(self, content: Content, name: str) -> bool:
         found = self.find(name)
         if found is None or (found.size, found.sha256) != (content.size, content.sha256):
             return False
@@ -274,7 +272,7 @@ class Store:
         self._fetch(name, digest.update)
         return digest.hexdigest()
 
-    def _put_parts(self, content: _Content, name: str) -> Any:
+    def _put_parts(self, content: Content, name: str) -> Any:
         key = self._key(name)
         self._abort_unfinished(key)  # of an earlier run: no other program writes this object now
         begun = self._ask(
@@ -310,13 +308,13 @@ class Store:
                 self._abort(key, begun["UploadId"])
             raise
 
-    def _put_part(self, content: _Content, number: int, name: str, operation: str, **arguments: Any) -> Any:
+    def _put_part(self, content: Content, number: int, name: str, operation: str, **arguments: Any) -> Any:
         body = content.read(number * content.part_bytes, content.part_bytes)
         arguments |= self._at(name)
         arguments["ContentMD5"] = base64.b64encode(content.md5s[number]).decode()
 
         def attempt(client: Any, moved: Moved) -> Any:
-            return getattr(client, operation)(Body=_Counted(body, moved), **arguments)
+            return getattr(client, operation)(Body=CountedBody(body, moved), **arguments)
 
         return self._ask("upload", name, attempt)
 
@@ -429,60 +427,6 @@ class Store:
         self, verb: str, name: str, call: Callable[[Any, Moved], T], *, gained: Callable[[], int] = lambda: 0
     ) -> T:
         return self._connection.ask(call, url=self.url(name).rstrip("/"), verb=verb, gained=gained)
-
-
-# --- uploaded content, and answers ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """Content to upload, with the checksums of the whole and of each part."""
-
-    size: int
-    sha256: str
-    part_bytes: int
-    md5s: list[bytes]
-    read: Callable[[int, int], bytes]
-
-    @property
-    def etag(self) -> str:
-        """Return the ETag of S3 servers: the MD5, or the MD5 of the parts' MD5s with the number of parts."""
-        if len(self.md5s) == 1:
-            return self.md5s[0].hex()
-        return f"{hashlib.md5(b''.join(self.md5s), usedforsecurity=False).hexdigest()}-{len(self.md5s)}"
-
-
-def _content(size: int, read: Callable[[int, int], bytes]) -> _Content:
-    part_bytes = max(PART_BYTES, -(-size // _MOST_PARTS))
-    sha256 = hashlib.sha256()
-    md5s = []
-    for at in range(0, max(size, 1), part_bytes):
-        part = read(at, part_bytes)
-        sha256.update(part)
-        md5s.append(hashlib.md5(part, usedforsecurity=False).digest())
-    return _Content(size=size, sha256=sha256.hexdigest(), part_bytes=part_bytes, md5s=md5s, read=read)
-
-
-def _content_of_file(path: Path) -> _Content:
-    def read(at: int, size: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(at)
-            return file.read(size)
-
-    return _content(path.stat().st_size, read)
-
-
-class _Counted(io.BytesIO):
-    """A body that is sent in blocks: with plain bytes, one socket timeout would apply to the whole body."""
-
-    def __init__(self, content: bytes, moved: Moved) -> None:
-        super().__init__(content)
-        self._moved = moved
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        block = super().read(size)
-        self._moved.bytes += len(block)
-        return block
 
 
 def _stored(answer: Any) -> StoredObject:

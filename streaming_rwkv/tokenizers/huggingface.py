@@ -37,6 +37,7 @@ from streaming_rwkv.tokenizers.definition import (
     with_special,
     without_dropout,
 )
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +124,12 @@ class HuggingFaceTokenizer(Tokenizer):
         if missing:
             logger.warning(
                 "tokenizer %s: its byte-level vocabulary has no token for %d bytes (%s); texts with one of them "
-                "are rejected. Train a tokenizer with all bytes: `python -m prep train-tokenizer`, or "
+                "are rejected. Train a tokenizer with all bytes: `%s train-tokenizer`, or "
                 "BpeTrainer(initial_alphabet=ByteLevel.alphabet())",
                 self.name,
                 len(missing),
                 ", ".join(f"0x{byte:02x}" for byte in sorted(missing)[:4]) + ("…" if len(missing) > 4 else ""),
+                PROGRAM,
             )
         return missing
 

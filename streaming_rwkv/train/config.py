@@ -24,6 +24,7 @@ from streaming_rwkv.data.mixture import StageConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.model.config import Preset
 from streaming_rwkv.quantities import ByteCount, NonNegativeCount, PositiveCount
+from streaming_rwkv.version import PROGRAM
 
 
 class OptimizerConfig(Config):
@@ -321,7 +322,7 @@ class RunConfig(LoadedConfig):
 
     mistaken_for: ClassVar[tuple[frozenset[str], str]] = (
         frozenset({"out", "sources", "tokenizer", "pack_tokens", "edges"}),
-        "this is a recipe of a data set, not a training YAML; build it with `python -m prep build {path}`, then train "
+        f"this is a recipe of a data set, not a training YAML; build it with `{PROGRAM} prepare {{path}}`, then train "
         "with a YAML such as yamls/tiny_cpu.yaml and data.path=",
     )
 

@@ -21,7 +21,7 @@ def check_paths(config: RunConfig) -> None:
         UserError: names the setting and the path.
     """
     check_tasks(config.evaluation)
-    check_is_finished(config.data.path)
+    check_is_finished(config.data.path, setting="data.path")
     if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
         return
     try:

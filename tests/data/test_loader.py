@@ -27,6 +27,7 @@ from streaming_rwkv.data import shard_set as shard_set_module
 from streaming_rwkv.data import streaming_compat
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
 from streaming_rwkv.data.mixture import StageConfig, make_plan
+from streaming_rwkv.data.setting_names import RUN_SETTINGS
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
@@ -453,4 +454,4 @@ def test_a_machine_without_any_flock_is_told_what_to_set(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", without_locks)
     (tmp_path / "cache").mkdir()
     with pytest.raises(UserError, match=r"cache: loader processes share this data cache, but its file system has no"):
-        streaming_compat._lock_path(tmp_path / "cache" / ".lock")
+        streaming_compat._lock_path(tmp_path / "cache" / ".lock", RUN_SETTINGS)

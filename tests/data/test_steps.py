@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ import torch
 from streaming_rwkv.config import UserError, validate
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import pack_loader
+from streaming_rwkv.data.setting_names import ARGUMENTS
 from streaming_rwkv.data.steps import StepDataset, open_dataset
+from streaming_rwkv.data.workers import explain_dead_worker
 from streaming_rwkv.shards import DataError
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.datasets import open_training_packs
@@ -110,7 +114,7 @@ def test_the_state_is_the_step(dataset: StepDataset, data: Path) -> None:
 
 @pytest.mark.parametrize("state", [{"step": 16}, {"step": -1}, {"step": 1.0}, {"step": True}, {"step": "1"}])
 def test_a_state_of_another_dataset_is_refused(dataset: StepDataset, state: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"^step: found .*, expected a whole number from 0 to 15"):
+    with pytest.raises(ValueError, match=r"^step .*: expected a whole number from 0 to 15"):
         dataset.load_state_dict(state)
     with pytest.raises(ValueError, match=r"^state: found the keys \['epoch', 'step'\], expected 'step' alone"):
         dataset.load_state_dict({"step": 1, "epoch": 0})
@@ -138,7 +142,7 @@ def test_training_and_validation_are_open_together_and_keep_their_cache(data: Pa
         open_dataset(data, batch_packs=1, cache=tmp_path / "cache", workers=0, split="validation") as validation,
     ):
         assert (len(train), len(list(validation))) == (60, 7)
-        with pytest.raises(UserError, match=r"this data cache is in use"):
+        with pytest.raises(UserError, match=r"this data cache is in use .* give this run its own `cache`$"):
             open_dataset(data, batch_packs=1, cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "validation").rglob("*.mds"))
 
@@ -158,6 +162,29 @@ def test_closing_ends_workers_and_removes_a_temporary_cache(
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="closed"):
         iter(dataset)
+
+
+def test_a_worker_that_cannot_be_started_is_reported_with_the_argument(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(process: BaseProcess) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(BaseProcess, "start", refuse)
+    with (
+        open_dataset(data, batch_packs=4, workers=1) as dataset,
+        pytest.raises(UserError, match=r"^workers: loader process 1 of 1 .*, or set `workers` lower$"),
+    ):
+        next(iter(dataset))
+
+
+def test_a_killed_worker_is_reported_with_the_argument() -> None:
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert str(explain_dead_worker(error, names=ARGUMENTS)) == (
+        "workers: loader process 7 was ended by signal Killed; most often the machine or the container ran out of "
+        "memory (see dmesg): give the job more, or set `workers` lower; a dataset that is opened with `start_step` "
+        "continues"
+    )
 
 
 def test_a_launchers_environment_changes_nothing_without_a_process_group(
@@ -188,7 +215,7 @@ def test_a_launchers_environment_changes_nothing_without_a_process_group(
             "open_dataset: stages.0.sources.cod: not in this selection of the data; there are code, web",
         ),
         ({"batch_packs": 4, "cache_limit": 99}, "open_dataset: cache_limit: found 99 bytes, but at least "),
-        ({"batch_packs": 4, "start_step": 16}, "step: found 16, expected a whole number from 0 to 15"),
+        ({"batch_packs": 4, "start_step": 16}, "step 16: expected a whole number from 0 to 15"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str, object], error: str) -> None:
@@ -198,7 +225,7 @@ def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str
 
 
 def test_a_location_without_a_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"missing, so this is not a finished data set"):
+    with pytest.raises(DataError, match=r"missing, so this is not a finished data set; .*, or fix `location`$"):
         open_dataset(tmp_path, batch_packs=1)
 
 

@@ -152,7 +152,7 @@ def test_a_disk_without_room_is_named(
 @pytest.mark.parametrize(
     ("name", "layout", "line"),
     [
-        ("m.pth", "fla", "python -m streaming_rwkv.generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
+        ("m.pth", "fla", "streaming-rwkv generate m.pth PROMPT --tokenizer NAME, or `rwkv`"),
         ("m.gguf", "fla", "llama-cli -m m.gguf -p PROMPT"),
         ("m", "fla", "import fla; AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
         ("m", "transformers", "AutoModelForCausalLM.from_pretrained('m'); see its README.md"),
@@ -160,6 +160,11 @@ def test_a_disk_without_room_is_named(
 )
 def test_each_format_is_loaded_in_its_way(name: str, layout: Layout, line: str) -> None:
     assert how_to_load(Path(name), layout=layout) == f"load it with: {line}"
+
+
+def test_a_self_contained_folder_is_loaded_with_its_code() -> None:
+    expected = "load it with: AutoModelForCausalLM.from_pretrained('m', trust_remote_code=True); see its README.md"
+    assert how_to_load(Path("m"), self_contained=True) == expected
 
 
 def test_only_the_layout_of_fla_needs_fla() -> None:

@@ -575,7 +575,7 @@ def test_documents_with_a_byte_that_has_no_token_are_rejected(config, write_line
     assert built.counts["corpus"].rejected == {"byte 0x41 has no token": 1, "byte 0x46 has no token": 1}
     assert built.counts["corpus"].documents["train"] == 2
     assert "no token for 6 bytes (0x41, 0x42, 0x43, 0x44…)" in caplog.text
-    assert "python -m prep train-tokenizer" in caplog.text
+    assert "streaming-rwkv train-tokenizer" in caplog.text
 
 
 def test_a_byte_that_has_no_token_stops_a_strict_build(config, write_lines, tmp_path):

@@ -111,7 +111,7 @@ def test_a_tokenizer_is_not_trained_over_existing_files(recipe, tmp_path, capsys
             ["train-tokenizer", "{recipe}", "sources.corpus.text=body", "--vocab-size", "300", "--to", "{folder}/bpe"],
             "sources.corpus: no 'body' in the first 3 records of {folder}/corpus/a.jsonl; their keys are 'text'",
         ),
-        (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `compo"),
+        (["build", "{tiny}"], "tiny_cpu.yaml: this is a training YAML, not a recipe of a data set; train with `stream"),
         (["build", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["build", "{recipe}", "tokenizer=/no/where"], "error: tokenizer '/no/where': no such file or folder"),
         (["verify", "{folder}"], "no manifest, so no finished data set here"),
@@ -152,6 +152,10 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
         ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local path"),
         ("train-tokenizer x.yaml --vocab-size 300 --to s3://b/t", "argument --to: found 's3://b/t', expected a local"),
         ("train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 0", "argument --most-bytes: found '0', expected"),
+        (
+            "train-tokenizer x.yaml --vocab-size 300 --to t --most-bytes 1x",
+            "argument --most-bytes: found '1x'; expected a number of bytes, or one with kb, mb, gb or tb",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, message):

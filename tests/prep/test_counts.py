@@ -54,9 +54,10 @@ def lay_out(folder: Path, long_text: str) -> tuple[list[str], dict[str, int]]:
     return fine, {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
-@pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
 @pytest.mark.parametrize(
-    "megabytes", [1, pytest.param(50, marks=pytest.mark.slow)], ids=lambda megabytes: f"{megabytes}MB-on-one-line"
+    ("megabytes", "long_documents"),
+    [(1, "split"), (1, "truncate"), (1, "drop"), pytest.param(50, "split", marks=pytest.mark.slow)],
+    ids=lambda value: f"{value}MB-on-one-line" if isinstance(value, int) else value,
 )
 def test_counts_balance_for_every_kind_of_document(config, tmp_path, long_documents, megabytes):
     long_text = "0123456789 " * (megabytes * 1_000_000 // 11)

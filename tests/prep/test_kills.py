@@ -297,5 +297,5 @@ def test_work_of_the_first_version_is_refused_with_a_remedy(small, tmp_path):
     work = tmp_path / "out" / ".prep"
     work.mkdir(parents=True)
     (work / "plan.json").write_text("{}")
-    with pytest.raises(WorkError, match=r"work of an earlier version.*remove \S+/out and run `python -m prep build`"):
+    with pytest.raises(WorkError, match=r"work of an earlier version.*remove \S+/out and run `streaming-rwkv prepare`"):
         build(small())

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from streaming_rwkv.location import LocationError
-from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, open_store
-from streaming_rwkv.storage import store as storage
+from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, content, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tools.s3_server import ACCESS_KEY, S3Server
 
@@ -49,7 +48,7 @@ def store(connected: Store, s3_place: str) -> Store:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", SMALL_PART)
+    monkeypatch.setattr(content, "PART_BYTES", SMALL_PART)
 
 
 @pytest.fixture

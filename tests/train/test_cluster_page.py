@@ -64,7 +64,7 @@ def test_overrides_in_commands_are_valid() -> None:
         for line in block.replace("\\\n", " ").splitlines()
         for words in [re.sub("[;']", " ", line).split()]
         for i, word in enumerate(words)
-        if word == "train.py"
+        if word in ("train.py", "train")
     ]
     assert len(found) == 5
     for yaml, overrides in found:

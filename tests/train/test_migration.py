@@ -25,7 +25,7 @@ SETTING = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)+=[^\s…`]+")
 
 
 def documented_command() -> list[str]:
-    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "composer" in block)
+    (command,) = (block for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "processes=" in block)
     return shlex.split(command.replace("\\\n", " "))
 
 
@@ -55,14 +55,14 @@ def here(data: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(here: list[str]) -> PreparedRun:
-    launcher, processes, program, yaml, *overrides = documented_command()[0], *documented_command()[2:]
-    assert (launcher, documented_command()[1], processes, program) == ("composer", "-n", "6", "train.py")
+    program, command, yaml, processes, *overrides = documented_command()
+    assert (program, command, processes) == ("streaming-rwkv", "train", "processes=6")
     return prepare(load_config(RunConfig, ROOT / yaml, overrides=[*overrides, *here]), world_size=6, fetch=True)
 
 
 def test_the_documented_command_shows_the_run(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, processes, _, yaml, *overrides = documented_command()
-    assert main([str(ROOT / yaml), *overrides, *here, "--dry-run", "--processes", processes]) == 0
+    _, _, yaml, *overrides = documented_command()
+    assert main([str(ROOT / yaml), *overrides, *here, "--dry-run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "of 18 packs" in shown
     assert "6, each with 3 packs of a step, 3 in a microbatch" in shown

@@ -132,7 +132,7 @@ def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, 
     assert (
         f"{tmp_path / 'data'}: shards are not as the manifest says: train/web/1-16/shard.00000.mds.zstd (12 bytes "
         f"instead of {size:,}), train/web/1-16/shard.00001.mds.zstd (missing), train/web/1-16/shard.00002.mds.zstd "
-        f"(missing) and {len(others) - 2} more; restore them, or build again; `python -m prep verify"
+        f"(missing) and {len(others) - 2} more; restore them, or build again; `streaming-rwkv verify"
     ) in capsys.readouterr().err
 
 

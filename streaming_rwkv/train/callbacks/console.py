@@ -12,6 +12,7 @@ from composer.loggers import Logger, LoggerDestination
 
 from streaming_rwkv.console import shown, shown_duration
 from streaming_rwkv.distributed import is_rank_zero
+from streaming_rwkv.version import PROGRAM
 
 
 class Console(LoggerDestination):
@@ -64,7 +65,7 @@ class Console(LoggerDestination):
             print(
                 f"finished: {int(state.timestamp.batch):,} steps, {int(state.timestamp.token):,} tokens in "
                 f"{_elapsed(state)}; {result}{folder}\n"
-                f'next: python -m streaming_rwkv.generate {folder} "Once upon a time"',
+                f'next: {PROGRAM} generate {folder} "Once upon a time"',
                 flush=True,
             )
 

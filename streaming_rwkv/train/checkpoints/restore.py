@@ -42,6 +42,7 @@ from streaming_rwkv.train.checkpoints.record import (
     step_of_name,
 )
 from streaming_rwkv.train.checkpoints.remote import RemoteCheckpoint, RemoteCheckpoints, newest_remote
+from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def check_same_settings(
     if mark.format != FORMAT:
         raise CheckpointError(
             f"{where}: made with a data set of the format streaming-rwkv/1, which can no longer be read; rebuild it "
-            "with `python -m prep build RECIPE`, and start a run from these weights in another `save_folder` "
+            f"with `{PROGRAM} prepare RECIPE`, and start a run from these weights in another `save_folder` "
             f"(`model.init_from: {where}`)"
         )
     before, run = (_until(mark.step, settings) for settings in (mark.run.settings(), run))

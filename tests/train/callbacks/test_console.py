@@ -63,7 +63,7 @@ def test_a_finished_run_says_what_comes_next(
     console.print_summary(state, save_folder="runs/mine")
     assert capsys.readouterr().out == (
         f"finished: 20 steps, 2,000 tokens in 0:00:40; {result}runs/mine\n"
-        'next: python -m streaming_rwkv.generate runs/mine "Once upon a time"\n'
+        'next: streaming-rwkv generate runs/mine "Once upon a time"\n'
     )
 
 

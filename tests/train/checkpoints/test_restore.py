@@ -101,6 +101,6 @@ def test_a_checkpoint_of_an_earlier_data_format_is_refused_with_the_remedy() -> 
         check_same_run(checkpoint, RUN, allow=frozenset())
     assert str(caught.value) == (
         "runs/a/checkpoints/step-00000005: made with a data set of the format streaming-rwkv/1, which can no longer be "
-        "read; rebuild it with `python -m prep build RECIPE`, and start a run from these weights in another "
+        "read; rebuild it with `streaming-rwkv prepare RECIPE`, and start a run from these weights in another "
         "`save_folder` (`model.init_from: runs/a/checkpoints/step-00000005`)"
     )
