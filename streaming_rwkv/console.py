@@ -81,7 +81,10 @@ def print_error(error: Exception) -> None:
 @contextmanager
 def paged() -> Iterator[IO[str]]:
     """Yield a stream for a long text: that of $PAGER, or of `less`, on a terminal, and otherwise standard output."""
-    command = shlex.split(os.environ.get("PAGER") or "less")
+    try:
+        command = shlex.split(os.environ.get("PAGER", "")) or ["less"]
+    except ValueError:  # a quote that is not closed
+        command = ["less"]
     if not sys.stdout.isatty() or shutil.which(command[0]) is None:
         yield sys.stdout
         return

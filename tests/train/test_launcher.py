@@ -123,10 +123,11 @@ def test_ranks_that_cannot_all_be_started_are_ended(tmp_path: Path) -> None:
     """A rank beyond the limit of open files ends those before it."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     handler = signal.getsignal(signal.SIGTERM)
-    open_files = max(int(name) for name in os.listdir("/proc/self/fd"))
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    free = [number for number in range(len(taken) + 8) if number not in taken]
     program = f"import os, signal; open('{tmp_path}/' + str(os.getpid()), 'w'); signal.pause()"
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 8, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[7] + 1, before[1]))
         with pytest.raises(
             UserError, match=r"process \d+ of 40 could not be started \(Too many open files\); start fewer"
         ):
