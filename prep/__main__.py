@@ -32,24 +32,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> i
         parser.print_help()
         return 0
     options = parse_with_overrides(parser, arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    from streaming_rwkv.config import UserError
-    from streaming_rwkv.console import print_error, tolerate_any_encoding
+    from streaming_rwkv.console import log_to_terminal, run_command
 
-    tolerate_any_encoding()
-    try:
-        return _run(options)
-    except UserError as error:
-        print_error(error)
-        return 1
-    except OSError as error:
-        if error.filename is None or error.strerror is None:  # not about a file, so a fault of this program
-            raise
-        print_error(UserError(f"{error.filename}: cannot be read or written ({error.strerror})"))
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+    log_to_terminal(logging.INFO)
+    return run_command(lambda: _run(options), interrupted="interrupted; run the same command again to resume")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -116,7 +116,7 @@ class PrepConfig(LoadedConfig):
 
     edges: list[int] = Field(default=[256, 512, 768, 1024, 1280, 1536, 1792, 2048])
     """The upper length of each bucket, in inputs; documents longer than the largest are cut at it."""
-    pack_tokens: Count = Field(default=8192, ge=1)
+    pack_tokens: Count = Field(default=8192, ge=1, le=1 << 24)
     """The maximum number of inputs in a pack."""
     validation: float = Field(default=0.005, ge=0, lt=1)
     """The fraction of documents in the validation split; a hash of the text selects them."""

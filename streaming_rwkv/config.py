@@ -7,12 +7,14 @@ key and the nearest valid key, since a misspelt key that is silently ignored cos
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, Union, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
@@ -21,6 +23,7 @@ from yaml import YAMLError
 from streaming_rwkv.errors import UserError
 
 Location: TypeAlias = tuple[int | str, ...]
+MOST_BYTES, MOST_NODES = 1 << 22, 100_000  # of a YAML file
 _SHARED_KEYS = {"seed"}  # both recipes and training YAMLs may have them
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped by a backslash
 
@@ -96,7 +99,10 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
                 f"{path}: {key}: {shown.get(key) or ', '.join(shown.values())} cannot be resolved "
                 f"({type(error).__name__}); check the names in it, and that each environment variable is set"
             ) from None
-        raise ConfigError(f"{path}: {error}") from error
+        reason = str(error).partition("\n")[0]  # further lines are about OmegaConf's own classes
+        raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{reason}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: interpolations (${{…}}) are nested too deeply, or refer to themselves") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
     _check_kind(config_type, values, path)
@@ -121,7 +127,12 @@ def _read_yaml(path: Path) -> str:
         ConfigError: missing, not readable, not text, or not YAML.
     """
     try:
-        text = path.read_bytes().decode()
+        with open(path, "rb") as file:  # which may be a pipe, as in `<(…)`
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path}: has more than {MOST_BYTES:,} bytes; give a YAML file")
+        text = content.decode()
+        _check_aliases(text, path)
         OmegaConf.create(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
@@ -135,11 +146,44 @@ def _read_yaml(path: Path) -> str:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
     except AssertionError:  # of OmegaConf
         raise ConfigError(f"{path}: found a single value at the top, expected a mapping of keys to values") from None
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, ConfigError):
         raise
     except ValueError as error:  # Python refuses to read integers of more than 4,300 digits
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except _MISFITS as error:
+        raise ConfigError(f"{path}: not valid YAML: {_misfit(error)}") from None
     return text
+
+
+# Errors of PyYAML about a tag that does not fit its value, such as `!!bool x` or `!!timestamp x`.
+_MISFITS = (LookupError, AttributeError, TypeError)
+
+
+def _misfit(error: Exception) -> str:
+    return f"a tag (!!…) does not fit its value ({type(error).__name__}: {error}); write the value without a tag"
+
+
+def _check_aliases(text: str, path: Path) -> None:
+    """Refuse aliases (`*name`) of aliases that would make a small file a huge configuration: each one is a copy.
+
+    Raises:
+        ConfigError: more than MOST_NODES values, or a value within itself.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_NODES  # until it is known: a value within itself has no size
+            entries = node.value if isinstance(node, yaml.CollectionNode) else []
+            below = itertools.chain.from_iterable(entries) if isinstance(node, yaml.MappingNode) else entries
+            sizes[id(node)] = 1 + sum(map(size, below))
+        return sizes[id(node)]
+
+    if size(yaml.compose(text, yaml.SafeLoader)) > MOST_NODES:
+        raise ConfigError(
+            f"{path}: has more than {MOST_NODES:,} values, or a value within itself, by aliases (*name); write out "
+            "what is meant"
+        )
 
 
 def _apply(config: Any, override: str, config_type: type[Config]) -> None:
@@ -175,7 +219,12 @@ def _read_value(text: str, types: Sequence[Any]) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except OmegaConfBaseException:
+        raise
+    except _MISFITS as error:
+        raise YAMLError(_misfit(error)) from None
     assert isinstance(value, dict)
     return value["value"]
 

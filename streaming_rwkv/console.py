@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Literal, TextIO
+
+from streaming_rwkv.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,6 +100,70 @@ def paged() -> Iterator[IO[str]]:
         while pager.poll() is None:
             with suppress(KeyboardInterrupt):  # it is for the pager
                 pager.wait()
+
+
+def run_command(run: Callable[[], int], *, interrupted: str = "") -> int:
+    """Run a command and return its exit status; an error that the user can fix is printed as one line.
+
+    Args:
+        interrupted: the line after Ctrl-C.
+    """
+    tolerate_any_encoding()
+    try:
+        status = run()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # not left to the end of the process, where an error has no line
+        return status
+    except UserError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        explained = _explain_file_error(error)
+        if explained is None:  # not about a file, so a fault of this program
+            raise
+        print_error(explained)
+        return 1
+
+
+def _explain_file_error(error: OSError) -> UserError | None:
+    """Return the error for a file or a standard output that cannot be used; None for another error."""
+    if error.strerror is None:
+        return None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(f"{error.strerror}; raise the limit of open files (ulimit -n)")
+    if error.filename is not None:
+        return UserError(f"{error.filename}: cannot be read or written ({error.strerror})")
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer
+    except OSError:
+        _drop_output()
+        return UserError(f"standard output: cannot be written ({error.strerror}); write it to another place")
+    return None
+
+
+def _drop_output() -> None:
+    """Discard what standard output still holds: Python's last flush would fail again, and report that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _LogFormatter(logging.Formatter):
+    """Formats a record with its control characters shown: names in it may come from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
+
+
+def log_to_terminal(level: int) -> None:
+    """Write log records of at least this level to standard error, for a front end's `main`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def print_rich(content: Table | str) -> None:

@@ -10,6 +10,7 @@ that the functions that need only the environment stay fast.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+# The variables by which a launcher tells a process its rank, with their smallest values.
+_LAUNCHER_NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 POLL_SECONDS = 0.5  # between two checks of the other ranks' progress
 
 
@@ -34,6 +37,21 @@ class OtherRankError(UserError):
 def has_launcher() -> bool:
     """Return True in a process that a launcher such as `composer` or `torchrun` started."""
     return "LOCAL_RANK" in os.environ
+
+
+def check_launcher() -> None:
+    """Check the variables by which a launcher tells a process its rank.
+
+    Raises:
+        UserError: one of them is no number.
+    """
+    for name, least in _LAUNCHER_NUMBERS.items():
+        text = os.environ.get(name)
+        if text is not None and not (re.fullmatch("[0-9]{1,9}", text) and int(text) >= least):
+            raise UserError(
+                f"{name}: found {text[:80]!r} in the environment, expected a whole number, at least {least}, as "
+                "launchers set it; unset it, or fix the launcher"
+            )
 
 
 def is_local_rank_zero() -> bool:

@@ -79,9 +79,13 @@ def rename_durably(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` in one step; it survives a loss of power as a whole, with the old content or the new."""
-    with atomic_file(path, durable=True) as temporary:
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` in one step; it survives a loss of power as a whole, with the old content or the new.
+
+    Args:
+        durable: False where a loss of power may leave an empty file.
+    """
+    with atomic_file(path, durable=durable) as temporary:
         temporary.write_bytes(content)
 
 
@@ -135,6 +139,23 @@ def atomic_folder(folder: Path, *, within: Path | None = None) -> Iterator[Path]
         yield whole
         folder.parent.mkdir(parents=True, exist_ok=True)
         whole.rename(folder)
+
+
+@contextlib.contextmanager
+def explained_writes(place: Path) -> Iterator[None]:
+    """Replace an error of the file system by one that names the file, or `place` if the system names none.
+
+    Raises:
+        UserError: the disk is full, or a file cannot be made or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise UserError(
+            f"{error.filename or place}: cannot be written ({error.strerror}); fix that, or write to another place"
+        ) from error
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -199,7 +220,7 @@ def open_regular_file(path: Path, *, most: int, follow: bool = True) -> BinaryIO
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         else:
             descriptor = _open_regular(path, os.O_RDONLY, remedy=expected)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, UserError):
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error

@@ -28,6 +28,8 @@ def checked_location(location: str | Path) -> str:
         LocationError: neither a local path nor s3://bucket/prefix, or with user information in it.
     """
     text = str(location)
+    if not text or "\0" in text:
+        raise LocationError(f"found {text!r}; give a local path or s3://bucket/prefix")
     found = _SCHEME.match(text)
     if found is None:
         if _ONE_SLASH.match(text):

@@ -17,8 +17,8 @@ from streaming_rwkv.extras import exit_if_missing
 if __name__ == "__main__":
     exit_if_missing("numpy", "matplotlib", extra="train")  # before imports that would end in a traceback
 
-from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, shown, tolerate_any_encoding
+from streaming_rwkv.console import run_command, shown
+from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, write_atomically
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.plotting.figure import write_picture
 from streaming_rwkv.plotting.page import plot_page
@@ -47,16 +47,18 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
         raise PlotError(f"{to}: found suffix {to.suffix!r}, expected {' or '.join(SUFFIXES)}")
     history = History(runs=[read_run(run) for run in runs])
     plot = overlaid(history.runs) if overlay else consecutive(history)
-    to.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(to.parent, what="folder of the plot", remedy="name another with `--to FILE`")
     if to.suffix == ".png":
-        write_picture(plot, to)
+        with explained_writes(to), atomic_file(to) as temporary:
+            write_picture(plot, temporary)
         return
     tables = [("Runs", summary(history))]
     if overlay and len(history.runs) > 1:
         tables.append(("Differences", differences(history.runs)))
     last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
     about = f"{', '.join(map(str, runs))} · plotted by {PROGRAM} {__version__}"
-    to.write_text(plot_page(plot, about=about, before=tables, after=last), encoding="utf-8")
+    with explained_writes(to):
+        write_atomically(to, plot_page(plot, about=about, before=tables, after=last).encode())
 
 
 def command_parser(program: str) -> CommandParser:
@@ -81,15 +83,14 @@ def command_parser(program: str) -> CommandParser:
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.plot") -> int:
     """Run the command that draws runs, and return its exit status."""
     options = command_parser(program).parse_intermixed_args(arguments)
-    tolerate_any_encoding()
     to = options.to or f"{options.runs[-1].rstrip('/')}/plot.html"
-    try:
+
+    def run() -> int:
         write_plot(options.runs, to=to, overlay=options.overlay)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"wrote {shown(str(to))}; open {shown(Path(to).resolve().as_uri())}")
-    return 0
+        print(f"wrote {shown(str(to))}; open {shown(Path(to).resolve().as_uri())}")
+        return 0
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

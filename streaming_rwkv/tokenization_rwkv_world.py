@@ -4,7 +4,8 @@
 
 It needs nothing but transformers. The ids are greedy longest matches over the bytes of the text, which no model of the
 tokenizers library computes, so there is no exact tokenizer.json. A text that spells the end token out is encoded as
-the characters it consists of.
+the characters it consists of. With `starts_with_bos`, as in self-contained exports, each text begins with the end
+token, as documents began in training.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class RWKVWorldTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCABULARY_NAME}  # noqa: RUF012  # as transformers reads it
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, **options: Any) -> None:
+    def __init__(self, vocab_file: str, *, starts_with_bos: bool = False, **options: Any) -> None:
         self.vocab_file = vocab_file
+        self.starts_with_bos = starts_with_bos
         self._bytes_of: dict[int, bytes] = {}
         with open(vocab_file, encoding="utf-8") as file:
             for line in file.read().splitlines():  # `id repr length`
@@ -43,7 +45,7 @@ class RWKVWorldTokenizer(PreTrainedTokenizer):
         options.setdefault("clean_up_tokenization_spaces", False)
         options["added_tokens_decoder"] = {0: _end_token()}
         options["split_special_tokens"] = True
-        super().__init__(**options)
+        super().__init__(starts_with_bos=starts_with_bos, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -87,6 +89,12 @@ class RWKVWorldTokenizer(PreTrainedTokenizer):
         end = b"" if skip_special_tokens else END.encode()
         pieces = (end if index == 0 else self._bytes_of.get(index, b"") for index in ids)
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        bos = [0] if self.starts_with_bos else []
+        return bos + token_ids_0 + ([] if token_ids_1 is None else bos + token_ids_1)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         file = os.path.join(save_directory, VOCABULARY_NAME)

@@ -83,6 +83,7 @@ def test_the_help_shows_defaults(capsys: pytest.CaptureFixture[str], monkeypatch
         ("export runs/x out --dtype float23", "; did you mean 'float32'?"),
         ("train x.yaml --data.path=d", "settings are written without dashes: data.path=d"),
         ("train x.yaml processes=none", "--processes: found none, expected 1 or more"),
+        (f"train x.yaml processes={'9' * 5000}", "expected 1 or more, at most 999,999"),
         ("train", "the following arguments are required: CONFIG\n"),
     ],
 )
@@ -143,3 +144,12 @@ def test_initial_weights_that_are_missing_are_told_with_their_setting(
     arguments = ["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path}/run", "model.init_from=nowhere"]
     assert main(["train", str(ROOT / arguments[0]), *arguments[1:]]) == 1
     assert "error: model.init_from: nowhere: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "x"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")])
+def test_a_launchers_variable_that_is_no_number_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main(["train", "yamls/tiny_cpu.yaml"]) == 1
+    assert f"error: {name}: found {value!r} in the environment, expected a whole number" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,37 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_not_yaml_is_named(path: Path, content: str) -> None:
     path.write_text(content)
     assert errors(path)[0].startswith("run.yaml: not valid YAML: ")
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!timestamp noon", "!!int ''", "!!float ''"])
+def test_a_value_that_does_not_fit_its_tag_is_named(path: Path, value: str) -> None:
+    path.write_text(f"seed: {value}\n")
+    assert errors(path)[0].startswith("run.yaml: not valid YAML: ")
+    path.write_text(YAML)
+    assert errors(path, f"seed={value}")[0].startswith(
+        f"command line: {f'seed={value}'!r}: the value is not valid YAML: "
+    )
+
+
+NESTED = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+NESTED += [f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]" for before, after in itertools.pairwise("abcdefg")]
+
+
+@pytest.mark.parametrize("lines", [NESTED, ["a: &a [*a]"], ["a: &a {b: *a}"]], ids=["wide", "list", "mapping"])
+def test_a_small_file_cannot_become_a_huge_configuration(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines))
+    (line,) = errors(path)
+    assert line.startswith("run.yaml: has more than 100,000 values, or a value within itself, by aliases (*name)")
+
+
+def test_an_alias_is_read(path: Path) -> None:
+    path.write_text("data: {streams: [&a {path: a}, *a]}\n")
+    assert load_config(Run, path).data.streams == [Stream(path="a")] * 2
+
+
+def test_interpolations_within_interpolations_end(path: Path) -> None:
+    path.write_text("seed: '" + "${" * 1000 + "x" + "}" * 1000 + "'\n")
+    assert errors(path)[0].startswith("run.yaml: ")
 
 
 def test_a_file_without_keys_is_refused(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streaming_rwkv.console import paged, shown, styled
+from streaming_rwkv.console import _LogFormatter, paged, run_command, shown, styled
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,34 @@ def test_a_pager_may_be_left_before_the_end(monkeypatch):
 def test_without_a_terminal_there_is_no_pager():
     with paged() as output:
         assert output is sys.stdout
+
+
+def test_a_log_shows_controls():
+    record = logging.LogRecord("a", logging.WARNING, "", 0, "tokenizer %s:\nno", ("x\x1b[2J",), None)
+    assert _LogFormatter("%(message)s").format(record) == "tokenizer x␛[2J:\nno"
+
+
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys):
+    for name in ("missing", "\x1b[2J", "x" * 300):
+        assert run_command(lambda name=name: len((tmp_path / name).read_bytes())) == 1
+        assert capsys.readouterr().err.startswith(f"error: {shown(str(tmp_path / name))}: cannot be read or written (")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("flush", [False, True])
+def test_an_output_that_cannot_be_written_is_one_line(flush, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_command(lambda: print("text", flush=flush) or 0) == 1
+    error = "error: standard output: cannot be written (No space left on device); write it to another place\n"
+    assert capsys.readouterr().err == error
+
+
+def test_the_limit_of_open_files_is_named(capsys):
+    assert run_command(lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))) == 1
+    assert capsys.readouterr().err == "error: Too many open files; raise the limit of open files (ulimit -n)\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(OSError, match="no file"):
+        run_command(lambda: (_ for _ in ()).throw(OSError("no file")))

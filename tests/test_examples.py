@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -15,20 +14,13 @@ import pytest
 import torch
 
 from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
+from tests.example_modules import example
 from tests.fork_server import ForkServer
 from tools.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TESTS = [Path(__file__), *Path(__file__).parent.rglob("test_example_*.py")]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +38,10 @@ def accelerate() -> Iterator[ModuleType]:
 
 
 def test_every_example_is_tested() -> None:
-    source = Path(__file__).read_text()
+    source = "".join(path.read_text() for path in TESTS)
     assert EXAMPLES
-    assert [path.stem for path in EXAMPLES if f'example("{path.stem}")' not in source] == []
+    tested = [path for path in EXAMPLES if f'example("{path.stem}")' in source or f'"{path.name}"' in source]
+    assert tested == EXAMPLES
 
 
 def test_pytorch_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path) -> None:

@@ -201,6 +201,22 @@ def test_other_files_than_pages_and_pictures_are_refused(tmp_path: Path, capsys:
     assert "nothing: cannot be read (No such file or directory); give a run's save_folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_a_plot_replaces_a_link_and_does_not_follow_it(suffix: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps(3))
+    (tmp_path / "elsewhere").write_text("kept")
+    (run / f"plot.{suffix}").symlink_to(tmp_path / "elsewhere")
+    write_plot([run], to=run / f"plot.{suffix}")
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    assert not (run / f"plot.{suffix}").is_symlink()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", steps(3))
+    assert main([str(run), "--to", str(run / "metrics.jsonl" / "plot.html")]) == 1
+    assert "metrics.jsonl: this folder of the plot cannot be made or written to" in capsys.readouterr().err
+
+
 def test_labels_do_not_overlap() -> None:
     marks = [(0, "stage1", True), (6000, "stage2, stage 0", True), (6600, "stage 1", False), (9000, "stage 2", False)]
     plot = Plot(title="", panels=[], end=10_000, marks=marks)

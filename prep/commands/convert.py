@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from prep.config import SourceConfig
 from prep.inputs.discovery import find_files
@@ -24,12 +27,13 @@ from prep.inputs.files import LINES_SUFFIXES, InputFile, Part
 from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown
-from streaming_rwkv.filesystem import atomic_file
+from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, open_regular_file
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
 _ORIGIN_KEY = "streaming-rwkv.origin"  # in a parquet file's metadata: the file and key that it was made from
 _REJECTED_KEY = "streaming-rwkv.rejected"
+_COUNTS = TypeAdapter(dict[str, int])
 _Task = tuple[InputFile, Path, SourceConfig]
 
 
@@ -91,8 +95,15 @@ def _in_processes(tasks: list[_Task], workers: int) -> Iterator[ConvertedFile]:
     if workers == 1:
         yield from map(_convert_file, tasks)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_convert_file, tasks)
+    workers = min(workers, len(tasks))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(_convert_file, tasks)
+    except BrokenProcessPool:
+        raise UserError(
+            "convert: a worker process died, most likely killed for want of memory (`dmesg` tells); run the same "
+            "command again with fewer --workers: finished files are kept"
+        ) from None
 
 
 def _convert_file(task: _Task) -> ConvertedFile:
@@ -102,9 +113,10 @@ def _convert_file(task: _Task) -> ConvertedFile:
         return converted
     rejected: Counter[str] = Counter()
     documents = 0
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent, what="folder of the parquet files", remedy="name another")
     # An open file, since pyarrow would take a name with a colon for a URI.
     with (
+        explained_writes(place),
         atomic_file(place) as temporary,
         temporary.open("wb") as opened,
         pq.ParquetWriter(opened, _SCHEMA, compression="zstd") as writer,
@@ -119,14 +131,14 @@ def _convert_file(task: _Task) -> ConvertedFile:
 def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:
     """Return the result that is stored in `place` if it was made from `origin`, else None."""
     try:
-        with place.open("rb") as opened:
+        with open_regular_file(place, most=sys.maxsize) as opened:
             metadata = pq.read_metadata(opened)
-    except (OSError, pa.ArrowInvalid):
+        notes = metadata.metadata or {}
+        if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
+            return None
+        rejected = _COUNTS.validate_json(notes.get(_REJECTED_KEY.encode(), b""))
+    except (OSError, UserError, pa.ArrowException, ValueError, RecursionError):  # not written by this
         return None
-    notes = metadata.metadata or {}
-    if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:
-        return None
-    rejected = json.loads(notes[_REJECTED_KEY.encode()])
     return ConvertedFile(name=file.name, documents=metadata.num_rows, rejected=rejected, existed=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,6 @@ from streaming_rwkv.console import paged, shown, styled
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, check_pack, offsets_of
 from streaming_rwkv.tokenizer import Tokenizer
 
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell shows it
 _SHOWN_IDS = 12  # at the beginning and at the end of a piece
 
 
@@ -173,34 +171,28 @@ def run(options: argparse.Namespace) -> int:
     is_found = False
     # A search reads everything, and what is skipped is skipped in the stored order.
     in_order = options.in_order or options.skip > 0 or options.grep is not None
-    try:
-        with open_data_set(options.out) as data_set:
-            manifest = data_set.manifest()
-            streams = selected(
-                manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
-            )
-            end = options.skip + options.count
-            with paged() as output:
-                # Without a variable for the generator: it must be closed before the data set is.
-                for piece in itertools.islice(
-                    _matching(
-                        shown_pieces(data_set, manifest, streams)
-                        if in_order
-                        else random_pieces(data_set, manifest, streams, seed=options.seed),
-                        options.grep,
-                    ),
-                    options.skip,
-                    end,
-                ):
-                    is_found = True
-                    head, _, text = shown(str(piece), lines=True).partition("\n")
-                    print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
-                    if options.ids:
-                        print(piece.shown_ids(), file=output)
-        if options.grep is not None and not is_found:
-            print(f"{shown(options.out)}: no document has {shown(options.grep)!r}", file=sys.stderr)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail again
-        return _BROKEN_PIPE
+    with open_data_set(options.out) as data_set:
+        manifest = data_set.manifest()
+        streams = selected(
+            manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
+        )
+        with paged() as output:
+            # Without a variable for the generator: it must be closed before the data set is.
+            for piece in itertools.islice(
+                _matching(
+                    shown_pieces(data_set, manifest, streams)
+                    if in_order
+                    else random_pieces(data_set, manifest, streams, seed=options.seed),
+                    options.grep,
+                ),
+                min(options.skip, sys.maxsize),
+                min(options.skip + options.count, sys.maxsize),
+            ):
+                is_found = True
+                head, _, text = shown(str(piece), lines=True).partition("\n")
+                print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
+                if options.ids:
+                    print(piece.shown_ids(), file=output)
+    if options.grep is not None and not is_found:
+        print(f"{shown(options.out)}: no document has {shown(options.grep)!r}", file=sys.stderr)
     return 0

@@ -18,7 +18,7 @@ from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import make_folder, write_atomically
+from streaming_rwkv.filesystem import explained_writes, make_folder, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.pages import render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
@@ -54,10 +54,11 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         figures = report_figures(manifest, statistics) | {"location": str(out)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
-    write_atomically(page, report_page(figures, samples, title=title).encode())
+    with explained_writes(folder):
+        write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
+        write_atomically(page, report_page(figures, samples, title=title).encode())
     return page
 
 

@@ -16,8 +16,9 @@ from prep.inputs.readers import CutFiles, nothing_in, read_unit
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from streaming_rwkv.config import UserError, load_config
-from streaming_rwkv.filesystem import atomic_folder, make_folder
+from streaming_rwkv.filesystem import atomic_folder, explained_writes, make_folder
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizers.definition import MOST_IDS
 
 END_OF_TEXT = "<|endoftext|>"
 _UNIT_BYTES = 1 << 22
@@ -53,8 +54,11 @@ def train_tokenizer(
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"--vocab-size: found {vocab_size}, expected at least 257: the bytes and an end of text")
+    if not 257 <= vocab_size <= MOST_IDS:
+        raise UserError(
+            f"--vocab-size: found {vocab_size}, expected at least 257, the bytes and an end of text, and at most "
+            f"{MOST_IDS:,}"
+        )
     folder = Path(to).absolute()
     make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
     if any(folder.iterdir()):
@@ -74,8 +78,8 @@ def train_tokenizer(
     texts = [_texts(name, config, files[name], share) for name, config in sorted(sources.items())]
     trained.train_from_iterator(itertools.chain.from_iterable(texts), trainer)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    with atomic_folder(folder) as whole:
-        trained.save(str(whole / "tokenizer.json"))
+    with explained_writes(folder), atomic_folder(folder) as whole:
+        (whole / "tokenizer.json").write_text(trained.to_str(), encoding="utf-8")
         (whole / "special_tokens_map.json").write_text(json.dumps(special))
         tokenizer = load_tokenizer(whole)
         tokenizer.save(whole)

@@ -109,6 +109,8 @@ def check_file(file: Path, sha256: str | None) -> None:
         raise DataError(f"{file}: missing; the manifest names it: restore it, or build again")
     if not file.is_file():
         raise DataError(f"{file}: not a regular file; restore it, or build again")
+    if (size := file.stat().st_size) >= LARGEST_SHARD_BYTES:  # hashing a sparse file may take days
+        raise DataError(f"{file}: found {size:,} bytes, expected less than {LARGEST_SHARD_BYTES:,}; restore it")
     if sha256 is not None and (found := sha256_of_file(file)) != sha256:
         raise DataError(f"{file}: sha256 {found}, the manifest says {sha256}; restore it, or build again")
 

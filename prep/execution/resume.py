@@ -17,9 +17,10 @@ from prep.config import PrepConfig
 from prep.execution.task_store import WorkError
 from prep.inputs.files import InputFile, content_digest
 from prep.inputs.hooks import recipe_identity
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.shards import FORMAT, MANIFEST_NAME, Manifest, TokenizerRecord
+from streaming_rwkv.shards import FORMAT, LARGEST_FILE_BYTES, MANIFEST_NAME, Manifest, TokenizerRecord
 from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
@@ -136,12 +137,26 @@ def _refusal(config: PrepConfig, changes: list[str], *, is_finished: bool, is_ac
 def _read_values(file: Path) -> dict[str, Any]:
     remedy = "restore it, or remove the folder to build from the beginning"
     try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
+        values = json.loads(read_regular_file(file, most=LARGEST_FILE_BYTES))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise WorkError(f"{file}: not valid JSON ({error}); {remedy}") from None
-    if not (isinstance(values, dict) and isinstance(values.get("files"), dict)):
+    if not (isinstance(values, dict) and _are_states(values.get("files"), values.get(_CONTENTS, {}))):
         raise WorkError(f"{file}: not the state of a build; {remedy}")
     return values
+
+
+def _are_states(files: Any, contents: Any) -> bool:
+    """Return True for [size, time] of each file, and digests of some of them."""
+    return (
+        isinstance(files, dict)
+        and isinstance(contents, dict)
+        and set(contents) <= set(files)
+        and all(
+            isinstance(state, list) and [type(number) for number in state] == [int, int] for state in files.values()
+        )
+    )
 
 
 def _with_states_of_equal_files(earlier: dict[str, Any], state: BuildState) -> dict[str, Any]:

@@ -269,7 +269,12 @@ def _walk_s3(source: str, url: str, not_read: dict[str, str]) -> Iterator[tuple[
     path = path.rstrip("/")
     magic = _is_pattern(url)
     # As `glob` for local files, and everything below a folder that matches.
-    pattern = re.compile((_glob_pattern(path) if magic else re.escape(path)) + ("(/.*)?" if path else ".*"))
+    try:
+        pattern = re.compile((_glob_pattern(path) if magic else re.escape(path)) + ("(/.*)?" if path else ".*"))
+    except re.error as error:
+        raise UserError(
+            f"sources.{source}: {url}: not a pattern ({error}); brackets hold a range such as [0-9]"
+        ) from None
     fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)] if magic else path
     try:
         for name, size, changed_ns in bucket_store(bucket).walk(fixed):

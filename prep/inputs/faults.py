@@ -6,6 +6,7 @@ objects) is an `InputError`: a corpus must not shrink unnoticed because half a f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streaming_rwkv.config import UserError
@@ -15,6 +16,10 @@ INVALID_JSON = "invalid JSON"
 NOT_AN_OBJECT = "not a JSON object"
 FILTERED = "rejected by the filter"
 TRANSFORMED_AWAY = "rejected by the transform"
+
+# Of a source: as many as its hooks may return for one file, and more than there are for broken documents, at most one
+# for each byte that a vocabulary lacks.
+_MOST_REASONS = 400
 
 
 class InputError(UserError):
@@ -38,6 +43,28 @@ class Reject:
     """
 
     reason: str
+
+
+class Reasons:
+    """The reasons to reject documents of each source; manifests and tables list them, so they must be few."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, set[str]] = {}
+
+    def add(self, source: str, reasons: Iterable[str]) -> None:
+        """Add reasons that documents of a source were rejected for.
+
+        Raises:
+            InputError: the source has too many.
+        """
+        known = self._of.setdefault(source, set())
+        for reason in reasons:
+            known.add(reason)
+            if len(known) > _MOST_REASONS:
+                raise InputError(
+                    f"sources.{source}: documents are rejected for more than {_MOST_REASONS} different reasons, one of "
+                    f"them {reason!r}; documents are counted by reason: leave what is of one file or document out of it"
+                )
 
 
 def missing_text(key: str) -> str:

@@ -31,7 +31,7 @@ from prep.execution.steps import run_step
 from prep.execution.task_store import finish, load_done, temporary_task_folder
 from prep.execution.tasks import Report, Run
 from prep.execution.work_folder import mark_audited
-from prep.inputs.faults import InputError
+from prep.inputs.faults import InputError, Reasons
 from prep.inputs.files import Unit
 from prep.inputs.readers import CutFiles, nothing_in, read_unit
 from prep.ngrams import CONTAMINATED
@@ -52,11 +52,12 @@ _REJECTIONS_REPORTED = 5  # of each reason, while the unit is tokenized; rejecte
 
 def tokenize(context: BuildContext, run: Run, observer: Observer) -> list[UnitRecord]:
     """Tokenize all units."""
-    cut_files = CutFiles(context.units)
+    cut_files, reasons = CutFiles(context.units), Reasons()
 
     def on_unit(index: int, record: UnitRecord) -> None:
         unit = context.units[index]
         cut_files.has_read(unit, record.line_counts)
+        reasons.add(unit.source, record.rejected)
         if context.audit_bytes(unit):  # a unit's reports come before its result
             mark_audited(context, unit)
 
@@ -70,11 +71,12 @@ def tokenize(context: BuildContext, run: Run, observer: Observer) -> list[UnitRe
 
 def count_tokens(context: BuildContext, run: Run, observer: Observer) -> list[UnitRecord]:
     """Tokenize all units for their counts only, without writing anything."""
-    cut_files = CutFiles(context.units)
+    cut_files, reasons = CutFiles(context.units), Reasons()
     sizes = [(unit.source, unit.input_bytes) for unit in context.units]
 
     def on_unit(index: int, record: UnitRecord) -> None:
         cut_files.has_read(context.units[index], record.line_counts)
+        reasons.add(record.source, record.rejected)
 
     return run_step(
         "counting", run, count_unit, context.units, sizes, observer, on_unit, in_bytes=True, are_reported=True
@@ -153,6 +155,7 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
     """Read the unit's documents, and tokenize, cut and sort them by stream."""
     first = 0
     seen: Counter[str] = Counter()
+    reasons = Reasons()
     audit_bytes = context.audit_bytes(unit)
     unreported = unit.input_bytes
     for documents in read_unit(unit, context.config.sources[unit.source], tokenizer=context.tokenizer):
@@ -172,6 +175,7 @@ def _chunks(context: BuildContext, unit: Unit, *, report: Report) -> Iterator[To
             seen[rejection.reason] += 1
             if seen[rejection.reason] <= _REJECTIONS_REPORTED:
                 report(rejection)
+        reasons.add(unit.source, seen)  # a unit may have many files
         chunk = _chunk(context, documents, batch, first=first)
         first += len(batch)
         input_bytes = min(unreported, documents.input_bytes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,14 @@ from pathlib import Path
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
 from streaming_rwkv.errors import UserError
-from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, FolderLock, atomic_file, lock_folder, open_regular_file
+from streaming_rwkv.filesystem import (
+    TEMPORARY_SUFFIX,
+    FolderLock,
+    atomic_file,
+    lock_folder,
+    open_regular_file,
+    temporary_path,
+)
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import (
@@ -41,6 +49,7 @@ from streaming_rwkv.version import PROGRAM
 logger = logging.getLogger(__name__)
 
 SHOWN_SHARDS = 3
+_FOLDER_NAME = re.compile(r"[0-9a-f]{16}")  # of a data set's shards in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +240,9 @@ def _check_index(content: bytes, record: StreamRecord, manifest: Manifest, *, wh
 
 
 def _remove_unfinished_files(cache: Path) -> None:
-    """Remove unfinished files of a killed run, which the cache's limit does not count."""
-    for path in cache.rglob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    """Remove unfinished files of a killed run, which the cache's limit does not count; other files are left alone."""
+    temporary_path(cache / MANIFEST_NAME).unlink(missing_ok=True)
+    for folder in cache.iterdir():
+        if _FOLDER_NAME.fullmatch(folder.name) and not folder.is_symlink():
+            for path in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+                path.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ from streaming.base.world import World
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.filesystem import atomic_file, has_flock, wait_for_lock
+from streaming_rwkv.filesystem import atomic_file, has_flock, read_regular_file, wait_for_lock
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
@@ -64,6 +64,7 @@ SUPPORTED_VERSION = "0.13.0"
 VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes and checked
 COUNTS = "counts"  # name of the shared array of what the checked shards hold
 START_SECONDS = 30
+_LARGEST_LOCALS_BYTES = 1 << 26
 
 
 def check_version(found: str) -> None:
@@ -484,9 +485,9 @@ def remove_stale_shared_memory(cache: Path) -> None:
     it has ended, since the lock is ours. Shared memory of other caches is left alone.
     """
     for path in Path("/dev/shm").glob(f"*_{LOCALS}"):
-        try:
-            names = path.read_bytes().split(b"\0")
-        except (FileNotFoundError, PermissionError):
+        try:  # a pipe or folder of another user's program may have such a name
+            names = read_regular_file(path, most=_LARGEST_LOCALS_BYTES, follow=False).split(b"\0")
+        except (OSError, UserError):
             continue
         if not any(os.fsencode(cache) + b"/" in name for name in names):
             continue

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from streaming_rwkv.arguments import CommandParser
-from streaming_rwkv.config import UserError
-from streaming_rwkv.console import print_error, tolerate_any_encoding
+from streaming_rwkv.console import log_to_terminal, run_command
 from streaming_rwkv.extras import TRAIN, exit_if_missing
 from streaming_rwkv.inference.generation_checks import check_max_tokens, check_prompt, check_seed
 from streaming_rwkv.location import checked_local, checked_location
@@ -59,7 +58,7 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def evaluate_parser(program: str) -> CommandParser:
@@ -111,7 +110,7 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def export_parser(program: str) -> CommandParser:
@@ -123,6 +122,7 @@ def export_parser(program: str) -> CommandParser:
         examples=[
             "{prog} runs/stage2 model.pth",
             "{prog} runs/stage2 model-hf --dtype float32",
+            "{prog} runs/stage2 model-hf --self-contained",
             "{prog} runs/stage2 model.gguf",
         ],
     )
@@ -133,6 +133,10 @@ def export_parser(program: str) -> CommandParser:
         help="names of a folder's weights: those of fla, which llama.cpp, vLLM and SGLang read too, or those of "
         "transformers' own RWKV-7",
     )  # fmt: skip
+    parser.add_argument(
+        "--self-contained", action="store_true",
+        help="add the model's code to a folder: transformers with trust_remote_code=True needs no fla",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the written weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--tokenizer", help="for a folder; default: the tokenizer stored with the checkpoint, if any")
@@ -141,7 +145,12 @@ def export_parser(program: str) -> CommandParser:
 
 def export(arguments: Sequence[str] | None = None, *, program: str = "python -m streaming_rwkv.export") -> int:
     """Run the command that writes weights for other programs, and return its exit status."""
-    options = export_parser(program).parse_args(arguments)
+    parser = export_parser(program)
+    options = parser.parse_args(arguments)
+    if options.self_contained and options.out.endswith((".pth", ".gguf")):
+        parser.error(f"--self-contained: for a Hugging Face folder, found {options.out!r}; name a folder")
+    if options.self_contained and options.layout != "fla":
+        parser.error("--self-contained: transformers has code for its own layout; leave --layout out")
 
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")
@@ -151,7 +160,7 @@ def export(arguments: Sequence[str] | None = None, *, program: str = "python -m 
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def average_parser(program: str) -> CommandParser:
@@ -189,25 +198,10 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
 
         return run(options)
 
-    return _status(run)
+    return run_command(run)
 
 
 def _announce() -> None:
     exit_if_missing(*TRAIN, extra="train")
+    log_to_terminal(logging.WARNING)
     print("loading torch and the checkpoint …", file=sys.stderr, flush=True)
-
-
-def _status(run: Callable[[], int]) -> int:
-    """Run a command; print an error that the user can fix in one line."""
-    tolerate_any_encoding()
-    try:
-        return run()
-    except UserError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at exit
-        return 141

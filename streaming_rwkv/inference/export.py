@@ -1,23 +1,24 @@
 """Export of weights for other programs: `streaming-rwkv export CHECKPOINT OUT`.
 
 An OUT that ends with .pth is written in BlinkDL's format (`rwkv`, RWKV-Runner, his trainers), one that ends with .gguf
-in llama.cpp's; any other OUT is a Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`, or transformers' own).
+in llama.cpp's; any other OUT is a Hugging Face folder with the tokenizer (`fla`, `rwkv7_hf`, or transformers' own). A
+self-contained folder holds the model's code too, with which transformers alone loads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.filesystem import explained_writes, write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -34,17 +35,38 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 FILE_SUFFIXES = (".pth", ".gguf")
 _FOLDER_NAMES = ("model.safetensors", "config.json", CARD_NAME)
 _IMPORT_FLA = "import fla"  # registers the architecture
+_TRUSTS = ", trust_remote_code=True"  # for code that exports carry, these modules of this package
+_MODEL_CODE, _TOKENIZER_CODE, _WORLD_CODE = "modeling_rwkv7", "tokenization_rwkv7", "tokenization_rwkv_world"
+_AUTO_MAP = {
+    "AutoConfig": f"{_MODEL_CODE}.RWKV7Config",
+    "AutoModelForCausalLM": f"{_MODEL_CODE}.RWKV7ForCausalLM",
+}
+_SELF_CONTAINED = f"""
+The code is in `{_MODEL_CODE}.py`, and needs torch and transformers alone. The tokenizer begins each text with bos, as
+documents began in training. Standard tasks:
+
+    lm_eval --model hf --model_args pretrained=.,trust_remote_code=True --tasks lambada_openai
+"""
 
 
 def export(
-    checkpoint: Path, out: Path, *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout = "fla",
+    self_contained: bool = False,
 ) -> None:
     """Write the weights of any checkpoint that `read_state` reads, and into a folder also the tokenizer.
 
+    Args:
+        self_contained: add the model's code to a folder; its layout must be fla's.
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
     """
-    write_export(read_state(checkpoint), out, dtype=dtype, tokenizer=tokenizer, layout=layout)
+    state = read_state(checkpoint)
+    write_export(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
 
 
 def write_export(
@@ -54,42 +76,67 @@ def write_export(
     dtype: torch.dtype,
     tokenizer: Tokenizer | None,
     layout: Layout = "fla",
+    self_contained: bool = False,
 ) -> None:
     """Write weights to a file or folder: see `export`."""
+    with explained_writes(out):
+        _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
+
+
+def _write(
+    state: Mapping[str, Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout,
+    self_contained: bool,
+) -> None:
     if out.suffix == ".pth":
         write_pth(state, out, dtype=dtype)
         return
     if out.suffix == ".gguf":
         _write_gguf(state, out, dtype=dtype, tokenizer=tokenizer)
         return
-    if tokenizer is None:
-        write_huggingface(state, out, dtype=dtype, layout=layout)
-    else:
+    bos_id = None if tokenizer is None else tokenizer.bos_id
+    eos_id = None if tokenizer is None else tokenizer.eos_id
+    if self_contained:
+        _copy_code(_MODEL_CODE, out)
+    if tokenizer is not None:
         tokenizer.save(out)
-        if tokenizer.kind == "rwkv-world":
-            _write_world_for_transformers(out)
-        write_huggingface(state, out, dtype=dtype, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, layout=layout)
+        _write_tokenizer_config(tokenizer, out, self_contained=self_contained)
+    auto_map = _AUTO_MAP if self_contained else None
+    write_huggingface(state, out, dtype=dtype, bos_id=bos_id, eos_id=eos_id, layout=layout, auto_map=auto_map)
+    if tokenizer is not None:
         generation = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+            "pad_token_id": eos_id,
             "do_sample": True,
             "top_p": 0.9,
         }
         write_atomically(out / "generation_config.json", (json.dumps(generation, indent=1) + "\n").encode())
-    card = model_card(state, dtype=dtype, tokenizer=tokenizer, layout=layout)
+    card = model_card(state, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
     write_atomically(out / CARD_NAME, card.encode())
 
 
 def model_card(
-    state: Mapping[str, Tensor], *, dtype: torch.dtype, tokenizer: Tokenizer | None, layout: Layout = "fla"
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    layout: Layout = "fla",
+    self_contained: bool = False,
 ) -> str:
     """Return the README.md of an exported folder: what the model is and how it is loaded."""
     config = infer_config(state, where="export")
-    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}  # pip install flash-linear-attention\n"
-    trusts = ", trust_remote_code=True" if tokenizer is not None and tokenizer.kind == "rwkv-world" else ""
+    needs_fla = layout == "fla" and not self_contained
+    registers = f"{_IMPORT_FLA}  # pip install flash-linear-attention\n" if needs_fla else ""
+    trusts = _TRUSTS if self_contained else ""
+    trusts_tokenizer = _TRUSTS if tokenizer is not None and tokenizer.kind == "rwkv-world" else trusts
     loads_tokenizer = f"""
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("."{trusts})"""
+tokenizer = AutoTokenizer.from_pretrained("."{trusts_tokenizer})"""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -103,9 +150,9 @@ with streaming-rwkv. Before you publish it, add the training data, its licence, 
 
 ```python
 {registers}from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("."){loads_tokenizer if tokenizer else ""}
+model = AutoModelForCausalLM.from_pretrained("."{trusts}){loads_tokenizer if tokenizer else ""}
 ```
-"""
+{_SELF_CONTAINED if self_contained else ""}"""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -124,15 +171,16 @@ def check_overwrites_nothing(out: Path) -> None:
         raise UserError(f"{found}: exists already; name another place, or replace it with --overwrite")
 
 
-def how_to_load(out: Path, *, layout: Layout = "fla") -> str:
+def how_to_load(out: Path, *, layout: Layout = "fla", self_contained: bool = False) -> str:
     """Return a line that says how an export is loaded."""
     name = shown(str(out))
     if out.suffix == ".pth":
         return f"load it with: {PROGRAM} generate {name} PROMPT --tokenizer NAME, or `rwkv`"
     if out.suffix == ".gguf":
         return f"load it with: llama-cli -m {name} -p PROMPT"
-    registers = "" if layout == "transformers" else f"{_IMPORT_FLA}; "
-    return f"load it with: {registers}AutoModelForCausalLM.from_pretrained({name!r}); see its {CARD_NAME}"
+    registers = f"{_IMPORT_FLA}; " if layout == "fla" and not self_contained else ""
+    arguments = f"{name!r}{_TRUSTS if self_contained else ''}"
+    return f"load it with: {registers}AutoModelForCausalLM.from_pretrained({arguments}); see its {CARD_NAME}"
 
 
 def export_bytes(out: Path) -> int:
@@ -154,21 +202,39 @@ def _write_gguf(state: Mapping[str, Tensor], out: Path, *, dtype: torch.dtype, t
     write_gguf(state, config, out, dtype=dtype, vocabulary=gguf_vocabulary(tokenizer), name=out.stem)
 
 
-def _write_world_for_transformers(folder: Path) -> None:
-    """Write the code with which `AutoTokenizer` reads RWKV World's vocabulary; tokenizer.json cannot hold it."""
-    name = "tokenization_rwkv_world"
-    shutil.copyfile(Path(__file__).parents[1] / f"{name}.py", folder / f"{name}.py")
-    end = "<|endoftext|>"
-    config = {
-        "tokenizer_class": "RWKVWorldTokenizer",
-        "auto_map": {"AutoTokenizer": [f"{name}.RWKVWorldTokenizer", None]},
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
-        "unk_token": end,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+def _copy_code(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.py", (Path(__file__).parents[1] / f"{name}.py").read_bytes())
+
+
+def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_contained: bool) -> None:
+    """Write what `AutoTokenizer` needs to give the tokenizer's ids, and in self-contained folders to begin with bos.
+
+    RWKV World's vocabulary needs code, since tokenizer.json cannot hold it; other tokenizers need it for bos alone.
+    """
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any]
+    if tokenizer.kind == "rwkv-world":
+        _copy_code(_WORLD_CODE, folder)
+        config = {
+            "tokenizer_class": "RWKVWorldTokenizer",
+            "auto_map": {"AutoTokenizer": [f"{_WORLD_CODE}.RWKVWorldTokenizer", None]},
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+            "clean_up_tokenization_spaces": False,
+        }
+        if self_contained:
+            config["starts_with_bos"] = True
+    else:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # `generate` refuses token_type_ids
+        if self_contained:
+            _copy_code(_TOKENIZER_CODE, folder)
+            config["tokenizer_class"] = "RWKV7TokenizerFast"
+            config["auto_map"] = {"AutoTokenizer": [None, f"{_TOKENIZER_CODE}.RWKV7TokenizerFast"]}
+            config["pad_token"] = config["eos_token"]
+    if self_contained:
+        config["padding_side"] = "left"  # texts are continued at the right
+    write_atomically(file, (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def run(options: argparse.Namespace) -> int:
@@ -178,10 +244,17 @@ def run(options: argparse.Namespace) -> int:
         check_overwrites_nothing(out)
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
-        export(checkpoint, out, dtype=DTYPES[options.dtype], tokenizer=tokenizer, layout=options.layout)
+        export(
+            checkpoint,
+            out,
+            dtype=DTYPES[options.dtype],
+            tokenizer=tokenizer,
+            layout=options.layout,
+            self_contained=options.self_contained,
+        )
     without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}: {shown_bytes(export_bytes(out))}, {options.dtype}{without}")
-    print(how_to_load(out, layout=options.layout))
+    print(how_to_load(out, layout=options.layout, self_contained=options.self_contained))
     return 0
 
 

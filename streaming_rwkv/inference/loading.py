@@ -24,6 +24,8 @@ def find_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device("cuda" if name == "gpu" else name)  # a run's settings call it gpu
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"expected cpu or cuda, found {device.type}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion: a torch without CUDA
         reason = str(error).strip().partition("\n")[0]

@@ -13,12 +13,14 @@ the model is inferred. No reader runs code from a file: only tensors and plain v
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
 import stat
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.errors import UserError
-from streaming_rwkv.filesystem import atomic_file, read_regular_file
+from streaming_rwkv.filesystem import atomic_file, read_regular_file, write_atomically
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
     FLAT,
@@ -187,9 +189,20 @@ def _read_torch_file(path: Path) -> Any:
     if not beginning.startswith(_TORCH_FILES):
         what = beginning.decode(errors="replace").partition("\n")[0]
         raise ValueError(f"not a torch file: it begins with {what!r}")
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
+        _check_not_compressed(path)
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         # Files of the legacy format, without zip, can be read but not mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Refuse an archive that would become much larger in memory."""
+    with zipfile.ZipFile(path) as archive:
+        compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(f"{compressed[0]!r} in it is compressed, which torch never does")
 
 
 def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
@@ -212,7 +225,8 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
 # The second line is torch's and pickle's, of bytes that mean nothing.
 _UNREADABLE = (
     RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError,
-    LookupError, TypeError, AttributeError,
+    LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, AssertionError,
+    struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -326,9 +340,19 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, _explained_saving(path):
         # A parameter of a mapped file is a view of the whole file: without a copy, all of it would be stored.
         torch.save({name: value.clone() for name, value in complete.items()}, temporary)
+
+
+@contextlib.contextmanager
+def _explained_saving(path: Path) -> Iterator[None]:
+    """Name the file that torch or safetensors cannot write; theirs are no errors of the file system."""
+    try:
+        yield
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason}); make space, or write to another place") from error
 
 
 def write_huggingface(
@@ -339,6 +363,7 @@ def write_huggingface(
     bos_id: int | None = None,
     eos_id: int | None = None,
     layout: Layout = "fla",
+    auto_map: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder in Hugging Face's format: model.safetensors, then config.json.
 
@@ -346,6 +371,7 @@ def write_huggingface(
 
     Args:
         layout: `fla`, which `fla`, `rwkv7_hf` and llama.cpp's converter load, or that of transformers' own model.
+        auto_map: in the layout `fla`, the classes in the folder's own code that transformers loads the model with.
     Raises:
         CheckpointError: a head size for which those implementations compute something else, or a value that is not
             finite in `dtype`.
@@ -368,15 +394,17 @@ def write_huggingface(
         value = value.T if is_transposed(their_name) else value
         value = value.flatten() if their_name.endswith(FLAT) else value
         weights[their_name] = value.contiguous().clone()
-    _write_folder(folder, weights, _fla_values(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+    values = _fla_values(config, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    _write_folder(folder, weights, values | ({"auto_map": dict(auto_map)} if auto_map else {}))
 
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
-        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        with _explained_saving(folder / _SAFETENSORS_NAME):
+            safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
-    (folder / _CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n")
+    write_atomically(folder / _CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _fla_values(config: RWKV7Config, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:

@@ -242,8 +242,10 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
             return _diagnose_answer(error, answered=answered, attempt=attempt)
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
             return _Problem(text=f"no credentials; {_KEYS_REMEDY}, or name it in S3_PUBLIC_BUCKETS if it is public")
-        case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError():
+        case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError() | boto.InvalidRegionError():
             return _Problem(text=str(error))
+        case boto.ConfigNotFound() | boto.ConfigParseError() | boto.InvalidConfigError():
+            return _Problem(text=f"{error}; check the file (AWS_CONFIG_FILE, AWS_SHARED_CREDENTIALS_FILE)")
         case boto.SSLError():
             return _Problem(text=f"the TLS connection failed; {_TLS_REMEDY}")
         case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():

@@ -41,7 +41,6 @@ from streaming_rwkv.storage.requests import (
     ObjectMissing,
     StorageError,
     UploadMissing,
-    shown_endpoint,
 )
 
 __all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store"]
@@ -90,10 +89,9 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
             f"{location}: boto3 is not installed, which object storage needs; run {install_command('s3')}"
         ) from None
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname):
-        raise StorageError(
-            f"S3_ENDPOINT_URL: {shown_endpoint(endpoint)!r} is no address; write http://HOST:PORT or https://HOST"
-        )
+    if endpoint is not None and not _is_address(endpoint):
+        shown = endpoint.rpartition("@")[2]  # without a user name and password
+        raise StorageError(f"S3_ENDPOINT_URL: {shown!r} is no address; write http://HOST:PORT or https://HOST")
     connection = Connection(
         endpoint=endpoint,
         timeout_seconds=timeout_seconds,
@@ -101,6 +99,14 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
         requester_pays=bucket in _named_buckets("S3_REQUESTER_PAYS_BUCKETS"),
     )
     return Store(bucket=bucket, prefix=prefix.strip("/"), timeout_seconds=timeout_seconds, _connection=connection)
+
+
+def _is_address(endpoint: str) -> bool:
+    try:
+        parts = urlsplit(endpoint)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are not closed, or a port that is no number below 65,536
+        return False
 
 
 def _named_buckets(variable: str) -> set[str]:

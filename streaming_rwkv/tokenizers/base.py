@@ -18,7 +18,7 @@ import orjson
 from numpy.typing import NDArray
 
 from streaming_rwkv.errors import UserError
-from streaming_rwkv.filesystem import read_regular_file
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.shards import LARGEST_FILE_BYTES, TokenizerRecord, offsets_of
 
 RECORD_NAME = "record.json"
@@ -144,7 +144,8 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_files(folder)
-        (folder / RECORD_NAME).write_bytes(orjson.dumps(self.record().model_dump(), option=orjson.OPT_INDENT_2))
+        record = orjson.dumps(self.record().model_dump(), option=orjson.OPT_INDENT_2)
+        write_atomically(folder / RECORD_NAME, record, durable=False)
 
 
 def read_tokenizer_file(file: Path) -> bytes:

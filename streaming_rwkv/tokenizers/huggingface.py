@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.tokenizers.base import (
     TextError,
     TokenBatch,
@@ -267,11 +268,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return frozenset(index for token, index in vocabulary.items() if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token))
 
     def _write_files(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_bytes(self._content)
+        write_atomically(folder / "tokenizer.json", self._content, durable=False)
         special = {"bos_token": self._bos_token, "eos_token": self._eos_token}
         config = special | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
-            (folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            content = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(folder / name, content.encode(), durable=False)
 
 
 def _is_local(decoder: dict[str, Any]) -> bool:

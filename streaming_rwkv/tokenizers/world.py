@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import itertools
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming_rwkv.shards import offsets_of, sha256_of_file
+from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.shards import offsets_of
 from streaming_rwkv.tokenizers.base import (
     TokenBatch,
     Tokenizer,
@@ -50,7 +51,7 @@ class WorldTokenizer(Tokenizer):
 
     @cached_property
     def sha256(self) -> str:
-        return sha256_of_file(self._vocabulary)
+        return hashlib.sha256(read_tokenizer_file(self._vocabulary)).hexdigest()
 
     @cached_property
     def _text_bytes(self) -> list[bytes]:
@@ -158,4 +159,4 @@ class WorldTokenizer(Tokenizer):
         return decode_bytes(self._text_bytes, tokens)
 
     def _write_files(self, folder: Path) -> None:
-        shutil.copyfile(self._vocabulary, folder / WORLD_VOCABULARY)
+        write_atomically(folder / WORLD_VOCABULARY, read_tokenizer_file(self._vocabulary), durable=False)

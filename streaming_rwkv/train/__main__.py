@@ -7,12 +7,13 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 from streaming_rwkv.arguments import CommandParser
-from streaming_rwkv.distributed import has_launcher, is_local_rank_zero
+from streaming_rwkv.distributed import check_launcher, has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
 
@@ -96,22 +97,23 @@ def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
 
 
 def _count(parser: argparse.ArgumentParser, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        parser.error(f"--processes: found {text}, expected 1 or more")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        parser.error(f"--processes: found {text[:80]}, expected 1 or more, at most 999,999")
     return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import UserError, load_config
-    from streaming_rwkv.console import print_error
+    from streaming_rwkv.console import log_to_terminal, print_error
 
     is_reporting = is_local_rank_zero()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_terminal(logging.WARNING)
     logging.getLogger("streaming_rwkv").setLevel(logging.INFO)
     try:
         from streaming_rwkv.train.config import RunConfig
         from streaming_rwkv.train.early_checks import check_paths, check_replicas
 
+        check_launcher()
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         check_replicas(config, processes=options.processes if options.dry_run else max(options.processes, launched))
@@ -129,9 +131,9 @@ def _run(options: argparse.Namespace) -> int:
         from streaming_rwkv.train.fit import fit
         from streaming_rwkv.train.startup import start_up
 
-        if options.dry_run:
-            return dry_run(config, processes=options.processes)
         with explained_faults(Path(config.save_folder)):
+            if options.dry_run:
+                return dry_run(config, processes=options.processes)
             run = start_up(config)
     except UserError as error:
         if is_reporting:

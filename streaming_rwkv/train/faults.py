@@ -15,6 +15,7 @@ from streaming_rwkv.data.workers import explain_dead_worker, explain_resource
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _GONE = (errno.ENOENT, errno.ENOTDIR)
+_OTHER_KIND = (errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY)
 _RESUME = "the same command resumes from the newest checkpoint"
 
 
@@ -69,6 +70,11 @@ def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
         return MachineFault(
             f"{place}: gone while the run was using it ({error.strerror}); check what removes files in {save_folder}; "
             "the same command resumes from the newest checkpoint that is left"
+        )
+    if error.errno in _OTHER_KIND and Path(place).absolute().is_relative_to(save_folder.absolute()):
+        return MachineFault(
+            f"{error.filename2 or place}: another kind of file than a run writes there ({error.strerror}); remove it, "
+            "or give this run its own `save_folder`"
         )
     if (reason := explain_resource(error)) is not None:
         return MachineFault(f"{error.strerror}: {reason}; {_RESUME}")

@@ -16,12 +16,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO
 
 from streaming_rwkv.distributed import rank_environment
+from streaming_rwkv.errors import UserError
 
 STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
 POLL_SECONDS = 0.1
@@ -40,13 +41,23 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         port = free_port()
-        for local_rank in range(count):
-            output = TemporaryFile() if local_rank else None  # noqa: SIM115 - until `wait` returns
-            environment = os.environ | rank_environment(local_rank, count, port=port)
-            self._outputs.append(output)
-            self._processes.append(
-                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None)
-            )
+        try:
+            for local_rank in range(count):
+                self._start(command, os.environ | rank_environment(local_rank, count, port=port))
+        except OSError as error:
+            started = len(self._processes)
+            self._close()
+            raise UserError(
+                f"processes: process {started + 1} of {count} could not be started ({error.strerror}); start fewer, "
+                "or raise the limits of open files (ulimit -n) and of processes (ulimit -u)"
+            ) from None
+
+    def _start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        output = TemporaryFile() if self._processes else None  # noqa: SIM115 - until `wait` returns
+        self._outputs.append(output)
+        self._processes.append(
+            subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None)
+        )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop = True
@@ -68,11 +79,15 @@ class Ranks:
             self._end_all(seconds=None if self.asked_to_stop else STOP_SECONDS)
             return self._status(failed)
         finally:
-            self._end_all(seconds=0.0)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-            for output in filter(None, self._outputs):
-                output.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Kill the ranks that are left, and give back signals and files."""
+        self._end_all(seconds=0.0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for output in filter(None, self._outputs):
+            output.close()
 
     def _wait_for_failure(self) -> int | None:
         """Return the number of the first rank that ends with a status other than 0, or None when all have ended."""

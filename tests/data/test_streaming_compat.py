@@ -184,3 +184,27 @@ def test_a_process_that_reads_on_its_own_is_a_world_of_one(opened, monkeypatch):
         assert len(dataset[0]["tokens"])
     finally:
         dataset.close()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_shared_memory_is_left_alone(make, tmp_path):
+    path = Path(f"/dev/shm/streaming-rwkv-test-{os.getpid()}_locals")
+    make(path)
+    try:
+        streaming_compat.remove_stale_shared_memory(tmp_path)
+        assert path.exists()
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_only_unfinished_files_of_the_cache_are_removed_from_its_folder(tmp_path, write_data_set):
+    data = write_data_set(tmp_path / "data", STREAMS, validation={})
+    (tmp_path / "cache" / "thesis").mkdir(parents=True)
+    (tmp_path / "cache" / "thesis" / "chapter.tmp").write_text("kept")
+    (tmp_path / "cache" / "folder.tmp").mkdir()
+    (tmp_path / "cache" / ".manifest.json.tmp").write_text("half of it")
+    shard_set = open_shard_set(data, cache=tmp_path / "cache", splits=("train",), timeout_seconds=20, fetch=True)
+    shard_set.lock.release()
+    assert (tmp_path / "cache" / "thesis" / "chapter.tmp").read_text() == "kept"
+    assert not (tmp_path / "cache" / ".manifest.json.tmp").exists()

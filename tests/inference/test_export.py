@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -113,6 +114,41 @@ def test_an_export_is_replaced_only_on_request(
     assert command_line.export([*arguments, "--overwrite"]) == 0
 
 
+def test_an_export_replaces_links_and_does_not_follow_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "hf" / file.name).symlink_to(tmp_path / f"outside-{file.name}")
+    assert command_line.export([str(folder), str(tmp_path / "hf"), "--tokenizer", "rwkv-world"]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])
+def test_a_place_that_cannot_be_written_is_named(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / name, tmp_path / f"{'x' * 300}{name}"):
+        assert command_line.export([str(folder), str(out)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: {tmp_path}/")
+        assert "cannot be " in last
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])
+def test_a_disk_without_room_is_named(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert command_line.export([str(folder), str(tmp_path / "out" / name)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'out'}/")
+    assert "cannot be written" in last
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "line"),
     [
@@ -124,6 +160,11 @@ def test_an_export_is_replaced_only_on_request(
 )
 def test_each_format_is_loaded_in_its_way(name: str, layout: Layout, line: str) -> None:
     assert how_to_load(Path(name), layout=layout) == f"load it with: {line}"
+
+
+def test_a_self_contained_folder_is_loaded_with_its_code() -> None:
+    expected = "load it with: AutoModelForCausalLM.from_pretrained('m', trust_remote_code=True); see its README.md"
+    assert how_to_load(Path("m"), self_contained=True) == expected
 
 
 def test_only_the_layout_of_fla_needs_fla() -> None:

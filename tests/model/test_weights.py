@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,36 @@ def test_another_kind_of_file_is_not_reported_as_an_attack(
     with pytest.raises(CheckpointError, match=error) as caught:
         read_model(tmp_path / name)
     assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "error"),
+    [
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x07\0\0\0\0\0\0\x40\x85R.", "damaged or no checkpoint"),  # 2**54 bytes
+        (b"\x80\x02}r\0", "damaged or no checkpoint"),  # ends within a number
+        (b"\x80\x02cdatetime\ntimedelta\n\x8a\x09\0\0\0\0\0\0\0\0\x01\x85R.", "damaged or no checkpoint"),  # 2**64 days
+        (b"\x80\x02NQ.", "damaged or no checkpoint"),  # storage without a description
+    ],
+    ids=["memory", "cut off", "overflow", "assertion"],
+)
+def test_a_pickle_that_cannot_be_meant_is_damaged(pickled: bytes, error: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"x/{name}", content)
+    with pytest.raises(CheckpointError, match=rf"x\.pth: {error}"):
+        read_model(tmp_path / "x.pth")
+
+
+def test_a_compressed_archive_is_not_expanded(random_model: Build, tmp_path: Path) -> None:
+    write_pth(model_state(random_model()), tmp_path / "model.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pth") as stored,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for entry in stored.infolist():
+            archive.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(CheckpointError, match=r"small\.pth: .* in it is compressed, which torch never does"):
+        read_model(tmp_path / "small.pth")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])

@@ -658,6 +658,14 @@ def test_verify_finds_a_manifest_that_does_not_match(finished, change, message):
         verify(out)
 
 
+@pytest.mark.parametrize("name", ["index.json", "shard.00000.mds.zstd"])
+def test_verify_does_not_read_a_file_that_is_larger_than_any_shard(finished, name):
+    out, manifest = finished
+    os.truncate(out / manifest.streams[0].path / name, 1 << 40)  # a hole, which takes no room
+    with pytest.raises(DataError, match=r"found 1,099,511,627,776 bytes, expected less than 4,294,967,296"):
+        verify(out)
+
+
 @pytest.mark.parametrize("kind", ["named pipe", "device"])
 def test_verify_does_not_wait_for_a_pipe_or_read_a_device(finished, kind):
     out, manifest = finished

@@ -71,7 +71,19 @@ def test_an_object_that_was_written_again_is_compared_by_its_etag(config, s3_pla
         build(config(sources=sources))
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"{", "not valid JSON"), (b"[]", "not the state of a build")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "not the state of a build"),
+        (b'{"files": {"corpus/a.jsonl": 5}}', "not the state of a build"),
+        (b'{"files": {"corpus/a.jsonl": ["x", null]}}', "not the state of a build"),
+        (b'{"files": {}, "contents": {"corpus/a.jsonl": "xxh3 0"}}', "not the state of a build"),
+        (b'{"files": {}, "contents": []}', "not the state of a build"),
+    ],
+    ids=range(7),
+)
 def test_a_damaged_state_is_named(config, corpus, tmp_path, content, message):
     build(config())
     (tmp_path / "out" / ".prep" / "state.json").write_bytes(content)

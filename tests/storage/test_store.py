@@ -290,9 +290,10 @@ def test_other_places_and_addresses_are_refused(monkeypatch: pytest.MonkeyPatch)
         open_store("bucket/x")
     with pytest.raises(LocationError, match="s3:///x: not a place"):
         open_store("s3:///x")
-    monkeypatch.setenv("S3_ENDPOINT_URL", "localhost:8333")
-    with pytest.raises(StorageError, match=r"S3_ENDPOINT_URL: .* is no address; write http://HOST:PORT"):
-        open_store("s3://bucket")
+    for endpoint in ("localhost:8333", "http://[::1", "http://localhost:99999", "http://"):
+        monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+        with pytest.raises(StorageError, match=r"S3_ENDPOINT_URL: .* is no address; write http://HOST:PORT"):
+            open_store("s3://bucket")
 
 
 def test_without_boto3_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

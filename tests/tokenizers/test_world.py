@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -87,4 +88,11 @@ def test_a_world_vocabulary_that_the_fast_library_cannot_read(tmp_path):
 def test_a_world_vocabulary_that_is_no_text_is_refused(tmp_path):
     (tmp_path / WORLD_VOCABULARY).write_bytes(b"1 '\xff' 1\n")
     with pytest.raises(TokenizerError, match="not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_world_vocabulary_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / WORLD_VOCABULARY).touch()
+    os.truncate(tmp_path / WORLD_VOCABULARY, 1 << 40)  # a hole, which takes no room
+    with pytest.raises(TokenizerError, match="found 1,099,511,627,776 bytes, expected a regular file of at most"):
         load_tokenizer(tmp_path)

@@ -22,6 +22,10 @@ from streaming_rwkv.train.faults import explained_faults
         (OSError(errno.ENOSPC, "No space left on device", "/x/a"), "/x/a: no space left on the disk"),
         (OSError(errno.EROFS, "Read-only file system", "/x/a"), "/x/a: cannot be read or written any more"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/runs/a/metrics.jsonl"), "gone while the run was using it"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/runs/a/.x.tmp", None, "/runs/a/x"),
+            "^/runs/a/x: another kind of file than a run writes there",
+        ),
         (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

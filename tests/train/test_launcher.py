@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.train.launcher import launch
 
 LAUNCH = """
 import sys
@@ -113,3 +117,21 @@ def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatc
         assert pipe.read(1) == b"x"
     process.terminate()
     assert ended(process) == (143, "", "stopped before training began; the same command starts it again\n")
+
+
+def test_ranks_that_cannot_all_be_started_are_ended(tmp_path: Path) -> None:
+    """A rank beyond the limit of open files ends those before it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    handler = signal.getsignal(signal.SIGTERM)
+    open_files = max(int(name) for name in os.listdir("/proc/self/fd"))
+    program = f"import os, signal; open('{tmp_path}/' + str(os.getpid()), 'w'); signal.pause()"
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 8, before[1]))
+        with pytest.raises(
+            UserError, match=r"process \d+ of 40 could not be started \(Too many open files\); start fewer"
+        ):
+            launch([sys.executable, "-c", program], processes=40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not [name for name in os.listdir(tmp_path) if Path(f"/proc/{name}").exists()]
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -116,7 +116,7 @@ def _check_other_remote(parent: Path, save_remote: str | None) -> None:
         return
     try:
         settings = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return  # not written by a run
     of_parent = settings.get("save_remote") if isinstance(settings, dict) else None
     if isinstance(of_parent, str) and of_parent.rstrip("/") == save_remote.rstrip("/"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,31 @@ def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
     (tmp_path / "out").mkdir()
     pq.write_table(pa.table({"x": [1]}), tmp_path / "out" / "a.parquet")
     assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+
+
+@pytest.mark.parametrize("notes", [{"origin": b"{"}, {}, {"rejected": b"[1]"}, {"rejected": b"[" * 100_000}])
+def test_notes_that_this_program_did_not_write_are_no_result(tmp_path, write_lines, notes):
+    status = os.stat(write_lines(tmp_path / "a.jsonl", ["one"]))
+    origin = json.dumps({"text": "text", "bytes": status.st_size, "changed_ns": status.st_mtime_ns}).encode()
+    table = pa.table({"text": ["x"]}).replace_schema_metadata(
+        {f"streaming-rwkv.{name}": value for name, value in ({"origin": origin} | notes).items()}
+    )
+    (tmp_path / "out").mkdir()
+    pq.write_table(table, tmp_path / "out" / "a.parquet")
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+
+
+def test_a_pipe_in_the_place_of_a_target_is_replaced(tmp_path, write_lines):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "a.parquet")
+    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, write_lines):
+    file = write_lines(tmp_path / "a.jsonl", ["one"])
+    with pytest.raises(UserError, match=r"a\.jsonl: this folder of the parquet files cannot be made or written to"):
+        list(convert(str(file), file))
 
 
 def test_files_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):

@@ -128,6 +128,11 @@ def test_globs_in_a_bucket_are_those_of_a_folder(tree, pattern):
     assert sorted(file for file in visible if re.fullmatch(_glob_pattern(pattern), file)) == sorted(expected)
 
 
+def test_a_glob_in_a_bucket_that_is_no_pattern_is_named():
+    with pytest.raises(UserError, match=r"sources\.s: s3://bucket/\[z-a\]\.jsonl: not a pattern \(bad character range"):
+        find_files("s", ["s3://bucket/[z-a].jsonl"])
+
+
 def test_a_file_that_changes_between_listing_and_the_end_is_an_error(tree):
     (file,) = find_files("s", [str(tree / "b")])
     changed = (

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prep.__main__ import main
 from prep.build import build
 from prep.config import PrepConfig, SourceConfig
 from prep.inputs.faults import InputError
@@ -180,9 +181,27 @@ def test_reasons_are_few(tmp_path, reasons):
         read(tmp_path / "many.jsonl", filter=f"{reasons}:numbered")
 
 
-def test_reasons_are_counted_and_do_not_stop_a_build(config, titled, reasons, tmp_path):
+def test_reasons_are_counted_and_do_not_stop_a_build(config, titled, reasons, tmp_path, capsys):
     source = {"paths": str(titled), "filter": f"{reasons}:named", "transform": f"{reasons}:text"}
     manifest = build(config(sources={"s": source}, on_error="stop")).manifest
     assert manifest.counts["s"].rejected == {"no title": 1, "too low": 2}
     listed = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert listed[0] == {"source": "s", "file": titled.name, "row": 0, "reason": "too low"}
+    assert main(["show", str(tmp_path / "out")]) == 0
+    assert "1 no title, 2 too low" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out")]) == 0
+    (page,) = tmp_path.rglob("*.html")
+    assert '"too low":2' in page.read_text()
+
+
+@pytest.mark.parametrize("unit_bytes", [1000, 1 << 20], ids=["units of one file", "one unit"])
+def test_reasons_of_a_source_are_few_though_its_files_are_many(config, reasons, tmp_path, unit_bytes):
+    (tmp_path / "files").mkdir()
+    for part in range(5):  # 81 in each
+        lines = "".join(f'{{"id": {number}, "text": ""}}\n' for number in range(81 * part, 81 * (part + 1)))
+        (tmp_path / "files" / f"{part}.jsonl").write_text(lines)
+    source = {"paths": str(tmp_path / "files"), "filter": f"{reasons}:numbered"}
+    with pytest.raises(
+        InputError, match=r"^sources\.s: .* more than 400 different reasons, one of them 'number 400'; "
+    ):
+        build(config(sources={"s": source}, unit_bytes=unit_bytes))

@@ -91,6 +91,13 @@ def test_the_parents_place_in_object_storage_is_refused(parent: Path, tmp_path: 
     assert fetch_branch(f"{run}@step-00000005", tmp_path / "branch", save_remote="s3://bucket/b").step == 5
 
 
+@pytest.mark.parametrize("content", ["a: !!bool maybe", "a: !!timestamp noon", "a: 2020-13-45", "[" * 5000, "\xff"])
+def test_a_parents_configuration_that_no_run_wrote_is_ignored(parent: Path, content: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(parent, tmp_path / "a"))
+    (run / "config.yaml").write_bytes(content.encode("latin-1"))
+    assert fetch_branch(str(run), tmp_path / "branch", save_remote="s3://bucket/b").step == 10
+
+
 def test_the_parents_trial_of_memory_is_taken_over(parent: Path, tmp_path: Path) -> None:
     run, save_folder = Path(shutil.copytree(parent, tmp_path / "a")), tmp_path / "branch"
     (run / "microbatch.json").write_text("{}")

@@ -1,0 +1,119 @@
+"""examples/clean.py with datatrove: what it removes and why, and that `prep` reads what it writes.
+
+datatrove has an environment of its own, requirements/clean.txt: `.venv-clean`, or CLEAN_PYTHON names its interpreter.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prep.build import build
+from prep.config import PrepConfig
+from tests.example_modules import FOLDER
+
+OF_ITS_OWN = FOLDER.parent / ".venv-clean" / "bin" / "python"
+PYTHON = os.environ.get("CLEAN_PYTHON") or (str(OF_ITS_OWN) if OF_ITS_OWN.exists() else sys.executable)
+
+RIVER = (
+    "The river rises in the hills to the north of the town and has been used by mills since the twelfth century. "
+    "Most of them are gone, but the people who live there have kept two of the wheels and the old weir.\n"
+    "In spring the water comes up to the road, and the council puts out signs that tell drivers to be careful. "
+    "A path leads along the bank to a bridge of three arches, built when wool was still carried to the coast."
+)
+BREAD = (
+    "To make this bread you need flour, water, salt and a little of the dough that you have kept from the last loaf. "
+    "Mix them in the evening and leave the bowl in a cool room with a cloth on top of it.\n"
+    "In the morning the dough should be twice as large and full of bubbles; fold it a few times and let it rest. "
+    "Bake it with steam for half an hour, then without until the crust is dark. Write to baker@bread.com for more."
+)
+CHINESE = (
+    "这座城市位于河流的北岸，是全省的经济和文化中心。每年春天，人们都会到江边的公园里散步，看花开，也看船只来往。\n"
+    "在过去的二十年中，城市的面貌有了很大的变化：旧的工厂被改建为博物馆，新的地铁线路把郊区和市中心连接起来。\n"
+    "老人们说，他们年轻的时候，河上只有一座桥，过河要排队等很久。现在已经有了七座桥，而江边的灯光也成为了一道风景。"
+)
+CODE = "".join(f"def part_{name}(values):\n    return [{name} + value for value in values]\n\n" for name in "abcdefg")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _datatrove() -> None:
+    found = subprocess.run([PYTHON, "-c", "import datatrove, jieba, spacy"], capture_output=True)
+    if found.returncode:
+        pytest.skip("needs requirements/clean.txt in .venv-clean, or CLEAN_PYTHON")
+
+
+def clean(*arguments: str | Path) -> tuple[dict[str, int], str]:
+    """Return the counts by what became of documents, and the error output."""
+    done = subprocess.run(
+        [PYTHON, FOLDER / "clean.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    lines = [line.strip().split("  ") for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert lines or done.returncode, done.stderr
+    return {name: int(count.replace(",", "")) for count, name in lines}, done.stderr
+
+
+def records_in(folder: Path) -> list[dict[str, Any]]:
+    lines = [gzip.decompress(file.read_bytes()).splitlines() for file in sorted(folder.glob("*.jsonl.gz"))]
+    return [json.loads(line) for of_file in lines for line in of_file]
+
+
+@pytest.mark.slow
+def test_english_is_cleaned_and_prep_reads_it(tmp_path: Path, config: Callable[..., PrepConfig]) -> None:
+    corpus, out = tmp_path / "corpus" / "web", tmp_path / "cleaned"
+    corpus.mkdir(parents=True)
+    first: list[dict[str, Any]] = [
+        {"text": RIVER, "url": "https://example.com/river"}, {"text": "too short"}, {"title": "no text"},
+        {"text": "Buy now and save the money that you have. " * 40},
+    ]  # fmt: skip
+    lines = [json.dumps(record).encode() for record in first]
+    lines.insert(1, b'{"text": "a bad byte \xff"}')  # what follows it is read
+    second = [{"text": BREAD}, {"text": RIVER.replace("two of the wheels", "some of the wheels")}]
+    (corpus / "0.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    (corpus / "1.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, second)).encode()))
+    counts, _ = clean(corpus, out, "--kind", "en")
+    assert counts == {
+        "read": 7, "written": 2, "removed: near-duplicate": 1, "removed: broken line": 1, "removed: no text": 1,
+        "removed: top_2_gram": 1, "removed: top_3_gram": 1,
+    }  # fmt: skip
+    river, bread = records_in(out / "texts")
+    assert river == {"text": RIVER, "id": "0.jsonl.gz/0", "url": "https://example.com/river"}
+    assert bread["text"] == BREAD.replace("baker@bread.com", "email@example.com")
+    assert clean(corpus, out, "--kind", "en")[0] == counts  # nothing is done again
+    assert "give another folder" in clean(corpus, out, "--kind", "any")[1]
+    manifest = build(config(sources={"web": {"paths": str(out / "texts")}})).manifest
+    assert manifest.counts["web"].documents_read == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "kept", "removed", "reason"),
+    [
+        ("zh", CHINESE, "价格：１２３４ " * 60, "top_2_gram"),
+        ("code", CODE, f"var a={'[0,1],' * 300}0;", "line over 1000 characters"),
+    ],
+)
+def test_other_texts_are_judged_by_their_kind(tmp_path: Path, kind: str, kept: str, removed: str, reason: str) -> None:
+    """With parquet as input and output."""
+    (tmp_path / "corpus").mkdir()
+    table = pa.table({"content": [kept, removed, None], "score": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "corpus" / "0.parquet")
+    arguments = ["--kind", kind, "--text", "content", "--output", "parquet"]
+    counts, _ = clean(tmp_path / "corpus", tmp_path / "out", *arguments)
+    assert counts == {
+        "read": 3, "removed: no content": 1, f"removed: {reason}": 1, "removed: near-duplicate": 0, "written": 1,
+    }  # fmt: skip
+    (written,) = (tmp_path / "out" / "texts").iterdir()
+    assert pq.read_table(written)["text"].to_pylist() == [kept]
