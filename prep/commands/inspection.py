@@ -171,27 +171,28 @@ def run(options: argparse.Namespace) -> int:
     is_found = False
     # A search reads everything, and what is skipped is skipped in the stored order.
     in_order = options.in_order or options.skip > 0 or options.grep is not None
-    with open_data_set(options.out) as data_set, paged() as output:
+    with open_data_set(options.out) as data_set:
         manifest = data_set.manifest()
         streams = selected(
             manifest, split=options.split, source=options.source, bucket=options.bucket, where=options.out
         )
-        # Without a variable for the generator: it must be closed before the data set is.
-        for piece in itertools.islice(
-            _matching(
-                shown_pieces(data_set, manifest, streams)
-                if in_order
-                else random_pieces(data_set, manifest, streams, seed=options.seed),
-                options.grep,
-            ),
-            min(options.skip, sys.maxsize),
-            min(options.skip + options.count, sys.maxsize),
-        ):
-            is_found = True
-            head, _, text = shown(str(piece), lines=True).partition("\n")
-            print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
-            if options.ids:
-                print(piece.shown_ids(), file=output)
+        with paged() as output:
+            # Without a variable for the generator: it must be closed before the data set is.
+            for piece in itertools.islice(
+                _matching(
+                    shown_pieces(data_set, manifest, streams)
+                    if in_order
+                    else random_pieces(data_set, manifest, streams, seed=options.seed),
+                    options.grep,
+                ),
+                min(options.skip, sys.maxsize),
+                min(options.skip + options.count, sys.maxsize),
+            ):
+                is_found = True
+                head, _, text = shown(str(piece), lines=True).partition("\n")
+                print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
+                if options.ids:
+                    print(piece.shown_ids(), file=output)
     if options.grep is not None and not is_found:
         print(f"{shown(options.out)}: no document has {shown(options.grep)!r}", file=sys.stderr)
     return 0
