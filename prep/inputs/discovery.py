@@ -145,6 +145,8 @@ def _walk(source: str, path: str, not_read: dict[str, str]) -> Iterator[tuple[st
         return
     is_pattern = _is_pattern(path)
     names_index = path.lower().endswith(INDEX_SUFFIX)
+    if is_pattern:
+        _check_no_link_leads_back(source, path)
     matches = map(os.path.normpath, glob.glob(path, recursive=True)) if is_pattern else [path]
     for match in matches:
         is_folder = os.path.isdir(match)
@@ -242,6 +244,23 @@ def _leads_back(path: str, top: str) -> bool:
         if f"{os.path.realpath(path)}/".startswith(f"{target}/"):
             return True
     return False
+
+
+def _check_no_link_leads_back(source: str, pattern: str) -> None:
+    """Refuse links to folders above them, which `**` would follow again and again.
+
+    Raises:
+        UserError: there is one.
+    """
+    above, recursive, _ = f"/{pattern}".partition("/**")
+    for top in glob.glob(above.removeprefix("/") or os.curdir) if recursive else ():
+        for folder, folders, _ in os.walk(top, followlinks=True):
+            for path in (f"{folder}/{name}" for name in folders):
+                if _leads_back(path, top):
+                    raise UserError(
+                        f"sources.{source}: {pattern}: `**` never ends at {path}, a link to {os.path.realpath(path)}, "
+                        "which is above it; remove the link, or give the folder itself, where such links are left out"
+                    )
 
 
 def _raise_unreadable(error: OSError) -> None:

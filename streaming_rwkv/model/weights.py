@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import pickletools
 import re
 import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -75,6 +76,7 @@ _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
+_LEGACY_PICKLES = 5  # at its beginning: magic number, version, machine, the object, the keys of its storages
 
 
 def read_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
@@ -192,6 +194,7 @@ def _read_torch_file(path: Path) -> Any:
     is_archive = zipfile.is_zipfile(path)
     if is_archive:
         _check_not_compressed(path)
+    _check_no_bytearray(path, is_archive=is_archive)
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         # Files of the legacy format, without zip, can be read but not mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -203,6 +206,22 @@ def _check_not_compressed(path: Path) -> None:
         compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise ValueError(f"{compressed[0]!r} in it is compressed, which torch never does")
+
+
+def _check_no_bytearray(path: Path, *, is_archive: bool) -> None:
+    """Refuse pickles that ask for a bytearray, which torch would make of any size; it is in no weights."""
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] = stack.enter_context(open(path, "rb"))
+        if is_archive:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            pickles = [stack.enter_context(archive.open(name)) for name in names]
+        else:
+            pickles = [file] * _LEGACY_PICKLES
+        for stream in pickles:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):
+                    raise ValueError("it asks for a bytearray, which is in no weights")
 
 
 def _guarded(read: Callable[[Path], Any], path: Path) -> Any:

@@ -104,6 +104,16 @@ def test_a_link_to_a_folder_above_is_not_followed_and_any_other_is(tree):
     assert names(tree, "a") == ["1.jsonl", "deep/3.json.gz", "deep/er/2.parquet", "other/1.jsonl.zst"]
 
 
+def test_a_link_to_a_folder_above_is_refused_below_two_stars(tree):
+    for name in "xyz":  # 3 ** 40 paths
+        (tree / "a" / "deep" / name).symlink_to(".")
+    with pytest.raises(
+        UserError, match=r"a/\*\*/\*\.jsonl: `\*\*` never ends at .*/a/deep/[xyz], a link to .*/a/deep,"
+    ):
+        names(tree, "a/**/*.jsonl")
+    assert names(tree, "a/*.jsonl") == ["1.jsonl"]
+
+
 def test_a_link_to_nothing_is_an_error(tree):
     (tree / "a" / "gone.jsonl").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"a/gone\.jsonl: cannot be read \(No such file or directory\)"):
