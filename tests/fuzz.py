@@ -457,7 +457,7 @@ def metrics(folder: Path) -> Case:
             history = History(runs=[run])
             tables = [("", summary(history)), ("", last_validation(run) or [[]]), ("", differences([run, run]))]
             for plot in (consecutive(history), overlaid([run, run])):
-                plot_page(plot, before=tables, after=[])
+                plot_page(plot, about="", before=tables, after=[])
             if rng.random() < 0.02:
                 from streaming_rwkv.plot import write_plot
 

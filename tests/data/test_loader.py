@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -31,6 +30,7 @@ from streaming_rwkv.data.setting_names import RUN_SETTINGS
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
+from tests.fork_server import ROOT
 
 TRAIN = {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23}
 WORKERS = [0, 1, 2]
@@ -153,10 +153,8 @@ def test_signals_while_workers_start_stop_none_of_them_and_reach_the_one_that_st
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(numbers)
 
 
-def test_a_process_that_fails_in_mid_iteration_does_not_wait_for_its_workers(data, tmp_path):
+def test_a_process_that_fails_in_mid_iteration_does_not_wait_for_its_workers(data, tmp_path, programs):
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.data.test_loader import data_spec, open_dataset
 dataset, _, _ = open_dataset({str(data)!r}, {str(tmp_path / "cache")!r})
 batches = iter(data_spec(dataset, workers=2, timeout_seconds=20).dataloader)
@@ -164,7 +162,9 @@ next(batches)
 print("one batch", flush=True)
 raise SystemExit(3)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
+    (tmp_path / "program.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = programs.run([sys.executable, tmp_path / "program.py"], env=environment, timeout=250)
     assert (done.returncode, done.stdout) == (3, "one batch\n"), done.stderr
 
 

@@ -378,7 +378,7 @@ def test_inspect_and_report_read_a_remote_data_set(local, store, capsys, tmp_pat
     assert main(["report", str(local), "--to", str(tmp_path / "a")]) == 0
     assert main(["report", store.location, "--to", str(tmp_path / "b")]) == 0
     of_local, of_remote = (json.loads((tmp_path / name / "report.json").read_bytes()) for name in ("a", "b"))
-    assert of_local.pop("location") == str(tmp_path / "a")
+    assert of_local.pop("location") == str(local)
     assert of_remote.pop("location") == store.location
     assert of_local == of_remote
     assert main(["report", store.location]) == 1
