@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --durations=30
+IN_PARALLEL := --numprocesses 3 --dist worksteal
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
 NEXT_BIN := $(NEXT_VENV)/bin
@@ -49,23 +50,22 @@ types-of-examples: $(STAMP)
 imports: $(STAMP)
 	$(BIN)/lint-imports
 
-# Fast tests first: a broken contract shows in a minute, not after the kills. Then whole runs with real kills, object
-# storage and two processes. Each of two workers begins with one half of the tests, whose fixtures and compiled kernels
-# it then has for itself, and takes from the other's half when its own is done.
+# All fast tests, and of the slow ones those that go from end to end: whole runs with real kills, object storage and two
+# processes. Each worker begins with its part of the tests, whose fixtures and compiled kernels it then has for itself,
+# and takes from the others' parts when its own is done. Three workers keep two cores busy: tests of storage wait much.
 test: check
-	$(PYTEST) -m "not slow" -n 2 --dist worksteal
-	$(PYTEST) -m end_to_end -n 2 --dist loadfile
+	$(PYTEST) -m "not slow or end_to_end" $(IN_PARALLEL)
 
 # Everything: `test`, then each further kill, fault and engine; those come last that need the machine for themselves.
 test-all: test test-rest
 
 test-rest: $(STAMP)
-	$(PYTEST) -m "slow and not end_to_end and not alone" -n 2 --dist worksteal
+	$(PYTEST) -m "slow and not end_to_end and not alone" $(IN_PARALLEL)
 	$(PYTEST) -m alone
 
 # The fast tests on newer software than Composer's and Streaming's pins admit: Python 3.12, torch 2.11, transformers 5.
 test-next: $(NEXT_STAMP)
-	$(NEXT_BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	$(NEXT_BIN)/python -m pytest -m "not slow" $(IN_PARALLEL)
 
 $(NEXT_STAMP): pyproject.toml requirements/next.txt requirements/next-no-deps.txt
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)

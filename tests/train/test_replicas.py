@@ -11,7 +11,7 @@ import pytest
 from tests.fork_server import ForkServer
 from tests.train.small_runs import STEPS, TRAIN, SmallRuns, copy_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 REPLICAS = "parallel.replicas=2"
 

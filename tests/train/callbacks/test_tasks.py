@@ -128,12 +128,6 @@ def test_what_is_missing_is_one_error(folder: Path, tmp_path: Path, monkeypatch:
     check_tasks(configured())
 
 
-@pytest.mark.slow  # all tasks of the harness are read
-def test_a_task_that_does_not_exist_is_one_error(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.tasks: colours: no such task in "):
-        load_tasks(configured(tasks=["choices", "colours"], task_folder=str(folder)))
-
-
 def test_tasks_are_scored_at_evaluations_alone() -> None:
     assert configured(task_interval_steps=1000).task_interval_steps == 1000
     with pytest.raises(ConfigError, match=r"task_interval_steps: found 700, .*every 500 steps.*such as 1000"):
