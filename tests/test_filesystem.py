@@ -84,7 +84,7 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"by process {holder.pid}"):
         lock_folder(tmp_path, what="save folder", remedy="take another")
     holder.send_signal(signal.SIGKILL)
-    holder.wait(timeout=10)
+    holder.wait(timeout=250)
     lock_folder(tmp_path, what="save folder", remedy="take another").release()
 
 

@@ -116,7 +116,7 @@ def test_the_death_of_a_worker_ends_the_build_with_advice(corpus, recipe, tokeni
     with started(file) as process:
         one, _ = wait_for(lambda: both if len(both := workers(process.pid)) == 2 else [])
         os.kill(one, signal.SIGKILL)
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=250) == 1
         assert "error: a worker process died" in process.stderr.read()
         wait_for(lambda: not members(process.pid))
     with started(file) as process:

@@ -33,7 +33,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def can_mount() -> bool:
     try:
-        return subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, timeout=10).returncode == 0
+        return subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, timeout=250).returncode == 0
     except FileNotFoundError:
         return False
 
