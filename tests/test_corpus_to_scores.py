@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.fork_server import ROOT, ForkServer
+
 QUESTIONS = [("The sky is", "blue"), ("The grass is", "green"), ("The rose is", "red"), ("The snow is", "white")]
 RECIPE = """
 out: shards
@@ -51,7 +51,7 @@ def write_inputs(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_new_user_goes_from_a_corpus_to_a_score(tmp_path: Path) -> None:
+def test_a_new_user_goes_from_a_corpus_to_a_score(tmp_path: Path, programs: ForkServer) -> None:
     write_inputs(tmp_path)
     environment = {
         **os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
@@ -59,9 +59,7 @@ def test_a_new_user_goes_from_a_corpus_to_a_score(tmp_path: Path) -> None:
     }  # fmt: skip
 
     def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        done = programs.run([sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

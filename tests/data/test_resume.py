@@ -208,6 +208,7 @@ print("open files:", len(os.listdir("/proc/self/fd")))
 """
 
 
+@pytest.mark.slow
 def test_six_sources_of_eight_buckets_need_few_files(tmp_path, write_data_set, programs):
     streams = {(f"s{s}", 8 * b + 1, 8 * b + 8): 2 for s in range(6) for b in range(8)}
     data = write_data_set(tmp_path / "data", streams, validation=dict.fromkeys(streams, 1))

@@ -59,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "hf"
 
 
+@pytest.mark.slow
 def test_transformers_gives_world_ids_from_an_exported_folder(folder: Path, tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
     done = subprocess.run(

@@ -56,7 +56,6 @@ def content_of(store_location: str) -> dict[str, bytes]:
     return content
 
 
-@pytest.mark.end_to_end
 def test_a_run_whose_machine_is_lost_resumes_from_the_bucket_alone(
     write_data_set: Callable[..., Path],
     s3_server: S3Server,

@@ -204,6 +204,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_sixty_steps_equal_the_reference_trainers(tmp_path: Path) -> None:
     first_weights(tmp_path / "first.pth")
     reference = Reference(tmp_path / "first.pth", torch.float64)
