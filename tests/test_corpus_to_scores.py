@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,9 +74,12 @@ def test_a_new_user_goes_from_a_corpus_to_a_score(tmp_path: Path, programs: Fork
     run(ours, "export", "run", "model-hf", "--self-contained", "--dtype", "float32")
     scores = json.loads(run(ours, "evaluate", "run", "--tasks", "colors", "--task-folder", "tasks", "--json"))
     assert scores["tasks/colors/acc"] == 1.0
-    run(
-        "lm_eval", "--model", "hf", "--model_args", "pretrained=model-hf,trust_remote_code=True", "--tasks", "colors",
-        "--include_path", "tasks", "--device", "cpu", "--output_path", "scores",
-    )  # fmt: skip
+    harness = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=model-hf,trust_remote_code=True",
+        "--tasks", "colors", "--include_path", "tasks", "--device", "cpu", "--output_path", "scores",
+    ]  # fmt: skip
+    # A process of its own: libraries read the place of the code that they copy when they are imported.
+    done = subprocess.run(harness, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (tmp_path / "scores").rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["colors"]["acc,none"] == 1.0
