@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ROOT, ForkServer
+from tests.inference.test_tasks import QUESTIONS, write_tasks
 
-QUESTIONS = [("The sky is", "blue"), ("The grass is", "green"), ("The rose is", "red"), ("The snow is", "white")]
 RECIPE = """
 out: shards
 tokenizer: words
@@ -23,31 +24,16 @@ pack_tokens: 256
 edges: [256]
 validation: 0.05
 """
-TASK = """
-task: colors
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{metric: acc}]
-"""
+SCORES = ("colors/acc", "color_words/exact_match", "color_answers/acc")
 
 
 def write_inputs(folder: Path) -> None:
-    texts = [f"{question} {answer}." for question, answer in QUESTIONS]
+    texts = [f"{question} {choices[label]}." for question, choices, label in QUESTIONS]
     lines = [json.dumps({"text": f"{texts[i % 4]} {texts[(i + i // 4) % 4]}"}) for i in range(400)]
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "mine.yaml").write_text(RECIPE)
-    colors = [answer for _, answer in QUESTIONS]
-    rows = [
-        json.dumps({"question": question, "choices": colors, "label": i}) for i, (question, _) in enumerate(QUESTIONS)
-    ]
-    (folder / "colors.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "tasks").mkdir()
-    (folder / "tasks" / "colors.yaml").write_text(TASK.replace("FILE", str(folder / "colors.jsonl")))
+    write_tasks(folder / "tasks")
 
 
 @pytest.mark.slow
@@ -72,14 +58,20 @@ def test_a_new_user_goes_from_a_corpus_to_a_score(tmp_path: Path, programs: Fork
         "model.hidden_size=64", "model.num_layers=2", "data.stages.0.passes=10",
     )  # fmt: skip
     run(ours, "export", "run", "model-hf", "--self-contained", "--dtype", "float32")
-    scores = json.loads(run(ours, "evaluate", "run", "--tasks", "colors", "--task-folder", "tasks", "--json"))
+    tasks = ",".join(score.partition("/")[0] for score in SCORES)
+    scores = json.loads(run(ours, "evaluate", "run", "--tasks", tasks, "--task-folder", "tasks", "--json"))
     assert scores["tasks/colors/acc"] == 1.0
     harness = [
         sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=model-hf,trust_remote_code=True",
-        "--tasks", "colors", "--include_path", "tasks", "--device", "cpu", "--output_path", "scores",
+        "--tasks", tasks, "--include_path", "tasks", "--device", "cpu", "--output_path", "scores",
     ]  # fmt: skip
     # A process of its own: libraries read the place of the code that they copy when they are imported.
     done = subprocess.run(harness, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (tmp_path / "scores").rglob("results_*.json")
-    assert json.loads(file.read_text())["results"]["colors"]["acc,none"] == 1.0
+    results = json.loads(file.read_text())["results"]
+    theirs = {f"{task}/{key.partition(',')[0]}": value for task in results for key, value in results[task].items()}
+    assert [theirs[score] for score in SCORES] == [scores[f"tasks/{score}"] for score in SCORES]
+    perplexities = theirs["color_answers/perplexity"], scores["tasks/color_answers/perplexity"]
+    found, expected = map(math.log, perplexities)
+    assert found == pytest.approx(expected, rel=1e-4)  # sums of float32 log-likelihoods, in another order

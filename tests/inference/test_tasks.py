@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +14,6 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from streaming_rwkv.inference.command_line import evaluate as main
-from streaming_rwkv.inference.export import export
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
@@ -92,11 +87,16 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tasks")
+    write_tasks(place)
+    return place
+
+
+def write_tasks(place: Path) -> None:
+    """Write the tasks and their questions, which also the way from a corpus to scores asks."""
     lines = [json.dumps({"question": q, "choices": c, "label": a}) for q, c, a in QUESTIONS]
     (place / "colors.jsonl").write_text("\n".join(lines) + "\n")
     for name, text in TASKS.items():
         (place / f"{name}.yaml").write_text(text.replace("FILE", str(place / "colors.jsonl")))
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -171,35 +171,3 @@ def test_what_is_missing_is_named(
     other.write_bytes(overfitted.read_bytes())
     assert main([str(other), "--tasks", "colors", "--task-folder", str(folder)]) == 1
     assert "no tokenizer is stored with it; name one with --tokenizer" in capsys.readouterr().err
-
-
-def test_the_harness_finds_the_same_scores_in_a_self_contained_export(
-    overfitted: Path, words: Tokenizer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a user runs it: no option but the folder and that its code may run."""
-    tasks = "colors,color_words,color_answers"
-    ours = metrics_of(capsys, overfitted, "--tasks", tasks, "--task-folder", folder)
-    export(overfitted, tmp_path / "hf", dtype=torch.float32, tokenizer=words, self_contained=True)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "lm_eval", "--model", "hf",
-            "--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True",
-            "--tasks", tasks, "--include_path", folder, "--device", "cpu", "--output_path", tmp_path / "scores",
-        ],
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "scores").rglob("results_*.json")
-    theirs = {
-        f"tasks/{task}/{key.partition(',')[0]}": value
-        for task, values in json.loads(file.read_text())["results"].items()
-        for key, value in values.items()
-        if isinstance(value, float | int) and "," in key
-    }
-    for name in ("colors/acc", "color_words/exact_match", "color_answers/acc"):
-        assert theirs[f"tasks/{name}"] == ours[f"tasks/{name}"]
-    assert (ours["tasks/colors/acc"], ours["tasks/color_answers/acc"]) == (1.0, 0.25)
-    # Sums of float32 log-likelihoods, in another order
-    found, expected = (math.log(scores["tasks/color_answers/perplexity"]) for scores in (theirs, ours))
-    assert found == pytest.approx(expected, rel=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.ops import definitions
+from tests.fork_server import ForkServer
 
 Build = Callable[..., RWKV7]
 BOUNDS = torch.tensor([0, 5, 6, 23, 32], dtype=torch.int32)  # and four rows of padding
@@ -94,11 +94,11 @@ def test_gradients_reach_the_initial_state_of_a_layer(random_model: Build) -> No
 
 
 @pytest.mark.slow
-def test_sharded_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+def test_sharded_gradients_are_those_of_one_process(tmp_path: Path, programs: ForkServer) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
         "--nproc-per-node=2", str(Path(__file__).with_name("fused_worker.py")),
     ]  # fmt: skip
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    result = programs.run(command, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("gradients equal") == 2

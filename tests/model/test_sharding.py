@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import write_pth
+from tests.fork_server import ForkServer
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
@@ -23,22 +23,16 @@ def batch(rank: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., RWKV7]) -> list[dict[str, Any]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., RWKV7], programs: ForkServer
+) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     write_pth(model_state(random_model()), folder / "model.pth", dtype=torch.float32)
     for rank in (0, 1):
         torch.save(batch(rank), folder / f"batch{rank}.pt")
     worker = Path(__file__).with_name("sharded_worker.py")
-    processes = [
-        subprocess.Popen([sys.executable, worker, folder, str(rank)], stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in processes] == [0, 0], b"\n".join(errors).decode()
+    processes = [programs.popen([sys.executable, worker, folder, str(rank)]) for rank in (0, 1)]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     return [torch.load(folder / f"result{rank}.pt") for rank in (0, 1)]
 
 

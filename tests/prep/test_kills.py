@@ -80,7 +80,7 @@ def test_a_build_killed_at_random_moments_gives_the_same_bytes(corpus, recipe, t
 
     rng = random.Random(1)
     kills = builds = 0
-    while kills < 10:
+    while kills < 6:
         out = tmp_path / f"killed{builds}"
         builds += 1
         finished = False

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from streaming_rwkv.train.checkpoints.local import (
 from streaming_rwkv.train.checkpoints.record import Progress
 from streaming_rwkv.train.config import OptimizerConfig
 from streaming_rwkv.train.optimizer import build_optimizer
+from tests.fork_server import ForkServer
 
 RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
 
@@ -338,13 +338,13 @@ def before_a_kill(base: Path, situation: str) -> None:
     ("situation", "keep"), [("plain", 0), ("after an interrupted write", 1), ("over a damaged one", 2)]
 )
 def test_a_kill_between_any_two_file_operations_leaves_the_last_or_the_new_checkpoint(
-    situation: str, keep: int, tmp_path: Path
+    situation: str, keep: int, tmp_path: Path, programs: ForkServer
 ) -> None:
     before_a_kill(tmp_path / "base", situation)
     out = tmp_path / "out"
     out.mkdir()
     worker = Path(__file__).with_name("save_worker.py")
-    subprocess.run([sys.executable, worker, tmp_path / "base", out, "3", str(keep)], check=True, timeout=200)
+    programs.run([sys.executable, worker, tmp_path / "base", out, "3", str(keep)], check=True, timeout=600)
     folders = sorted(out.iterdir())
     assert len(folders) > 10  # one for each moment of a kill, and the last without one
     chosen = []
