@@ -220,7 +220,7 @@ def _check_no_bytearray(path: Path, *, is_archive: bool) -> None:
             pickles = [file] * _LEGACY_PICKLES
         for stream in pickles:
             for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):
+                if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
                     raise ValueError("it asks for a bytearray, which is in no weights")
 
 
