@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module", autouse=True)
 def _harness(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("lm_eval", reason="comes with the extra `tasks`, and with `dev`")
     import_harness(tmp_path_factory.mktemp("datasets"))
 
 
