@@ -252,8 +252,11 @@ def _check_no_link_leads_back(source: str, pattern: str) -> None:
     Raises:
         UserError: there is one.
     """
-    above, recursive, _ = f"/{pattern}".partition("/**")
-    for top in glob.glob(above.removeprefix("/") or os.curdir) if recursive else ():
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return
+    above = "/".join(parts[: parts.index("**")]) or ("/" if pattern.startswith("/") else os.curdir)
+    for top in glob.glob(above):
         for folder, folders, _ in os.walk(top, followlinks=True):
             for path in (f"{folder}/{name}" for name in folders):
                 if _leads_back(path, top):

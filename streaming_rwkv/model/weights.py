@@ -14,6 +14,7 @@ the model is inferred. No reader runs code from a file: only tensors and plain v
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 import pickletools
@@ -23,7 +24,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -210,15 +211,10 @@ def _check_not_compressed(path: Path) -> None:
 
 def _check_no_bytearray(path: Path, *, is_archive: bool) -> None:
     """Refuse pickles that ask for a bytearray, which torch would make of any size; it is in no weights."""
-    with contextlib.ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(open(path, "rb"))
-        if is_archive:
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            pickles = [stack.enter_context(archive.open(name)) for name in names]
-        else:
-            pickles = [file] * _LEGACY_PICKLES
-        for stream in pickles:
+    with open(path, "rb") as file:
+        # torch's own reader sees what torch will load; zipfile refuses archives that torch saved without checksums.
+        stream = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")) if is_archive else file
+        for _ in range(1 if is_archive else _LEGACY_PICKLES):
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
                     raise ValueError("it asks for a bytearray, which is in no weights")

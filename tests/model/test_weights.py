@@ -310,6 +310,17 @@ def test_a_pickle_that_cannot_be_meant_is_damaged(pickled: bytes, error: str, tm
         read_model(tmp_path / "x.pth")
 
 
+def test_an_archive_without_checksums_is_read(random_model: Build, tmp_path: Path) -> None:
+    state = model_state(random_model())
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(state, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = read_state(tmp_path / "x.pth")
+    assert all(torch.equal(found[name], weight) for name, weight in state.items())
+
+
 def test_a_bytearray_is_refused_in_the_format_without_an_archive(tmp_path: Path) -> None:
     torch.save({"emb.weight": torch.zeros(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "x.pth").read_bytes()
