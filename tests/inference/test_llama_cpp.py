@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers, trainers
 
 from streaming_rwkv.inference.export import export
-from streaming_rwkv.model.init import initialize
-from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import write_pth
-from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import load_tokenizer
+from tests.inference.small_models import bpe, random_model
 
 llama_cpp: Any = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.slow
@@ -29,33 +26,14 @@ TEXTS = [
 NEW_TOKENS = 24
 
 
-def bpe(folder: Path) -> Tokenizer:
-    words = tokenizers.Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    words.train_from_iterator(["the cat and the hat and the bat", *TEXTS] * 3, trainer)
-    folder.mkdir()
-    words.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder, bos_token="<end>", eos_token="<end>")
-
-
-def random_model(vocab_size: int) -> RWKV7:
-    model = RWKV7(RWKV7Config(vocab_size=vocab_size, hidden_size=128, num_layers=3))
-    initialize(model, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
 @pytest.mark.parametrize("vocabulary", ["rwkv-world", "bpe"])
 def test_llama_cpp_gives_our_ids_logits_and_greedy_text(vocabulary: str, tmp_path: Path) -> None:
-    words = load_tokenizer("rwkv-world") if vocabulary == "rwkv-world" else bpe(tmp_path / "words")
-    model = random_model(words.vocab_size)
+    words = (
+        load_tokenizer("rwkv-world")
+        if vocabulary == "rwkv-world"
+        else bpe(tmp_path / "words", vocab_size=300, texts=TEXTS)
+    )
+    model = random_model(vocab_size=words.vocab_size)
     write_pth(model_state(model), tmp_path / "model.pth", dtype=torch.float32)
     export(tmp_path / "model.pth", tmp_path / "model.gguf", dtype=torch.float32, tokenizer=words)
     llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=512, n_threads=1, logits_all=True, verbose=False)

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.export import export
 from streaming_rwkv.inference.sampling import generate_tokens
-from streaming_rwkv.model.init import initialize
-from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import read_model, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from tests.inference.small_models import bpe, random_model
 
 TEXTS = ["the cat", "", "the bat and the hat and the cat and the hat", "新しい\n\n <end>"]
 NEW_TOKENS = 12
@@ -33,31 +31,6 @@ ROWS = [
     [5, 96, 0, 0, 31, 7, 8, 42, 1, 64, 13],
     [3],
 ]
-
-
-def bpe(folder: Path) -> Tokenizer:
-    words = tokenizers.Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    words.train_from_iterator(["the cat and the hat and the bat"] * 3, trainer)
-    folder.mkdir()
-    words.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder, bos_token="<end>", eos_token="<end>")
-
-
-def random_model(**shape: int) -> RWKV7:
-    """A model of which every weight matters: at the initialization many are 0."""
-    model = RWKV7(RWKV7Config(**{"vocab_size": 270, "hidden_size": 128, "num_layers": 3, **shape}))
-    initialize(model, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @dataclass(frozen=True, kw_only=True)
