@@ -59,9 +59,10 @@ test: check
 # Everything: `test`, then each further kill, fault and engine; those come last that need the machine for themselves.
 test-all: test test-rest
 
+# Only files that have such tests are read: importing all of them takes half a minute of each worker.
 test-rest: $(STAMP)
-	$(PYTEST) -m "slow and not end_to_end and not alone" $(IN_PARALLEL)
-	$(PYTEST) -m alone
+	$(PYTEST) -m "slow and not end_to_end and not alone" $(IN_PARALLEL) $$(grep -rlE 'mark\.(slow|alone)' tests --include='test_*.py' | sort)
+	$(PYTEST) -m alone $$(grep -rl 'mark\.alone' tests --include='test_*.py' | sort)
 
 # The fast tests on newer software than Composer's and Streaming's pins admit: Python 3.12, torch 2.11, transformers 5.
 test-next: $(NEXT_STAMP)

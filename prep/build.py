@@ -35,7 +35,6 @@ from prep.execution.work_folder import (
     uses_reference,
 )
 from prep.inputs.decontamination import read_evaluation
-from prep.inputs.files import InputFile, Unit
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from prep.stages.assembly import ShardUploads, assemble, publish_locally
@@ -49,6 +48,8 @@ from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import Manifest
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+
+_PUBLISHED = (STATISTICS_NAME, REJECTED_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +75,28 @@ def build(
         UserError: anything that its text says how to fix; finished work is kept.
     """
     observer = observer or Observer()
-    files = _found_files(config, observer)
+    check_folder_is_no_input(config)
+    files = find_sources(config.sources)
+    observer.inputs(files, config)
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     state = build_state(config, tokenizer.record(), files)
     with contextlib.closing(open_store(config.out)) if is_remote(config.out) else nullcontext() as store:
         manifest, _ = _find_earlier(state, store, accept_changes=accept_changes)
         if manifest is not None:
-            if has_finished_work(config):
+            if has_finished_work(config.work_folder):
                 with locked(config.work_folder):
-                    _clear(config)
+                    clear_work(config, published=_PUBLISHED)
             return BuildResult(manifest=manifest, was_finished=True)
-        context = _context(config, _checked_units(config, files), tokenizer)
+        check_text_keys(config.sources, files)
+        context = BuildContext(
+            config=config,
+            recipe=state.values["config"],
+            units=plan_units(config.sources, unit_bytes=config.unit_bytes, files=files),
+            vocab_size=tokenizer.vocab_size,
+            loaded_tokenizer=tokenizer,
+            evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
+            by_reference=uses_reference(config.work_folder),
+        )
         with explained_write_errors(context.folder), locked(context.work_folder):
             # Another build may have worked here until this one held the lock.
             manifest, changes = _find_earlier(state, store, accept_changes=accept_changes)
@@ -98,48 +110,38 @@ def build(
                 store.close()  # before workers are forked: they would inherit its connections
             save_tokenizer(tokenizer, context)
             discard_unaudited(context)
-            try:
-                manifest = _run_stages(context, tokenizer, observer, store, state, fork=fork)
-            except AuditError as error:
-                if context.by_reference:
-                    raise
-                warn_of_reference(error)
-                context = switch_to_reference(context, str(error))
-                # Without fork: the reference has encoded texts in this process, so it has threads.
-                manifest = _run_stages(context, tokenizer, observer, store, state, fork=False)
+            manifest = _run_audited(context, tokenizer, observer, store, state, fork=fork)
             if store is None:
                 publish_locally(context, manifest)
-            _clear(config)
+            clear_work(config, published=_PUBLISHED)
     return BuildResult(manifest=manifest, was_finished=False)
-
-
-def _found_files(config: PrepConfig, observer: Observer) -> dict[str, list[InputFile]]:
-    check_folder_is_no_input(config)
-    files = find_sources(config.sources)
-    observer.inputs(files, config)
-    return files
-
-
-def _checked_units(config: PrepConfig, files: dict[str, list[InputFile]]) -> tuple[Unit, ...]:
-    check_text_keys(config.sources, files)
-    return plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
-
-
-def _context(config: PrepConfig, units: tuple[Unit, ...], tokenizer: Tokenizer) -> BuildContext:
-    return BuildContext(
-        config=config,
-        units=units,
-        vocab_size=tokenizer.vocab_size,
-        loaded_tokenizer=tokenizer,
-        evaluation=read_evaluation(config.decontaminate) if config.decontaminate else None,
-        by_reference=uses_reference(config),
-    )
 
 
 def _find_earlier(state: BuildState, store: Store | None, *, accept_changes: bool) -> tuple[Manifest | None, list[str]]:
     """Return the manifest if this build has finished before, and otherwise the changes since it was started."""
     manifest = find_local_manifest(state.config.folder) if store is None else find_manifest(store)
     return manifest, check_resumable(state, manifest=manifest, accept_changes=accept_changes)
+
+
+def _run_audited(
+    context: BuildContext,
+    tokenizer: Tokenizer,
+    observer: Observer,
+    store: Store | None,
+    state: BuildState,
+    *,
+    fork: bool,
+) -> Manifest:
+    """Run all stages, and if the fast tokenizer is found to differ from its reference, all again with the reference."""
+    try:
+        return _run_stages(context, tokenizer, observer, store, state, fork=fork)
+    except AuditError as error:
+        if context.by_reference:
+            raise
+        warn_of_reference(error)
+        context = switch_to_reference(context, str(error))
+        # Without fork: the reference has encoded texts in this process, so it has threads.
+        return _run_stages(context, tokenizer, observer, store, state, fork=False)
 
 
 def _run_stages(
@@ -181,7 +183,3 @@ def _pack(
     uploads = ShardUploads(transfers, windows, work_folder=context.work_folder) if transfers is not None else None
     records = run_step("packing", run, pack_window, windows, sizes, observer, uploads.add if uploads else None)
     return list(zip(windows, records, strict=True))
-
-
-def _clear(config: PrepConfig) -> None:
-    clear_work(config, published=(STATISTICS_NAME, REJECTED_NAME))

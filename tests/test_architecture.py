@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -176,6 +177,25 @@ def test_every_package_is_installed() -> None:
     assert listed == found
 
 
+def check_walk(walk: str) -> None:
+    stops, returns = map(int, re.findall(r"(\d+) stops, (\d+) returns", walk)[0])
+    assert stops <= 25
+    assert returns <= 5
+
+
+def test_a_recipe_takes_a_short_way(tmp_path: Path, programs: ForkServer) -> None:
+    (tmp_path / "web.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    values = {"out": "data", "tokenizer": "rwkv-world", "sources": {"web": {"paths": "web.jsonl"}}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "tools.config_walk", "prep", "build", "recipe.yaml"]
+    for workers in (1, 2):
+        settings = [f"workers={workers}", f"out=data{workers}"]
+        walk = programs.run([*command, *settings], cwd=tmp_path, timeout=300, check=True).stdout
+        assert "prep/build.py: build\n" in walk
+        assert ("prep/inputs/readers.py: read_unit\n" in walk) == (workers == 1)
+        check_walk(walk)
+
+
 @pytest.mark.slow
 def test_the_configuration_of_a_run_takes_a_short_way(
     write_data_set: Callable[..., Path], tmp_path: Path, programs: ForkServer
@@ -185,6 +205,4 @@ def test_the_configuration_of_a_run_takes_a_short_way(
     command = [sys.executable, "-m", "tools.config_walk", "streaming_rwkv.train", *settings]
     walk = programs.run(command, cwd=ROOT, timeout=300, check=True).stdout
     assert "streaming_rwkv/train/prepare.py: prepare\n" in walk
-    stops, returns = map(int, re.findall(r"(\d+) stops, (\d+) returns", walk)[0])
-    assert stops <= 25
-    assert returns <= 5
+    check_walk(walk)

@@ -42,12 +42,13 @@ class Walk(NamedTuple):
 def follow(module: str, arguments: list[str]) -> Walk:
     """Run a program of ours in this process, and note what its configuration passes through."""
     calls: list[tuple[str, str]] = []
+    seen: set[FrameType] = set()  # a generator is called once and resumed often
     has_ended = False
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         nonlocal has_ended
         code = frame.f_code
-        if has_ended or event != "call" or not code.co_filename.startswith(PACKAGES):
+        if has_ended or event != "call" or not code.co_filename.startswith(PACKAGES) or frame in seen:
             return
         here = str(Path(code.co_filename).relative_to(ROOT))
         has_ended = (here, code.co_name) == FIRST_STEP
@@ -56,6 +57,7 @@ def follow(module: str, arguments: list[str]) -> Walk:
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         passed = (frame.f_locals.get(name) for name in names if name != "self")
         if not code.co_name.startswith("<") and any(map(_is_config, passed)) and here not in OWN:
+            seen.add(frame)
             calls.append((here, code.co_name))
 
     program = importlib.import_module(f"{module}.__main__")

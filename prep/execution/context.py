@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class BuildContext:
     config: PrepConfig
     units: tuple[Unit, ...]
     vocab_size: int
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The settings that decide the output, for the manifest; workers do not have them."""
     loaded_tokenizer: Tokenizer | None = None
     evaluation: Evaluation | None = None
     """Texts that documents must not contain."""

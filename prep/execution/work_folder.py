@@ -81,9 +81,9 @@ def _audited_folder(context: BuildContext, unit: Unit) -> Path:
     return done_folder(context.work_folder, f"{_AUDITED_FOLDER}/{unit.name}")
 
 
-def uses_reference(config: PrepConfig) -> bool:
+def uses_reference(work_folder: Path) -> bool:
     """Return whether an earlier start of this build has found the fast tokenizer to differ from its reference."""
-    return (config.work_folder / _BY_REFERENCE_NAME).exists()
+    return (work_folder / _BY_REFERENCE_NAME).exists()
 
 
 def switch_to_reference(context: BuildContext, reason: str) -> BuildContext:
@@ -113,9 +113,9 @@ def keep_units_only(context: BuildContext, changes: Sequence[str]) -> BuildConte
     return context
 
 
-def has_finished_work(config: PrepConfig) -> bool:
+def has_finished_work(work_folder: Path) -> bool:
     """Return whether finished tasks are left, as after a kill between the manifest and the end of the build."""
-    return (config.work_folder / DONE_FOLDER).exists()
+    return (work_folder / DONE_FOLDER).exists()
 
 
 def clear_work(config: PrepConfig, *, published: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ _EXPECTED = (
     "files must end in .parquet, .jsonl, .ndjson, .jsonlines or .json, all but the first also with .gz, .zst, .bz2 "
     "or .xz"
 )
+_PLAIN_TEXT = "; write one JSON object a document, as docs/preparation.md shows for plain text"
 _UNDERSCORE = "beginning with '_'"
 _ENDINGS_SHOWN = 8
 _LONGEST_ENDING = 12  # a longer one is not a file type
@@ -45,7 +46,8 @@ def find_files(source: str, paths: list[str]) -> list[InputFile]:
             has = f" (it has {_counted(not_read_below)})" if not_read_below else ""
             has_index = INDEX_SUFFIX in not_read_below.values()
             index = f"; {INDEX_SUFFIX} files are read where `paths` ends in {INDEX_SUFFIX}" if has_index else ""
-            raise UserError(f"sources.{source}: no file to read below {path}{has}; {_EXPECTED}{index}")
+            plain_text = _PLAIN_TEXT if ".txt" in not_read_below.values() else ""
+            raise UserError(f"sources.{source}: no file to read below {path}{has}; {_EXPECTED}{index}{plain_text}")
         below |= _ids_beside(source, below)
         found |= below
         not_read |= not_read_below
@@ -204,7 +206,8 @@ def _is_pattern(path: str) -> bool:
 
 def _check_suffix(source: str, path: str) -> None:
     if not path.lower().endswith(SUFFIXES):
-        raise UserError(f"sources.{source}: {path}: cannot be read; {_EXPECTED}")
+        plain_text = _PLAIN_TEXT if path.lower().endswith(".txt") else ""
+        raise UserError(f"sources.{source}: {path}: cannot be read; {_EXPECTED}{plain_text}")
 
 
 def _is_wanted(path: str, not_read: dict[str, str], *, names_index: bool = False) -> bool:

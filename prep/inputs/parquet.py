@@ -69,11 +69,16 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
             with _naming(file, f"broken parquet after row {row}"):
                 batch = next(batches, None)
                 if batch is None:
-                    return
+                    break
                 values = _records(batch) if config.has_hooks else _strings(batch.column(0))
             numbers = np.arange(row, row + batch.num_rows)
             row += batch.num_rows
             yield numbers, values, size * batch.num_rows // rows
+        if row != part.first_row + rows:  # a damaged footer: pyarrow reads a column without metadata as empty
+            raise InputError(
+                f"{file.path}: broken parquet after row {row} (of {part.first_row + rows} that its footer promises); "
+                "download it again"
+            )
 
 
 def _text_bytes(row_group: Any, text: str) -> int:

@@ -6,6 +6,7 @@ files together.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from prep.config import SourceConfig
 from prep.inputs.discovery import find_files
 from prep.inputs.files import IDS_SUFFIX, INDEX_SUFFIX, LINES_SUFFIXES, InputFile, Part, Unit, opened
 from prep.inputs.hooks import source_identity
-from prep.inputs.parquet import read_parquet_layout
+from prep.inputs.layouts import Layout, read_parquet_layouts
 from prep.inputs.token_ids import read_ids_layout
 from streaming_rwkv.location import is_remote
 
@@ -70,21 +71,24 @@ def _digest(values: Any) -> str:
 def _all_parts(files: list[InputFile], config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     ids = {file.path[: -len(IDS_SUFFIX)]: file for file in files if file.suffix == IDS_SUFFIX}
     files = [file for file in files if file.suffix != IDS_SUFFIX]
+    parquet_files = [file for file in files if file.suffix == ".parquet"]
+    layouts = dict(zip((file.path for file in parquet_files), read_parquet_layouts(parquet_files, config), strict=True))
+    read_parts = functools.partial(_parts, layouts=layouts, ids=ids, unit_bytes=unit_bytes)
     if not any(is_remote(file.path) for file in files):
         for file in files:
-            yield from _parts(file, config, unit_bytes, ids)
+            yield from read_parts(file)
         return
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for S3
-        for parts in pool.map(lambda file: list(_parts(file, config, unit_bytes, ids)), files):
+        for parts in pool.map(lambda file: list(read_parts(file)), files):
             yield from parts
 
 
 def _parts(
-    file: InputFile, config: SourceConfig, unit_bytes: int, ids: dict[str, InputFile]
+    file: InputFile, *, layouts: dict[str, Layout], ids: dict[str, InputFile], unit_bytes: int
 ) -> Iterator[tuple[Part, int]]:
     """Yield a file's parts with their sizes, about `unit_bytes` each if the format can be divided."""
     if file.suffix == ".parquet":
-        yield from _row_group_parts(file, config, unit_bytes)
+        yield from _row_group_parts(file, layouts[file.path], unit_bytes)
     elif file.suffix == INDEX_SUFFIX:
         of_file = ids[file.path[: -len(INDEX_SUFFIX)]]
         for first_row, rows, size in read_ids_layout(file, of_file, unit_bytes=unit_bytes):
@@ -95,10 +99,10 @@ def _parts(
         yield Part(file=file), file.size
 
 
-def _row_group_parts(file: InputFile, config: SourceConfig, unit_bytes: int) -> Iterator[tuple[Part, int]]:
+def _row_group_parts(file: InputFile, layout: Layout, unit_bytes: int) -> Iterator[tuple[Part, int]]:
     groups: list[int] = []
     size = rows = first_row = 0
-    for index, (row_group_bytes, row_group_rows) in enumerate(read_parquet_layout(file, config)):
+    for index, (row_group_bytes, row_group_rows) in enumerate(layout):
         if groups and size + row_group_bytes > unit_bytes:
             yield Part(file=file, first_row=first_row, row_groups=tuple(groups)), size
             first_row, groups, size, rows = first_row + rows, [], 0, 0

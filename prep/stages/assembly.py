@@ -18,7 +18,6 @@ from prep.dataset.shard_writer import write_index
 from prep.dataset.upload import Transfers
 from prep.execution.context import BuildContext, unit_task
 from prep.execution.task_store import done_folder
-from prep.inputs.hooks import recipe_identity
 from prep.stages.distributions import statistics_bytes
 from prep.stages.packing import shard_format
 from prep.stages.records import PackedWindow, UnitRecord, Window, WindowRecord
@@ -68,7 +67,7 @@ def assemble(
         pack_tokens=context.config.pack_tokens,
         edges=context.config.edges,
         tokenizer=tokenizer.record(),
-        config=recipe_identity(context.config),
+        config=context.recipe,
         counts=counts,
         streams=[stream for stream in streams if stream is not None],
     )

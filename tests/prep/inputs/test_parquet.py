@@ -270,3 +270,23 @@ def test_a_parquet_file_that_is_broken_inside_is_an_error(tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.parquet: broken parquet after row \d+ .*; download it again"):
         read(file)
+
+
+def test_a_file_that_ends_the_process_which_reads_it_is_named(tmp_path: Path) -> None:
+    for name in "abc":
+        write_parquet(tmp_path / f"{name}.parquet", pa.array(["one", "two"]))
+    broken = tmp_path / "b.parquet"
+    content = broken.read_bytes()
+    # In the footer the column becomes required, so the histogram of its levels is too long.
+    assert content.count(b"\x25\x02\x18\x04text") == 1
+    broken.write_bytes(content.replace(b"\x25\x02\x18\x04text", b"\x25\x00\x18\x04text"))
+    assert refusal(tmp_path) == f"{broken}: cannot be read as parquet (pyarrow crashes); download it again"
+
+
+def test_rows_that_the_footer_promises_and_the_columns_lack_are_missed(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", pa.array(["one", "two"]))
+    content = file.read_bytes()
+    # Field 3 of each column's struct, its metadata, becomes field 10, which nobody knows: pyarrow reads no rows.
+    assert content.count(b"\x26\x00\x1c") == 2
+    file.write_bytes(content.replace(b"\x26\x00\x1c", b"\x26\x00\x8c"))
+    assert "broken parquet after row 0 (of 2 that its footer promises); " in refusal(file)
