@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,20 +28,26 @@ def test_a_link_of_the_repository_is_one_of_the_site(page: str, link: str, targe
     assert site_path(target) == on_site
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path: Path) -> None:
-    mkdocs = Path(sys.executable).with_name("mkdocs")
-    done = subprocess.run(
-        [mkdocs, "build", "--strict", "--site-dir", tmp_path / "site"],
-        cwd=ROOT,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
+def test_a_page_that_loads_from_the_network_stops_the_build(tmp_path: Path) -> None:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.exceptions import PluginError
+
+    from tools.docs_site import on_post_build
+
+    config = MkDocsConfig()
+    config.site_dir = str(tmp_path)
+    page = tmp_path / "index.html"
+    page.write_text(
+        '<a href="https://a.b/c">c</a> <script src="assets/x.js"></script> <img alt="" src="docs/report.png">'
     )
-    assert done.returncode == 0, done.stderr
-    pages = {page.name: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
-    assert {"index.html", "api.html", "prep_settings.html", "kernels.html", "changelog.html"} <= set(pages)
-    for name, text in pages.items():
-        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="([^"]*)"', text)
-        assert [address for address in loaded if "//" in address] == [], name
-    assert "load_tokenizer" in pages["api.html"]
+    on_post_build(config)
+    page.write_text(page.read_text() + '<link rel="stylesheet" href="https://fonts.example/roboto.css">')
+    with pytest.raises(PluginError, match=r"index\.html: loads https://fonts\.example/roboto\.css; "):
+        on_post_build(config)
+
+
+@pytest.mark.parametrize(("package", "name"), [("streaming_rwkv", "load_tokenizer"), ("prep", "build")])
+def test_public_names_are_in_the_reference(package: str, name: str) -> None:
+    from tools.docs_site import public_names
+
+    assert f"::: {package}.{name}" in public_names(package).splitlines()

@@ -5,6 +5,8 @@ These tests need the package index, as `make test` does to build its own environ
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import importlib.metadata
 import importlib.util
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
@@ -32,6 +34,8 @@ MODULES = {
     "mosaicml": "composer",
     "mosaicml-streaming": "streaming",
 }
+HIDDEN = ("PYTHON", "VIRTUAL_ENV", "AWS_", "S3_", "LOCAL_RANK", "RAY_ADDRESS")
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN)}
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,11 +52,9 @@ class Environment:
 
     def run(self, *arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
         """`python ARGUMENTS`, without what this process's environment says about Python or S3."""
-        hidden = ("PYTHON", "VIRTUAL_ENV", "AWS_", "S3_", "LOCAL_RANK", "RAY_ADDRESS")
-        outside = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         return subprocess.run(
             [self.folder / "bin" / "python", *arguments],
-            cwd=self.work, env={**outside, **settings}, capture_output=True, text=True,
+            cwd=self.work, env=OUTSIDE | settings, capture_output=True, text=True,
         )  # fmt: skip
 
     def succeed(self, *arguments: str | Path, **settings: str) -> str:
@@ -82,29 +84,51 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def new_environment(folder: Path, *, pip: bool = True) -> Environment:
-    subprocess.run([sys.executable, "-m", "venv", *([] if pip else ["--without-pip"]), folder], check=True)
-    work = folder.with_name(f"{folder.name}-work")
-    work.mkdir()
-    return Environment(folder=folder, work=work)
+@contextlib.contextmanager
+def made_once(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, bool]]:
+    """A folder that the workers of a test session share, and whether the one that now holds it has to fill it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"fresh-{name}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder, not (folder / "complete").exists()
+        (folder / "complete").touch()
 
 
-@pytest.fixture(scope="module")
-def newest(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    environment = new_environment(tmp_path_factory.mktemp("newest") / "venv")
-    environment.succeed("-m", "pip", "install", "--quiet", "--no-compile", checkout)
-    return environment
+def new_environment(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+
+
+def pip(*arguments: str | Path) -> str:
+    """`pip ARGUMENTS` of the tests' environment, which can install into others and saves them one of their own."""
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], env=OUTSIDE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def environment_with(name: str, tmp_path_factory: pytest.TempPathFactory, *arguments: str | Path) -> Environment:
+    """An environment in which pip has installed ARGUMENTS; each worker uses it from a folder of its own."""
+    with made_once(name, tmp_path_factory) as (folder, is_missing):
+        if is_missing:
+            new_environment(folder / "venv")
+            pip("--python", folder / "venv/bin/python", "install", "--quiet", "--no-compile", *arguments)
+    return Environment(folder=folder / "venv", work=tmp_path_factory.mktemp(name))
 
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, checkout]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "would be ignored" not in done.stdout + done.stderr  # setuptools, of folders that it takes for packages
+    with made_once("wheel", tmp_path_factory) as (folder, is_missing):
+        if is_missing:
+            said = pip("wheel", "--verbose", "--no-deps", "--wheel-dir", folder, checkout)
+            assert "would be ignored" not in said  # setuptools, of folders that it takes for packages
     (file,) = folder.glob("*.whl")
     return file
+
+
+@pytest.fixture(scope="module")
+def newest(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return environment_with("newest", tmp_path_factory, wheel)
 
 
 def requirements(wheel: Path, extra: str = "") -> list[Requirement]:
@@ -126,17 +150,12 @@ def lowest_pin(requirement: Requirement) -> str:
 
 @pytest.fixture(scope="module")
 def lowest(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    environment = new_environment(tmp_path_factory.mktemp("lowest") / "venv")
-    constraints = environment.work / "lowest.txt"
-    constraints.write_text("".join(f"{lowest_pin(item)}\n" for item in requirements(wheel)))
-    environment.succeed("-m", "pip", "install", "--quiet", "--no-compile", "--constraint", constraints, wheel)
-    installed = environment.succeed("-m", "pip", "list", "--format", "json")
-    versions = {
-        item["name"].lower().replace("_", "-"): item["version"] for item in json.loads(installed.partition("\n")[0])
-    }
-    assert (
-        versions["xxhash"] == lowest_pin(next(r for r in requirements(wheel) if r.name == "xxhash")).partition("==")[2]
-    )
+    constraints = tmp_path_factory.mktemp("constraints") / "lowest.txt"
+    pins = {item.name: lowest_pin(item) for item in requirements(wheel)}
+    constraints.write_text("".join(f"{pin}\n" for pin in pins.values()))
+    environment = environment_with("lowest", tmp_path_factory, "--constraint", constraints, wheel)
+    installed = environment.succeed("-c", "import importlib.metadata as m; print(m.version('xxhash'))")
+    assert f"xxhash=={installed.strip()}" == pins["xxhash"]
     return environment
 
 
@@ -259,7 +278,8 @@ def test_without_the_extras_s3_and_ray_one_line_names_them(newest: Environment) 
 
 @pytest.mark.parametrize("command", [("-m", "prep", "build", "x.yaml"), ("train.py", "x.yaml")])
 def test_a_python_without_any_requirement_gets_one_line(checkout: Path, tmp_path: Path, command: Sequence[str]) -> None:
-    bare = Environment(folder=new_environment(tmp_path / "venv", pip=False).folder, work=checkout)
+    new_environment(tmp_path / "venv")
+    bare = Environment(folder=tmp_path / "venv", work=checkout)
     line = bare.refused(*command)
     assert "omegaconf" in line
     assert "run `pip install" in line
@@ -276,8 +296,8 @@ def test_the_environment_of_the_tests_has_what_an_extra_promises(wheel: Path, ex
 
 
 @pytest.mark.parametrize("extra", ["wandb", "mlflow", "bench"])
-def test_the_index_has_what_other_extras_promise(wheel: Path, newest: Environment, extra: str) -> None:
+def test_the_index_has_what_other_extras_promise(wheel: Path, extra: str) -> None:
     promised = [item for item in requirements(wheel, extra) if item.name != "streaming-rwkv"]
     assert promised
     wanted = [f"{item.name}{item.specifier}" for item in promised]
-    newest.succeed("-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--only-binary=:all:", *wanted)
+    pip("install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:", *wanted)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -62,6 +63,23 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         part if part.startswith("```") else _LINK.sub(lambda match: _rewritten(match, page.file.src_uri), part)
         for part in _BLOCK.split(markdown)
     )
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Check that the site's pages load nothing from the network.
+
+    Raises:
+        PluginError: one does.
+    """
+    for page in sorted(Path(config.site_dir).glob("*.html")):
+        if addresses := loaded_from_elsewhere(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.name}: loads {addresses[0]}; the site must work without a network")
+
+
+def loaded_from_elsewhere(html: str) -> list[str]:
+    """Return the addresses, with a host, from which a page loads scripts, images, styles or frames."""
+    loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="([^"]*)"', html)
+    return [address for address in loaded if "//" in address]
 
 
 def public_names(package: str) -> str:

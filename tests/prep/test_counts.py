@@ -56,7 +56,7 @@ def lay_out(folder: Path, long_text: str) -> tuple[list[str], dict[str, int]]:
 
 @pytest.mark.parametrize(
     ("megabytes", "long_documents"),
-    [(1, "split"), (1, "truncate"), (1, "drop"), pytest.param(20, "split", marks=pytest.mark.slow)],
+    [(1, "split"), (1, "truncate"), (1, "drop"), pytest.param(8, "split", marks=pytest.mark.slow)],
     ids=lambda value: f"{value}MB-on-one-line" if isinstance(value, int) else value,
 )
 def test_counts_balance_for_every_kind_of_document(config, tmp_path, long_documents, megabytes):
