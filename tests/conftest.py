@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,15 @@ from tools.s3_server import S3Server, running
 # Neither a new random input nor a busy machine must fail a change; --hypothesis-profile=default searches on.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+gc.disable()  # until all test modules are imported
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all later garbage collections, which would go through all of it each time."""
+    gc.freeze()
+    gc.enable()
+
 
 WriteDataSet = Callable[..., Path]
 

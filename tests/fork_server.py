@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -257,6 +258,7 @@ def _run(program: list[str]) -> int:
 
 def _serve(listener: socket.socket) -> None:
     """Fork a program for each connection and report its end, until this process is killed."""
+    gc.disable()
     import streaming  # noqa: F401
 
     import streaming_rwkv.inference.evaluate
@@ -265,6 +267,9 @@ def _serve(listener: socket.socket) -> None:
     import streaming_rwkv.train.dry_run
     import streaming_rwkv.train.fit  # noqa: F401
 
+    # No program's collections go through what was imported; they would copy most of this process's memory.
+    gc.freeze()
+    gc.enable()
     while True:
         connection, _ = listener.accept()
         head, descriptors, _, _ = socket.recv_fds(connection, 8, 2)

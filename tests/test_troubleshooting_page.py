@@ -44,7 +44,8 @@ MESSAGES = [
     "bring the files there, or move it away on every node to resume from the one before it (with save_remote, a node "
     "fetches the files that it lacks)",
     "holds an unfinished build",
-    "continue with the input as it is now (--accept-changes; finished work on unchanged input is kept),",
+    "continue with the input as it is now (--accept-changes, in Python accept_changes=True; finished work on unchanged "
+    "input is kept),",
     "/dev/shm: no room for the shared memory of the data loader",
     "remove what other programs left there, or make it larger (docker run --shm-size=1g; mount -o remount,size=1g "
     "/dev/shm)",

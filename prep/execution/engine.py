@@ -21,6 +21,7 @@ from typing import Any
 
 from prep.execution.context import BuildContext
 from prep.execution.tasks import Run, Task
+from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.processes import die_with_parent
@@ -100,7 +101,7 @@ def _distribute(
     while busy:
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
-            match _receive(ready):
+            match _receive(ready, items[busy[ready]]):
                 case _Report(content):
                     on_report(content)
                 case _Failure(error, trace):
@@ -119,17 +120,18 @@ def _send(connection: Connection, message: Any) -> None:
         raise _died() from None
 
 
-def _receive(connection: Connection) -> Any:
+def _receive(connection: Connection, item: Any) -> Any:
+    """Receive a worker's next message, while it works on `item`."""
     try:
         return connection.recv()
     except (EOFError, ConnectionError):
-        raise _died() from None
+        raise _died(f" at {item.where}" if isinstance(item, Unit) else "") from None
 
 
-def _died() -> WorkerError:
+def _died(where: str = "") -> WorkerError:
     return WorkerError(
-        "a worker process died, most likely killed for want of memory (`dmesg` tells); run the same command again "
-        "with fewer workers: finished work is kept"
+        f"a worker process died{where}, most likely killed for want of memory (`dmesg` tells); run the same command "
+        "again with fewer workers: finished work is kept. If one dies there again, download the file again"
     )
 
 

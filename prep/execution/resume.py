@@ -124,7 +124,8 @@ def _refusal(config: PrepConfig, changes: list[str], *, is_finished: bool, is_ac
     shown = "\n".join(f"  {change}" for change in changes[:_MOST_CHANGES])
     more = f"\n  and {len(changes) - _MOST_CHANGES} more" if len(changes) > _MOST_CHANGES else ""
     accept = (
-        "continue with the input as it is now (--accept-changes; finished work on unchanged input is kept), "
+        "continue with the input as it is now (--accept-changes, in Python accept_changes=True; finished work on "
+        "unchanged input is kept), "
         if is_acceptable
         else ""
     )

@@ -87,6 +87,12 @@ class Unit:
     parts: tuple[Part, ...]
     input_bytes: int  # weight in the progress display
 
+    @property
+    def where(self) -> str:
+        """The place of its first row, for messages."""
+        first = self.parts[0]
+        return f"{first.file.path}, row {first.first_row}{' or a later file' if len(self.parts) > 1 else ''}"
+
 
 @lru_cache
 def bucket_store(name: str) -> Store:

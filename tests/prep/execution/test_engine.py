@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from prep.build import build
 from prep.execution.context import BuildContext
-from prep.execution.engine import start
+from prep.execution.engine import WorkerError, start
 from prep.execution.observer import Observer, TokenizationProgress
 from prep.inputs.faults import InputError
 from prep.inputs.units import plan_units
@@ -111,6 +113,20 @@ def test_a_bug_in_a_worker_is_raised_in_the_main_process(config, corpus):
         start(context_of(config, corpus), on_report=lambda report: None) as run,
     ):
         list(run(doubled, [1, 13, 2]))
+
+
+def die(context: BuildContext, item: object, report: object) -> None:
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_reported_with_the_place_of_its_work(config, corpus):
+    context = context_of(config, corpus)
+    place = rf"died at {re.escape(str(corpus))}/0\.jsonl\.gz, row 0 or a later file, most likely "
+    with (
+        pytest.raises(WorkerError, match=place),
+        start(context, on_report=lambda report: None) as run,
+    ):
+        list(run(die, context.units[:1]))
 
 
 def test_without_ray_the_remedy_is_named(config, corpus, monkeypatch):
