@@ -8,12 +8,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -55,6 +56,20 @@ def wait_for_launcher(seconds: float = 60.0) -> None:
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use, or all of the machine where the system cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection while large packages are imported.
+
+    PyTorch, Composer and Streaming make a million objects, hardly one of them garbage. Collections that go through all
+    of them again and again are a fifth of the time of importing them.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def end_with(main: Callable[[], int | None]) -> NoReturn:

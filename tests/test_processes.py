@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from streaming_rwkv.processes import without_garbage_collection
 
 PARENT = """
 import subprocess, sys, time
@@ -148,3 +151,14 @@ def test_processes_end_while_gloo_is_still_busy() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_garbage_collection_is_paused_and_continues_after_an_error() -> None:
+    def fail() -> None:
+        with without_garbage_collection():
+            assert not gc.isenabled()
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert gc.isenabled()

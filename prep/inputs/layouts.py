@@ -7,6 +7,7 @@ the process with `std::terminate`. A file that was damaged or made to do so must
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -75,7 +76,9 @@ def _forked(files: Sequence[InputFile], config: SourceConfig) -> Iterator[Layout
 def _send_layouts(connection: Connection, files: Sequence[InputFile], config: SourceConfig, parent: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the C++ library writes there before it ends the process
+    # The parent names the file; what the C++ library and Python say before the process ends would hide that.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    faulthandler.disable()
     read = functools.partial(read_parquet_layout, config=config)
     at_once = _READ_AT_ONCE if any(is_remote(file.path) for file in files) else 1
     with contextlib.suppress(BrokenPipeError), ThreadPoolExecutor(at_once) as pool:

@@ -12,6 +12,7 @@ from streaming_rwkv.extras import TRAIN, exit_if_missing
 from streaming_rwkv.inference.generation_checks import check_max_tokens, check_prompt, check_seed
 from streaming_rwkv.location import checked_local, checked_location
 from streaming_rwkv.model.marked_files import check_exists
+from streaming_rwkv.processes import without_garbage_collection
 from streaming_rwkv.shards import SPLITS, check_is_finished
 
 _CHECKPOINT = "a .pth, a Hugging Face folder, a training run or checkpoint, also on s3://"
@@ -54,7 +55,8 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
         check_max_tokens(options.max_tokens, name="--max-tokens")
         check_exists(options.checkpoint)
         _announce()
-        from streaming_rwkv.inference.generate import run
+        with without_garbage_collection():
+            from streaming_rwkv.inference.generate import run
 
         return run(options)
 
@@ -106,7 +108,8 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
         if options.tasks is not None:
             exit_if_missing("lm_eval", extra="tasks")
         _announce()
-        from streaming_rwkv.inference.evaluate import run
+        with without_garbage_collection():
+            from streaming_rwkv.inference.evaluate import run
 
         return run(options)
 
@@ -156,7 +159,8 @@ def export(arguments: Sequence[str] | None = None, *, program: str = "python -m 
         checked_local(options.out, remedy="give a local path, and copy the export from there")
         check_exists(options.checkpoint)
         _announce()
-        from streaming_rwkv.inference.export import run
+        with without_garbage_collection():
+            from streaming_rwkv.inference.export import run
 
         return run(options)
 
@@ -194,7 +198,8 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
         checked_local(options.out, remedy="give a local path, and copy the export from there")
         check_exists(options.run)
         _announce()
-        from streaming_rwkv.inference.average import run
+        with without_garbage_collection():
+            from streaming_rwkv.inference.average import run
 
         return run(options)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.distributed import check_launcher, has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
-from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher
+from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher, without_garbage_collection
 
 STOPPED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # Composer exits with them before training begins
 
@@ -126,10 +126,11 @@ def _run(options: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("loading torch and Composer …", file=sys.stderr, flush=True)
         # After settings and paths have been checked: importing torch, streaming and composer takes many seconds.
-        from streaming_rwkv.train.dry_run import dry_run
-        from streaming_rwkv.train.faults import explained_faults
-        from streaming_rwkv.train.fit import fit
-        from streaming_rwkv.train.startup import start_up
+        with without_garbage_collection():
+            from streaming_rwkv.train.dry_run import dry_run
+            from streaming_rwkv.train.faults import explained_faults
+            from streaming_rwkv.train.fit import fit
+            from streaming_rwkv.train.startup import start_up
 
         with explained_faults(Path(config.save_folder)):
             if options.dry_run:
