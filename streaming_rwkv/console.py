@@ -59,7 +59,12 @@ def shown_duration(seconds: float) -> str:
 
 
 def tolerate_any_encoding() -> None:
-    """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`."""
+    """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`.
+
+    One that is closed (`>&-`) writes nothing.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

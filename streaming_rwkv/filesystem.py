@@ -141,6 +141,11 @@ def atomic_folder(folder: Path, *, within: Path | None = None) -> Iterator[Path]
         whole.rename(folder)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a write failed for want of space: of the disk, of a quota, or below a limit of file sizes."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def explained_writes(place: Path) -> Iterator[None]:
     """Replace an error of the file system by one that names the file, or `place` if the system names none.

@@ -145,3 +145,11 @@ def test_a_pager_may_be_left_before_the_end(monkeypatch):
 def test_without_a_terminal_there_is_no_pager():
     with paged() as output:
         assert output is sys.stdout
+
+
+def test_a_closed_output_writes_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(lambda: print("lost") or 0) == 0
+    sys.stdout.close()
+    sys.stderr.close()

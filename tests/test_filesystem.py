@@ -16,6 +16,7 @@ from streaming_rwkv.filesystem import (
     append_to,
     atomic_file,
     atomic_folder,
+    is_disk_full,
     is_temporary,
     lock_folder,
     make_folder,
@@ -273,3 +274,11 @@ def test_a_link_is_not_read_where_links_are_not_expected(tmp_path: Path) -> None
     assert read_regular_file(tmp_path / "file", most=9, follow=False) == b"x"
     with pytest.raises(UserError, match=r"link: found a symbolic link, expected a regular file of at most 9 bytes"):
         read_regular_file(tmp_path / "link", most=9, follow=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(OSError(errno.ENOSPC, ""), True), (OSError(errno.EFBIG, ""), True), (OSError(errno.EIO, ""), False)],
+)
+def test_a_full_disk_is_told_from_other_faults(error: OSError, expected: bool) -> None:
+    assert is_disk_full(error) is expected

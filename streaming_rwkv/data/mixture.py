@@ -12,6 +12,7 @@ A stream's position only grows, across passes and stages: every pack of a stream
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,7 +38,7 @@ class MixtureConfig(Config):
     """Token share of each bucket ('1-256'). Every bucket within the lengths must be named; 0 leaves a bucket out."""
     streams: dict[str, float] | None = None
     """Token share of each 'source/bucket'; not together with `sources`, `buckets` or `temperature`."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.05)
     """Shares of sources in proportion to tokens ** (1 / temperature): a value above 1 raises small sources."""
     min_length: int | None = None
     """Smallest document length, in tokens; must be the lower bound of a bucket."""
@@ -361,6 +362,8 @@ def _named(weights: dict[str, float], names: list[str], present: NDArray[np.bool
     missing = sorted(there - set(weights))
     if missing:
         raise ConfigError(f"{where}: no share for {missing[0]!r}; name every one; 0 leaves it out")
+    if not math.isfinite(sum(weights.values())):
+        raise ConfigError(f"{where}: the shares are too large to be added; give numbers near 1")
     return np.array([weights.get(name, 0.0) for name in names])
 
 

@@ -24,6 +24,7 @@ from streaming_rwkv.filesystem import (
     TEMPORARY_SUFFIX,
     FolderLock,
     atomic_file,
+    is_disk_full,
     lock_folder,
     open_regular_file,
     temporary_path,
@@ -223,6 +224,8 @@ def _fetch(
         except UserError as error:
             raise DataError(str(error)) from error
         except Exception as error:
+            if is_disk_full(error):
+                raise DataError(f"{local}: cannot be written ({error}); make space, or set `{names.cache}`") from error
             raise DataError(
                 f"{remote}: cannot be read ({error}); check `{names.path}`, endpoint and credentials"
             ) from error

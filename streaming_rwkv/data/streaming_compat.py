@@ -52,7 +52,7 @@ from streaming.base.world import World
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.filesystem import atomic_file, has_flock, read_regular_file, wait_for_lock
+from streaming_rwkv.filesystem import atomic_file, has_flock, is_disk_full, read_regular_file, wait_for_lock
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
@@ -136,7 +136,10 @@ class VerifiedStream(Stream):
         except StorageError as error:
             raise DataError(str(error)) from error
         except Exception as error:
-            raise DataError(f"{self._url(info)}: cannot be fetched ({error})") from error
+            if is_disk_full(error):
+                raise DataError(f"{path}: cannot be written ({error}); make space on its disk") from error
+            remedy = "restore it, or check the disk and the mount that it is on"
+            raise DataError(f"{self._url(info)}: cannot be fetched ({error}); {remedy}") from error
         finally:
             path.unlink(missing_ok=True)
 

@@ -24,9 +24,11 @@ from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.gguf import write_gguf
+from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.version import PROGRAM
 
@@ -262,11 +264,15 @@ def local_out(name: str) -> Path:
     """Return the path to write to.
 
     Raises:
-        UserError: not on this machine, or of the other kind than what is written: a file, or a folder.
+        UserError: not on this machine, a run or a checkpoint, or of the other kind than what is written: a file, or a
+            folder.
     """
     out = Path(checked_local(name, remedy="give a local path, and copy the export from there"))
     if out.suffix in FILE_SUFFIXES and out.is_dir():
         raise UserError(f"{out}: is a folder, but a {out.suffix} is one file; use another name")
     if out.suffix not in FILE_SUFFIXES and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
+    if (out / CHECKPOINTS).exists() or (out / MARK_NAME).exists():
+        kind = "a training run" if (out / CHECKPOINTS).exists() else "a checkpoint"
+        raise UserError(f"{out}: is {kind}, whose weights an export there would hide; name a folder of its own")
     return out

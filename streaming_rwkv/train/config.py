@@ -333,7 +333,7 @@ class RunConfig(LoadedConfig):
     branch_from: str | None = None
     """Checkpoint of another run to start from, with its moments, step and place in the data: `RUN@step-00010000`, or
     `RUN` for its newest; local or on s3://. Settings must be that run's but for those in `checkpoint.allow_changed`."""
-    seed: int = Field(default=17, ge=0)
+    seed: int = Field(default=17, ge=0, le=2**31 - 1)
     """Random seed for weight initialization and data order."""
     data: DataConfig
     model: ModelConfig

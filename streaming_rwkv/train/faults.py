@@ -30,12 +30,15 @@ def explained_faults(save_folder: Path) -> Iterator[None]:
     Raises:
         UserError: the disk is full, the save folder is missing or cannot be written, a system limit is reached, or
             a loader process was killed.
+        KeyboardInterrupt: it interrupted the writing of a checkpoint.
     """
     try:
         yield
     except UserError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:
+        if any(isinstance(link, KeyboardInterrupt) for link in _chain(error)):  # Ctrl-C while a checkpoint was written
+            raise KeyboardInterrupt from error
         explained = explain_fault(error, save_folder)
         if explained is None:
             raise

@@ -120,9 +120,15 @@ class Ranks:
             output.seek(max(0, size - SHOWN_BYTES))
             text = output.read().decode(errors="replace").rstrip()
             print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
-        elif status < 0:
-            print(f"rank {failed} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
+        if status < 0 and not self.asked_to_stop:
+            print(f"rank {failed} was ended by {_signal(status)}", file=sys.stderr, flush=True)
         return 128 - status if status < 0 else status
+
+
+def _signal(status: int) -> str:
+    """Return the signal of a negative exit status, with its likely cause and what to do."""
+    cause = ", most likely for want of memory (`dmesg` tells)" if -status == signal.SIGKILL else ""
+    return f"{signal.Signals(-status).name}{cause}; the same command resumes from the newest checkpoint"
 
 
 def free_port() -> int:

@@ -157,6 +157,7 @@ def test_any_part_of_the_run_can_be_worked_out_alone(streams, shares, batch_pack
         ({"tokens": 1, "sources": {"web": 1}}, "0.sources: no share for 'code'; name every one; 0 leaves it out"),
         ({"tokens": 1, "sources": {"wbe": 1, "web": 1, "code": 1}}, "stages.0.sources.wbe: not in this selection"),
         ({"tokens": 1, "buckets": {"1-256": 1}}, "stages.0.buckets: no share for '257-512'"),
+        ({"tokens": 1, "sources": {"web": 1e308, "code": 1e308}}, "0.sources: the shares are too large to be added"),
         (
             {"tokens": 1, "sources": {"web": 0.1, "code": 0.9}, "buckets": {"1-256": 0.1, "257-512": 0.9}},
             "no mixture meets both",
@@ -173,6 +174,7 @@ def test_shares_that_cannot_be_met_are_refused(stage, message):
     [
         ({}, "give either `tokens` or `passes`"),
         ({"passes": 1, "sources": {"web": 1}}, "`passes` needs natural shares"),
+        ({"tokens": 1, "temperature": 1e-300}, "temperature"),
         ({"tokens": 1, "streams": {"web/1-256": 1}, "temperature": 2}, "cannot be combined"),
         (
             {"tokens": 1, "sources": {"web": 1, "code": -1}},

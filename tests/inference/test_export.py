@@ -16,10 +16,12 @@ import torch
 
 from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.export import export, how_to_load, model_card
+from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import Layout, write_pth
 from streaming_rwkv.tokenizer import load_tokenizer
+from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 
 TEXTS = [
     "",
@@ -176,3 +178,13 @@ def test_only_the_layout_of_fla_needs_fla() -> None:
     assert "import fla" in cards["fla"]
     assert "import fla" not in cards["transformers"]
     assert "AutoTokenizer" not in cards["fla"]
+
+
+@pytest.mark.parametrize(("marks", "kind"), [(CHECKPOINTS, "a training run"), (MARK_NAME, "a checkpoint")])
+def test_a_run_or_a_checkpoint_is_not_exported_into(
+    folder: Path, tmp_path: Path, marks: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / marks).mkdir(parents=True)
+    assert command_line.export([str(folder.parent / "w.pth"), str(tmp_path / "run"), "--overwrite"]) == 1
+    assert f"/run: is {kind}, whose weights an export there would hide; name a folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [marks]

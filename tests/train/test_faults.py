@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data import streaming_compat
@@ -84,3 +84,9 @@ def test_metrics_and_samples_are_not_written_through_links_and_pipes(kind: str, 
         with pytest.raises(UserError, match=rf"metrics\.jsonl: found {kind}, expected a regular file"):
             write()
     assert other.read_text() == '{"step": 9}\n'
+
+
+def test_an_interrupted_checkpoint_is_an_interruption() -> None:
+    failures = {0: _wrap_exception(KeyboardInterrupt())}
+    with pytest.raises(KeyboardInterrupt), explained_faults(Path("/runs/a")):
+        raise CheckpointException("write", failures)
