@@ -1,7 +1,7 @@
 """Layouts of parquet files, read in a process of their own, which pyarrow may end.
 
-pyarrow does not catch the exceptions of its C++ library everywhere: a footer that lacks the metadata of a column ends
-the process with `std::terminate`. A file that was damaged or made to do so must be named like any other broken file.
+pyarrow does not catch the exceptions of its C++ library everywhere: a footer whose parts contradict each other ends the
+process with `std::terminate`. A file that was damaged, or made to do so, must be named like any other broken file.
 """
 
 from __future__ import annotations
