@@ -59,7 +59,7 @@ test: check
 # Everything: `test`, then each further kill, fault and engine; those come last that need the machine for themselves.
 test-all: test test-rest
 
-# Only files that have such tests are read: importing all of them takes half a minute of each worker.
+# Only files that have such tests are read: each worker imports all files that it is given.
 test-rest: $(STAMP)
 	$(PYTEST) -m "slow and not end_to_end and not alone" $(IN_PARALLEL) $$(grep -rlE 'mark\.(slow|alone)' tests --include='test_*.py' | sort)
 	$(PYTEST) -m alone $$(grep -rl 'mark\.alone' tests --include='test_*.py' | sort)

@@ -1,6 +1,6 @@
 """The chunked WKV-7 kernel in models: how far bfloat16 autocast is from float32, beside the sequential kernel.
 
-    python -m bench.chunked_models              100 models of 4 layers, about 5 minutes
+    python -m bench.chunked_models              100 models of 4 layers
     python -m bench.chunked_models --count 400
 
 The bound is a ratio of at most 1: losses and gradients differ from float32 no more with chunks than without. "exact" is

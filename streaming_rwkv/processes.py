@@ -65,11 +65,13 @@ def without_garbage_collection() -> Iterator[None]:
     PyTorch, Composer and Streaming make a million objects, hardly one of them garbage. Collections that go through all
     of them again and again are a fifth of the time of importing them.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 def end_with(main: Callable[[], int | None]) -> NoReturn:

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.workers import explain_dead_worker, explain_resource
+from streaming_rwkv.filesystem import is_disk_full
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 _OTHER_KIND = (errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY)
@@ -62,7 +62,7 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
 
 def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
     place = error.filename if isinstance(error.filename, str) else str(save_folder)
-    if error.errno in _FULL:
+    if is_disk_full(error):
         return MachineFault(f"{place}: no space left on the disk ({error.strerror}); make space; {_RESUME}")
     if error.errno in _UNWRITABLE:
         return MachineFault(
