@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -38,10 +39,12 @@ def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> i
     return run_command(lambda: _run(options), interrupted="interrupted; run the same command again to resume")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, *, most: int = 2**63 - 1) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least {least}")
+        if not re.fullmatch(r"\d{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"found {text[:80]!r}, expected a whole number, at least {least} and at most {most:,}"
+            )
         return int(text)
 
     return number
@@ -206,7 +209,10 @@ def _add_convert(commands: _Commands) -> None:
     convert.add_argument("to", type=_local_folder, help="the folder to write to")
     convert.add_argument("--text", default="text", help="the key that holds the text")
     convert.add_argument(
-        "--workers", type=_at_least(1), default=usable_cores(), help="the number of processes; by default one per core"
+        "--workers",
+        type=_at_least(1, most=1024),
+        default=usable_cores(),
+        help="the number of processes; by default one per core",
     )
 
 

@@ -143,7 +143,7 @@ class PrepConfig(LoadedConfig):
     window_tokens: Count = Field(default=1 << 24, ge=1)
     """The number of tokens of a bucket that are packed together; bounds the memory of packing."""
 
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
     """The number of processes; by default one per core."""
     engine: Literal["processes", "ray"] = "processes"
     """Run units of work in processes on this machine, or as Ray tasks."""

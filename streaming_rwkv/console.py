@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Literal, TextIO
 
 from streaming_rwkv.errors import UserError
+from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -131,27 +132,25 @@ def run_command(run: Callable[[], int], *, interrupted: str = "") -> int:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_output()
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        explained = _explain_file_error(error)
-        if explained is None:  # not about a file, so a fault of this program
+    except LIMIT_ERRORS as error:
+        reason = (_explain_file_error(error) if isinstance(error, OSError) else None) or explain_limit(error)
+        if reason is None:  # neither about a file nor about a limit, so a fault of this program
             raise
-        print_error(explained)
+        print_error(UserError(reason))
         return 1
 
 
-def _explain_file_error(error: OSError) -> UserError | None:
-    """Return the error for a file or a standard output that cannot be used; None for another error."""
-    if error.strerror is None:
+def _explain_file_error(error: OSError) -> str | None:
+    """Describe a file or a standard output that cannot be used, and the remedy; None for another error."""
+    if error.strerror is None or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # limits
         return None
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return UserError(f"{error.strerror}; raise the limit of open files (ulimit -n)")
     if error.filename is not None:
-        return UserError(f"{error.filename}: cannot be read or written ({error.strerror})")
+        return f"{error.filename}: cannot be read or written ({error.strerror})"
     try:
         sys.stdout.flush()  # what could not be written is still in its buffer
     except OSError:
         _drop_output()
-        return UserError(f"standard output: cannot be written ({error.strerror}); write it to another place")
+        return f"standard output: cannot be written ({error.strerror}); write it to another place"
     return None
 
 

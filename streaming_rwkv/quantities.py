@@ -55,7 +55,16 @@ def _bytes_unit(unit: str) -> int | None:
     return None if power is None or unit in ("i", "ib") else 1024**power
 
 
-Count = Annotated[int, BeforeValidator(read_count)]
-PositiveCount = Annotated[int, BeforeValidator(read_count), Field(gt=0)]
-NonNegativeCount = Annotated[int, BeforeValidator(read_count), Field(ge=0)]
-ByteCount = Annotated[int, BeforeValidator(read_bytes)]
+# Bounds that no run reaches, so that no number overflows what counts with it: 64-bit integers, `poll` and threads.
+MOST_NUMBER = 2**31 - 1
+MOST_TOKENS = 10**15
+MOST_BYTES = 2**60
+MOST_SECONDS = 7 * 24 * 3600
+
+PositiveInt = Annotated[int, Field(gt=0, le=MOST_NUMBER)]
+Count = Annotated[int, BeforeValidator(read_count), Field(le=MOST_TOKENS)]
+PositiveCount = Annotated[int, BeforeValidator(read_count), Field(gt=0, le=MOST_TOKENS)]
+NonNegativeCount = Annotated[int, BeforeValidator(read_count), Field(ge=0, le=MOST_TOKENS)]
+ByteCount = Annotated[int, BeforeValidator(read_bytes), Field(le=MOST_BYTES)]
+LoaderWorkers = Annotated[int, Field(ge=0, le=128)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]

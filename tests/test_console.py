@@ -97,7 +97,9 @@ def test_an_output_that_cannot_be_written_is_one_line(flush, monkeypatch, capsys
 
 def test_the_limit_of_open_files_is_named(capsys):
     assert run_command(lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))) == 1
-    assert capsys.readouterr().err == "error: Too many open files; raise the limit of open files (ulimit -n)\n"
+    error = capsys.readouterr().err
+    assert error.startswith("error: Too many open files: this process has reached its limit of ")
+    assert error.endswith(" open files (ulimit -n); raise that limit\n")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

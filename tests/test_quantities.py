@@ -54,3 +54,28 @@ def test_settings_take_units_in_the_file_and_on_the_command_line(tmp_path):
             load_config(RunConfig, tmp_path / "run.yaml", overrides=[f"{key}={wrong}"])
         assert str(caught.value).startswith(f"command line: {key}: found '{wrong}'; ")
         assert "\n" not in str(caught.value)
+
+
+ABSURD = [
+    *("data.cycles=1001", "data.workers=1000", "data.fetch_ahead=1_000_000_000", "data.timeout_seconds=1e300"),
+    *("data.stages.0.tokens=1000000T", "data.batch_tokens=1000000T", "optimizer.warmup_tokens=1000000T"),
+    *("data.cache_limit=10000000TB", "model.vocab_size=10000000000000", "checkpoint.interval_steps=10000000000000"),
+]
+
+
+def test_absurd_sizes_of_a_run_are_refused_with_their_bound(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("save_folder: run\nmodel: {}\ndata: {path: data, batch_tokens: 32k, stages: [{tokens: 1}]}\n")
+    for override in ABSURD:
+        with pytest.raises(ConfigError, match=r"^command line: .*; Input should be less than or equal to \d+$"):
+            load_config(RunConfig, file, overrides=[override])
+    with pytest.raises(ConfigError, match=r"stages\.0\.passes: found 1e\+300; Input should be less than or equal to "):
+        load_config(RunConfig, file, overrides=["data.stages=[{passes: 1e300}]"])
+
+
+def test_absurd_sizes_of_a_recipe_are_refused_with_their_bound(tmp_path):
+    file = tmp_path / "prep.yaml"
+    file.write_text("out: o\ntokenizer: t\nsources: {a: {paths: a}}\n")
+    for override in ("workers=100000", "window_tokens=1000000T", "unit_bytes=10000000TB"):
+        with pytest.raises(ConfigError, match=r"^command line: .*; Input should be less than or equal to \d+$"):
+            load_config(PrepConfig, file, overrides=[override])

@@ -54,6 +54,9 @@ MESSAGES = [
     "make space (unfinished work needs about five bytes for each token, beside the shards), then run the same command "
     "again: finished work is kept",
     "this process has reached its limit of",
+    "no memory is left, of",
+    "in each process, but there are only",
+    "make the model smaller, or use more processes",
 ]
 
 

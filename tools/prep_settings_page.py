@@ -21,6 +21,8 @@ HEAD = """\
 Every key of a recipe, and of `key=value` after it on the command line. Generated from the classes that declare them by
 `python -m tools.prep_settings_page`; a test fails when the page is out of date. How a recipe is used:
 [preparation](preparation.md).
+
+Numbers of tokens are at most 10¹⁵, and sizes 2⁶⁰ bytes.
 """
 
 

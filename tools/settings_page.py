@@ -27,6 +27,8 @@ HEAD = """\
 Every key of a training YAML and of `key=value` on the command line. Generated from the classes that declare them by
 `python -m tools.settings_page`; a test fails when the page is out of date. Settings of `prepare` are in
 [`prep/config.py`](../prep/config.py).
+
+Whole numbers are at most 2³¹ - 1, numbers of tokens 10¹⁵, and sizes 2⁶⁰ bytes.
 """
 KINDS = {
     "NonNegativeCount": "int ≥ 0, '32k'",
@@ -37,6 +39,8 @@ KINDS = {
     "NonNegativeInt": "int ≥ 0",
     "PositiveFloat": "float > 0",
     "NonNegativeFloat": "float ≥ 0",
+    "LoaderWorkers": "int ≥ 0, ≤ 128",
+    "Seconds": "float > 0, ≤ 604800",
 }
 BOUNDS = {"gt": ">", "ge": "≥", "le": "≤", "min_length": "length ≥"}
 

@@ -24,6 +24,7 @@ from prep.execution.tasks import Run, Task
 from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.extras import install_command
+from streaming_rwkv.limits import LIMIT_ERRORS
 from streaming_rwkv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -145,14 +146,17 @@ def _parent(context: BuildContext, connections: Sequence[Connection], inherited:
     os.environ["RAYON_NUM_THREADS"] = "1"  # the workers fill the cores already
     try:
         context.tokenizer.load()
-    except UserError as error:
-        for connection in connections:
-            connection.send(_Failure(error, traceback.format_exc()))
+    except (UserError, *LIMIT_ERRORS) as error:
+        _refuse(connections, error)
         return
     workers = []
     parent = os.getpid()
-    for connection in connections:
-        worker = os.fork()
+    for number, connection in enumerate(connections):
+        try:
+            worker = os.fork()
+        except OSError as error:  # a limit of processes or memory
+            _refuse(connections[number:], error)
+            break
         if worker == 0:
             for other in connections:
                 if other is not connection:
@@ -165,6 +169,15 @@ def _parent(context: BuildContext, connections: Sequence[Connection], inherited:
         connection.close()
     for worker in workers:
         os.waitpid(worker, 0)
+
+
+def _refuse(connections: Sequence[Connection], error: Exception) -> None:
+    """Answer with an error for workers that do not exist, and wait until the other side closes the connections."""
+    for connection in connections:
+        connection.send(_Failure(_portable(error), traceback.format_exc()))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            connections[0].recv()
 
 
 def _work(context: BuildContext, connection: Connection) -> None:

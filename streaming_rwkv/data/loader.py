@@ -32,6 +32,7 @@ from streaming_rwkv.data.workers import (
     remember_workers,
     stop_signals_blocked,
 )
+from streaming_rwkv.limits import memory_limit
 from streaming_rwkv.shards import DataError, StreamRecord, check_pack, offsets_of, token_dtype
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ CHUNK_SLOTS = 1 << 15  # slots of the plan that are computed at a time, in about
 FETCH_THREADS = 4
 PATIENCE = 3  # timeouts for a batch: a shard that fails when it is fetched ahead, then when it is needed, takes 2.5
 START_SECONDS = 30
+INPUT_BYTES = 16  # of a batch: each input and its target are 64-bit integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class PackDataset(VerifiedDataset):
         )
         if batch_packs % self.num_ranks:
             raise ValueError(f"{batch_packs} packs do not divide among {self.num_ranks} ranks")
+        check_batch_fits(records, packs=batch_packs // self.num_ranks, names=options.names)
         self.location = shard_set.location
         self.names = options.names
         self.records = records
@@ -179,6 +182,21 @@ class PackDataset(VerifiedDataset):
         )
         sample["stream"] = stream
         return sample
+
+
+def check_batch_fits(records: list[StreamRecord], *, packs: int, names: SettingNames) -> None:
+    """Refuse batches that cannot be in memory, wherever their packs come from.
+
+    Raises:
+        UserError: names the setting, and the limit of this process's memory.
+    """
+    least = int(INPUT_BYTES * packs * min(record.targets_per_pack for record in records))
+    limit, name = memory_limit()
+    if least > limit:
+        raise UserError(
+            f"{names.batch}: each process reads {packs:,} packs of a step, at least {least:,} bytes, but can have only "
+            f"{limit:,} bytes ({name}); lower it, or use more processes"
+        )
 
 
 def share_of_batches(

@@ -26,6 +26,8 @@ from streaming_rwkv.quantities import PositiveCount
 from streaming_rwkv.shards import StreamRecord, offsets_of
 
 Floats = NDArray[np.float64]
+MOST_BATCH_PACKS = 1 << 20
+MOST_PLAN_PACKS = 1 << 40  # due times are compared as 64-bit floats
 ORDER_VERSION = 2  # raised when the same configuration would give another order; checkpoints carry it
 
 
@@ -76,7 +78,7 @@ class StageConfig(MixtureConfig):
 
     tokens: PositiveCount | None = None
     """Length of the stage in tokens ('1.5B' is 1,500,000,000); give either this or `passes`."""
-    passes: float | None = Field(default=None, gt=0)
+    passes: float | None = Field(default=None, gt=0, le=1_000_000)
     """Length of the stage in passes over its buckets, with natural shares."""
 
     @model_validator(mode="after")
@@ -205,18 +207,26 @@ def count_batch_packs(
     Args:
         where: what the names of the settings begin with in an error, such as 'data.'.
     Raises:
-        ConfigError: `batch_packs` is not divisible by `world_size`.
+        ConfigError: `batch_packs` is not divisible by `world_size`, or a step has more than MOST_BATCH_PACKS.
     """
     if batch_packs is not None:
+        packs = batch_packs
         if batch_packs % world_size:
             raise ConfigError(
                 f"{where}batch_packs: {batch_packs} packs do not divide among {world_size} processes; "
                 f"the nearest that do are {batch_packs // world_size * world_size or world_size} and "
                 f"{-(-batch_packs // world_size) * world_size}"
             )
-        return batch_packs
-    assert batch_tokens is not None
-    return max(1, round(batch_tokens / (pack_tokens * world_size))) * world_size
+    else:
+        assert batch_tokens is not None
+        packs = max(1, round(batch_tokens / (pack_tokens * world_size))) * world_size
+    if packs > MOST_BATCH_PACKS:
+        name = "batch_tokens" if batch_packs is None else "batch_packs"
+        raise ConfigError(
+            f"{where}{name}: found {batch_packs or batch_tokens:,}, which is {packs:,} packs in a step; expected at most "
+            f"{MOST_BATCH_PACKS:,}; lower it"
+        )
+    return packs
 
 
 def make_plan(
@@ -234,7 +244,8 @@ def make_plan(
     Args:
         share: part of every stream's packs to train on, chosen by the seed; the others are never used.
     Raises:
-        ConfigError: a name is unknown or missing, the shares cannot be met, or no bucket is within the lengths.
+        ConfigError: a name is unknown or missing, the shares cannot be met, no bucket is within the lengths, or the
+            run is longer than MOST_PLAN_PACKS.
     """
     streams = list(streams)
     if not streams:
@@ -265,6 +276,11 @@ def make_plan(
             rates[chosen] = shares[chosen] / (targets[chosen] / packs[chosen])
             rates /= rates.sum()
             steps = max(1, round(config.tokens / (batch_packs * float(rates @ (targets / packs)))))
+        if (first_step + steps) * batch_packs > MOST_PLAN_PACKS:
+            raise ConfigError(
+                f"{where}.{i}: by its end the run would read {(first_step + steps) * batch_packs:,} packs; expected at "
+                f"most {MOST_PLAN_PACKS:,}; shorten the stage"
+            )
         offsets = np.array([fraction(key=f"{seed}/{stream.path}/stage {i}") for stream in streams])
         resolved.append(
             Stage(first_step=first_step, steps=steps, requested=shares, rates=rates, offsets=offsets, start=position)

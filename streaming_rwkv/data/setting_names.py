@@ -14,6 +14,7 @@ class SettingNames:
     """
 
     path: str = "data.path"
+    batch: str = "`data.batch_tokens` or `data.batch_packs`"
     cache: str = "data.cache"
     workers: str = "data.workers"
     timeout_seconds: str = "data.timeout_seconds"
@@ -25,6 +26,7 @@ class SettingNames:
 RUN_SETTINGS = SettingNames()
 ARGUMENTS = SettingNames(  # of `open_dataset`
     path="location",
+    batch="`batch_tokens` or `batch_packs`",
     cache="cache",
     workers="workers",
     timeout_seconds="timeout_seconds",

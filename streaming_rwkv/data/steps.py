@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from streaming_rwkv import distributed
 from streaming_rwkv.config import Config, ConfigError, validate
@@ -22,6 +22,7 @@ from streaming_rwkv.data.mixture import Plan, StageConfig, count_batch_packs, ma
 from streaming_rwkv.data.setting_names import ARGUMENTS
 from streaming_rwkv.data.shard_set import ShardSet, check_shards, least_cache_bytes, open_shard_set
 from streaming_rwkv.location import checked_local
+from streaming_rwkv.quantities import ByteCount, LoaderWorkers, PositiveCount, PositiveInt, Seconds
 from streaming_rwkv.shards import Manifest, Split, StreamRecord
 
 
@@ -217,7 +218,7 @@ class _Arguments(Config):
 
     location: str | Path
     stages: Annotated[list[StageConfig], Field(min_length=1), BeforeValidator(list)]
-    batch_tokens: PositiveInt | None
+    batch_tokens: PositiveCount | None
     batch_packs: PositiveInt | None
     seed: NonNegativeInt
     rank: NonNegativeInt | None
@@ -225,11 +226,11 @@ class _Arguments(Config):
     start_step: NonNegativeInt
     split: Split
     fraction: Annotated[float, Field(gt=0, le=1)]
-    workers: NonNegativeInt
+    workers: LoaderWorkers
     cache: str | Path | None
-    cache_limit: PositiveInt | None
+    cache_limit: Annotated[ByteCount, Field(gt=0)] | None
     shuffle_block_shards: PositiveInt
-    timeout_seconds: PositiveFloat
+    timeout_seconds: Seconds
 
     @model_validator(mode="after")
     def _fit_together(self) -> _Arguments:

@@ -7,15 +7,14 @@ import errno
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
+from streaming_rwkv.limits import limit_of
 from streaming_rwkv.processes import die_with_parent
 from streaming_rwkv.shards import DataError
 
@@ -66,38 +65,12 @@ def init_worker(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
-def explain_resource(error: OSError | RuntimeError, *, names: SettingNames = RUN_SETTINGS) -> str | None:
+def explain_resource(error: BaseException, *, names: SettingNames = RUN_SETTINGS) -> str | None:
     """Describe the resource that a new process or thread lacked, its limit and the remedy; None for another error."""
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        number = errno.EAGAIN  # Python's RuntimeError has no number
     fewer = f"set `{names.workers}` lower"
-    match number:
-        case errno.EMFILE:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            return f"this process has reached its limit of {limit} open files (ulimit -n); raise that limit, or {fewer}"
-        case errno.ENFILE:
-            return f"the machine's limit of open files is reached (sysctl fs.file-max); raise that limit, or {fewer}"
-        case errno.EAGAIN:
-            limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-            user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
-            return (
-                f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}); raise "
-                f"that limit, or {fewer}"
-            )
-        case errno.ENOMEM:
-            return f"no memory is left for another process; give the job more memory, or {fewer}"
-        case errno.ENOSPC:
-            return f"/dev/shm has no room for the semaphores of its queues; make it larger, or {fewer}"
-    return None
-
-
-def _read_pids_max() -> str:
-    """Return the container's limit of processes, if its control group shows one."""
-    for file in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
-        with suppress(OSError):
-            return f"pids.max is {Path(file).read_text().strip()}"
-    return "pids.max is unknown"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"/dev/shm has no room for the semaphores of its queues; make it larger, or {fewer}"
+    return limit_of(error, otherwise=fewer)
 
 
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.+?)\.|exited)")

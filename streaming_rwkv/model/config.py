@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from streaming_rwkv.config import Config
+from streaming_rwkv.quantities import PositiveInt
 
 Preset = Literal["0.1B", "0.4B", "1.5B", "2.9B"]
 

@@ -105,6 +105,7 @@ def _count(parser: argparse.ArgumentParser, text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import UserError, load_config
     from streaming_rwkv.console import log_to_terminal, print_error
+    from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
     is_reporting = is_local_rank_zero()
     log_to_terminal(logging.WARNING)
@@ -140,6 +141,14 @@ def _run(options: argparse.Namespace) -> int:
         if is_reporting:
             print_error(error)
         else:
+            wait_for_launcher()
+        return 1
+    except LIMIT_ERRORS as error:  # of the imports
+        reason = explain_limit(error)
+        if reason is None:
+            raise
+        print_error(UserError(reason))  # of every rank: others may have had what this one lacks
+        if not is_reporting:
             wait_for_launcher()
         return 1
     try:

@@ -10,20 +10,13 @@ import re
 from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
 from streaming_rwkv.config import Config, LoadedConfig
 from streaming_rwkv.data.mixture import StageConfig
 from streaming_rwkv.location import checked_local, checked_location, is_remote
 from streaming_rwkv.model.config import Preset
-from streaming_rwkv.quantities import ByteCount, NonNegativeCount, PositiveCount
+from streaming_rwkv.quantities import ByteCount, LoaderWorkers, NonNegativeCount, PositiveCount, PositiveInt, Seconds
 from streaming_rwkv.version import PROGRAM
 
 
@@ -75,7 +68,7 @@ class DataConfig(Config):
     largest shards of training and of validation. By default all shards are kept."""
     stages: list[StageConfig] = Field(min_length=1)
     """Stages of the curriculum, one after another, each with its own mixture; see docs/mixtures.md."""
-    cycles: PositiveInt = 1
+    cycles: int = Field(default=1, gt=0, le=1000)
     """Number of times that the stages are repeated, each time with an equal part of their tokens or passes."""
     max_repeats: PositiveFloat = 4.0
     """Number of passes over a stream above which a warning is shown."""
@@ -88,13 +81,13 @@ class DataConfig(Config):
     of it does. Validation is not reduced."""
     shuffle_block_shards: PositiveInt = 4
     """Number of shards in a shuffle block: packs of a stream are shuffled within a block."""
-    workers: int = Field(default=2, ge=0)
+    workers: LoaderWorkers = 2
     """Loader processes per rank; 0 loads in the training process."""
-    fetch_ahead: PositiveInt = 64
+    fetch_ahead: int = Field(default=64, gt=0, le=65536)
     """Packs that each worker looks ahead to fetch their shards."""
     download_attempts: PositiveInt = 3
     """Attempts to copy a shard of a local data set; downloads from s3:// are limited by `timeout_seconds` alone."""
-    timeout_seconds: PositiveFloat = 120.0
+    timeout_seconds: Seconds = 120.0
     """Time without progress of a download after which the run stops."""
     skip_steps: list[tuple[PositiveInt, PositiveInt]] = Field(default=[])
     """Steps to leave out, as [first, last], both included, with the numbers of the log: their packs are read, but
@@ -215,7 +208,7 @@ class CheckpointConfig(Config):
         Literal["batch_packs", "data", "mixture", "model", "optimizer", "order", "skip_steps", "tokenizer"]
     ] = Field(default=[])
     """Settings that may differ from those of the checkpoint, by the names in the error that refuses it."""
-    upload_timeout_seconds: PositiveFloat = 300.0
+    upload_timeout_seconds: Seconds = 300.0
     """Time without progress of an upload to `save_remote` after which the run stops."""
 
     @model_validator(mode="after")

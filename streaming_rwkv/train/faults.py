@@ -10,8 +10,9 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.data.workers import explain_dead_worker, explain_resource
+from streaming_rwkv.data.workers import explain_dead_worker
 from streaming_rwkv.filesystem import is_disk_full
+from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _GONE = (errno.ENOENT, errno.ENOTDIR)
@@ -36,7 +37,7 @@ def explained_faults(save_folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (*LIMIT_ERRORS, CheckpointException) as error:
         if any(isinstance(link, KeyboardInterrupt) for link in _chain(error)):  # Ctrl-C while a checkpoint was written
             raise KeyboardInterrupt from error
         explained = explain_fault(error, save_folder)
@@ -55,6 +56,8 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
             return explained
         if isinstance(link, RuntimeError) and (dead := explain_dead_worker(link)):
             return dead
+        if reason := explain_limit(link, otherwise="set `data.workers` lower"):
+            return MachineFault(f"{reason}; {_RESUME}")
     if any("unexpected pos" in str(link) for link in chain):  # torch's message for a write that was cut short
         return MachineFault(f"{save_folder}: a checkpoint was not written whole; make space on its disk; {_RESUME}")
     return None
@@ -79,8 +82,6 @@ def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
             f"{error.filename2 or place}: another kind of file than a run writes there ({error.strerror}); remove it, "
             "or give this run its own `save_folder`"
         )
-    if (reason := explain_resource(error)) is not None:
-        return MachineFault(f"{error.strerror}: {reason}; {_RESUME}")
     return None
 
 

@@ -26,6 +26,7 @@ from streaming_rwkv.errors import UserError
 
 STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
 POLL_SECONDS = 0.1
+MOST_PROCESSES = 1024  # on one machine
 SHOWN_BYTES = 1 << 14  # of the end of a failed rank's output
 
 
@@ -139,5 +140,14 @@ def free_port() -> int:
 
 
 def launch(command: Sequence[str], *, processes: int) -> int:
-    """Run `command` in this number of processes, the ranks of one run, and return the run's exit status."""
+    """Run `command` in this number of processes, the ranks of one run, and return the run's exit status.
+
+    Raises:
+        UserError: more than MOST_PROCESSES, or more than the system allows.
+    """
+    if processes > MOST_PROCESSES:
+        raise UserError(
+            f"processes: found {processes:,}, expected at most {MOST_PROCESSES:,} on one machine, one for each GPU; for "
+            "several machines see docs/cluster.md"
+        )
     return Ranks(command, processes).wait()

@@ -22,6 +22,7 @@ from streaming_rwkv.train.optimizer import lr_multiplier
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 10
+MOST_CHECKPOINTS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def prepare(config: RunConfig, *, world_size: int, fetch: bool, shape: Mapping[s
                     f"`validation` above 0, or leave the {name} out"
                 )
     plan = _plan(config, manifest, world_size=world_size)
+    _check_number_of_checkpoints(config, steps=plan.steps)
     if fetch:
         used = [stream for stream, packs in zip(plan.streams, plan.end, strict=True) if packs]
         check_shards(shard_set, [*used, *manifest.select("validation")])
@@ -121,6 +123,15 @@ def _plan(config: RunConfig, manifest: Manifest, *, world_size: int) -> Plan:
         block_shards=data.shuffle_block_shards,
         share=data.fraction,
     )
+
+
+def _check_number_of_checkpoints(config: RunConfig, *, steps: int) -> None:
+    interval = config.checkpoint.interval_steps
+    if steps // interval > MOST_CHECKPOINTS:
+        raise ConfigError(
+            f"checkpoint.interval_steps: found {interval:,}, and the run has {steps:,} steps, so {steps // interval:,} "
+            f"checkpoints; expected at most {MOST_CHECKPOINTS:,}; raise it, or shorten `data.stages`"
+        )
 
 
 def _warn_of_few_steps(plan: Plan) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from streaming_rwkv.config import ConfigError
 from streaming_rwkv.console import shown_bytes, shown_duration
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.mixture import Plan
+from streaming_rwkv.limits import memory_limit
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.flops import flops_per_token, parameter_count, peak_flops
 from streaming_rwkv.ops import cpp, cuda, cuda_chunked
@@ -28,6 +30,7 @@ INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activat
 UTILIZATION = {"gpu": 0.35, "cpu": 0.3}
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
+LARGEST_GPU_BYTES = 1 << 40  # more than any GPU has
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
@@ -71,6 +74,29 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
 def state_bytes(config: RWKV7Config, *, shards: int) -> int:
     """Return the bytes of one shard of weights, gradients and AdamW's two moments, float32."""
     return 16 * parameter_count(config) // shards
+
+
+def check_network_fits(config: RWKV7Config, *, shards: int, device: str, is_planned: bool) -> None:
+    """Refuse a network that cannot be in memory.
+
+    Args:
+        device: "cpu" or "gpu".
+        is_planned: the run is planned here for another machine, whose memory is not known, unless it is on the CPU.
+    Raises:
+        ConfigError: names the number of parameters, and the memory.
+    """
+    state = state_bytes(config, shards=shards)
+    weights = 4 * parameter_count(config)  # every process builds the whole network before it is sharded
+    checks = [(weights if device == "gpu" else max(state, weights), *memory_limit())]
+    if device == "gpu":
+        checks = [(state, LARGEST_GPU_BYTES, "more than any GPU has"), *([] if is_planned else checks)]
+    for least, limit, name in checks:
+        if least > limit:
+            raise ConfigError(
+                f"model: {parameter_count(config):,} parameters ({config.num_layers} layers of {config.hidden_size}, "
+                f"vocabulary {config.vocab_size:,}) need at least {shown_bytes(least)} in each process, but there are "
+                f"only {shown_bytes(limit)} ({name}); make the model smaller, or use more processes"
+            )
 
 
 def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:

@@ -42,7 +42,7 @@ from streaming_rwkv.train.checkpoints.restore import check_place, check_same_run
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
-from streaming_rwkv.train.preview import mixture_table
+from streaming_rwkv.train.preview import check_network_fits, mixture_table
 from streaming_rwkv.train.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -101,7 +101,15 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     mark = parent.mark if parent else own
     initial = find_initial_weights(config.model.init_from, save_folder, mark)
     fetch, ranks, shape = is_local_rank_zero(), world_size(), initial.shape if initial else None
-    prepared = run_on_local_rank_zero_first(lambda: prepare(config, world_size=ranks, fetch=fetch, shape=shape))
+
+    def prepare_here() -> PreparedRun:
+        prepared = prepare(config, world_size=ranks, fetch=fetch, shape=shape)
+        check_network_fits(
+            prepared.model, shards=ranks // config.parallel.replicas, device=device.name, is_planned=False
+        )
+        return prepared
+
+    prepared = run_on_local_rank_zero_first(prepare_here)
     kept = config.checkpoint
     mirror = Mirror(store, save_folder, keep=kept.keep, keep_every=kept.keep_every) if store else None
     prepared, checkpoint = find_resume_point(prepared, store, mirror, parent)

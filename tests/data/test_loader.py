@@ -24,7 +24,14 @@ import pytest
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data import shard_set as shard_set_module
 from streaming_rwkv.data import streaming_compat
-from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches, share_of_batches
+from streaming_rwkv.data.loader import (
+    LoaderOptions,
+    PackDataset,
+    check_batch_fits,
+    data_spec,
+    evaluation_batches,
+    share_of_batches,
+)
 from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.setting_names import RUN_SETTINGS
 from streaming_rwkv.data.shard_set import open_shard_set
@@ -455,3 +462,9 @@ def test_a_machine_without_any_flock_is_told_what_to_set(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     with pytest.raises(UserError, match=r"cache: loader processes share this data cache, but its file system has no"):
         streaming_compat._lock_path(tmp_path / "cache" / ".lock", RUN_SETTINGS)
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused():
+    record = stream("web", 256, 10, targets_per_pack=1 << 40)
+    with pytest.raises(UserError, match=r"^`data\.batch_tokens` or `data\.batch_packs`: each process reads 1,048,576 packs"):
+        check_batch_fits([record], packs=1 << 20, names=RUN_SETTINGS)

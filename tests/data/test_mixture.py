@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.data.mixture import StageConfig, due_order, make_plan, token_shares
+from streaming_rwkv.data.mixture import MOST_PLAN_PACKS, StageConfig, count_batch_packs, due_order, make_plan, token_shares
 from tests.data.streams import stream
 
 THREE = [stream("web", 256, 101), stream("web", 512, 53, targets_per_pack=80), stream("code", 256, 977)]
@@ -231,3 +231,22 @@ def test_other_parts_of_the_seed_are_other_packs():
     plans = [make_plan(configs, THREE, batch_packs=16, seed=seed, block_shards=2, share=0.25) for seed in (1, 2)]
     one, two = (set(plan.packs(0, plan.steps).ravel().tolist()) for plan in plans)
     assert one != two
+
+
+def test_a_run_is_refused_if_its_order_cannot_be_computed():
+    packs = sum(record.packs for record in THREE)
+    longest = MOST_PLAN_PACKS // packs
+    plan = plan_of([{"passes": 1_000_000}] * (longest // 1_000_000), batch_packs=packs)
+    assert plan.packs(plan.steps - 1, plan.steps).shape == (1, packs)
+    assert plan.end.sum() == plan.steps * packs
+    message = r"^data\.stages\.0: by its end the run would read [\d,]+ packs; expected at most 1,099,511,627,776; shorten"
+    with pytest.raises(ConfigError, match=message):
+        plan_of([{"tokens": 10**15}])
+
+
+@pytest.mark.parametrize("size", [{"batch_packs": 1 << 21}, {"batch_tokens": 10**12}])
+def test_a_step_has_a_largest_number_of_packs(size):
+    given = {"batch_packs": None, "batch_tokens": None} | size
+    name = next(iter(size))
+    with pytest.raises(ConfigError, match=rf"^data\.{name}: found [\d,]+, which is [\d,]+ packs .* at most 1,048,576;"):
+        count_batch_packs(**given, pack_tokens=8192, world_size=8, where="data.")

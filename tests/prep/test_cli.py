@@ -147,6 +147,7 @@ def test_overrides_may_come_after_options(recipe, tmp_path):
         ("verify out --nope x=y", "unrecognized arguments: --nope x=y"),
         ("inspect out --skip -1", "argument --skip: found '-1', expected a whole number, at least 0"),
         ("inspect out --count x", "argument --count: found 'x', expected a whole number, at least 0"),
+        ("convert in out --workers 99999", "found '99999', expected a whole number, at least 1 and at most 1,024"),
         ("convert in out --workers 0", "argument --workers: found '0', expected a whole number, at least 1"),
         ("convert in s3://b/out", "argument to: found 's3://b/out', expected a local path"),
         ("report out --to s3://b/out", "argument --to: found 's3://b/out', expected a local path"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data import streaming_compat
+from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.callbacks.json_lines import JSONLines, forget_lines_after
 from streaming_rwkv.train.faults import explained_faults
 
@@ -27,6 +31,8 @@ from streaming_rwkv.train.faults import explained_faults
             "^/runs/a/x: another kind of file than a run writes there",
         ),
         (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n"),
+        (RuntimeError("can't start new thread"), "limit of processes and threads .*, or set `data.workers` lower; the"),
+        (MemoryError(), "^no memory is left, of .*; give the job more, or set `data.workers` lower; the same command"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "loader process 7 was ended by signal",
@@ -90,3 +96,25 @@ def test_an_interrupted_checkpoint_is_an_interruption() -> None:
     failures = {0: _wrap_exception(KeyboardInterrupt())}
     with pytest.raises(KeyboardInterrupt), explained_faults(Path("/runs/a")):
         raise CheckpointException("write", failures)
+
+
+class NoMemory(MetaPathFinder):
+    """Fails to import a module as the dynamic linker does when the address space is limited."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "streaming_rwkv.train.dry_run":
+            raise ImportError("libtorch.so: failed to map segment from shared object")
+
+
+def test_an_import_without_memory_ends_a_run_with_one_line(
+    write_data_set: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_data_set(tmp_path / "data", {("web", 1, 32): 4})
+    monkeypatch.delitem(sys.modules, "streaming_rwkv.train.dry_run", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoMemory(), *sys.meta_path])
+    assert main(["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path}/run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: libtorch.so: failed to map segment from shared object: no memory is left, of ")

@@ -124,6 +124,11 @@ def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatc
     assert ended(process) == (143, "", "stopped before training began; the same command starts it again\n")
 
 
+def test_more_ranks_than_a_machine_has_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^processes: found 99,999, expected at most 1,024 on one machine"):
+        launch([sys.executable, "-c", ""], processes=99_999)
+
+
 def test_ranks_that_cannot_all_be_started_are_ended(tmp_path: Path) -> None:
     """A rank beyond the limit of open files ends those before it."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

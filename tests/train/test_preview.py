@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-from streaming_rwkv.config import load_config
+from streaming_rwkv.config import ConfigError, load_config
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.loader import data_spec
 from streaming_rwkv.model.config import RWKV7Config
@@ -20,7 +20,14 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
 from streaming_rwkv.train.prepare import prepare
-from streaming_rwkv.train.preview import activation_bytes, batch_table, checkpoint_steps, shown_bytes, state_bytes
+from streaming_rwkv.train.preview import (
+    activation_bytes,
+    batch_table,
+    check_network_fits,
+    checkpoint_steps,
+    shown_bytes,
+    state_bytes,
+)
 
 CONFIG = """
 save_folder: {run}
@@ -209,6 +216,29 @@ def test_checkpoints_are_due_at_each_interval_and_at_the_end():
     assert checkpoint_steps(steps=30, interval=10, first=10) == [20, 30]
     assert checkpoint_steps(steps=30, interval=10, first=30) == []
     assert checkpoint_steps(steps=7, interval=10) == [7]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.hidden_size=640000000", r"model: [\d,]+ parameters \(2 layers of 640000000, .* \(.*memory\); make the mo"),
+        ("model.vocab_size=2147483647", r"model: [\d,]+ parameters \(2 layers of 128, vocabulary 2,147,483,647\) need at"),
+        ("checkpoint.interval_steps=1", r"checkpoint\.interval_steps: found 1, and the run has [\d,]+ steps, so [\d,]+ c"),
+    ],
+)
+def test_what_no_machine_can_hold_is_refused(setting, message, config, capsys):
+    longer = ["data.stages=[{tokens: 10000M}]"] if "interval" in setting else []
+    assert main([str(config), "--dry-run", "model.num_layers=2", setting, *longer]) == 1
+    assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
+def test_a_network_must_fit_the_machine_that_trains_it():
+    model = RWKV7Config(vocab_size=97, hidden_size=1 << 17, num_layers=32)  # 6.6 T parameters: 106 TB with the moments
+    check_network_fits(model, shards=1024, device="gpu", is_planned=True)
+    with pytest.raises(ConfigError, match=r"in each process, but there are only 1\.10 TB \(more than any GPU has\)"):
+        check_network_fits(model, shards=8, device="gpu", is_planned=True)
+    with pytest.raises(ConfigError, match=r"need at least 26\.\d+ TB in each process"):  # built whole on each
+        check_network_fits(model, shards=1024, device="gpu", is_planned=False)
 
 
 def test_weights_gradients_and_moments_are_divided_among_processes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -113,6 +114,23 @@ def test_a_bug_in_a_worker_is_raised_in_the_main_process(config, corpus):
         start(context_of(config, corpus), on_report=lambda report: None) as run,
     ):
         list(run(doubled, [1, 13, 2]))
+
+
+def test_workers_that_cannot_be_forked_are_explained(config, corpus, monkeypatch):
+    forks, fork = [], os.fork
+
+    def refusing() -> int:
+        forks.append(len(forks))
+        if len(forks) == 3:  # the first is the workers' parent
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", refusing)
+    with (
+        pytest.raises(BlockingIOError, match="Resource temporarily unavailable"),
+        start(context_of(config, corpus), on_report=lambda report: None, fork=True) as run,
+    ):
+        list(run(doubled, [1, 2]))
 
 
 def die(context: BuildContext, item: object, report: object) -> None:

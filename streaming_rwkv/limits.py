@@ -1,0 +1,80 @@
+"""Limits of memory, processes, threads and open files: their values, and the errors of a program that reaches them.
+
+Only the standard library is imported, so that an import that fails for want of memory can be explained.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+LIMIT_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)
+"""The classes of errors that `explain_limit` may explain."""
+
+# Texts of the dynamic linker, PyTorch, C++ and libuv; not those about static TLS or a GPU's memory.
+_MEMORY = re.compile(
+    r"can(?:'|no)t allocate memory(?! in static TLS)|failed to map segment|bad_alloc|^(?!.*(?:CUDA|HIP)).*out of memory",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PROCESSES = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)
+
+
+def explain_limit(error: BaseException, *, otherwise: str = "") -> str | None:
+    """Return what failed, the limit that it reached with its value, and the remedy; None for another error.
+
+    Args:
+        otherwise: what to do if the limit cannot be raised, as in "set `workers` lower".
+    """
+    reason = limit_of(error, otherwise=otherwise)
+    if reason is None:
+        return None
+    lines = [error.strerror] if isinstance(error, OSError) and error.strerror else str(error).splitlines()
+    telling = [line for line in lines if _MEMORY.search(line) or _PROCESSES.search(line)]
+    cause = next(iter(telling or lines), "").strip()
+    return f"{cause}: {reason}" if cause else reason
+
+
+def limit_of(error: BaseException, *, otherwise: str = "") -> str | None:
+    """Return the limit that `error` comes from, its value and the remedy; None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error) if isinstance(error, RuntimeError | ImportError) else ""
+    or_otherwise = f", or {otherwise}" if otherwise else ""
+    remedy = f"; raise that limit{or_otherwise}"
+    if number == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"this process has reached its limit of {limit} open files (ulimit -n){remedy}"
+    if number == errno.ENFILE:
+        return f"the machine's limit of open files is reached (sysctl fs.file-max){remedy}"
+    if number == errno.EAGAIN or _PROCESSES.search(text):
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
+        return f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}){remedy}"
+    if number == errno.ENOMEM or isinstance(error, MemoryError) or _MEMORY.search(text):
+        size, name = memory_limit()
+        return f"no memory is left, of {size:,} bytes ({name}); give the job more{or_otherwise}"
+    return None
+
+
+def memory_limit() -> tuple[int, str]:
+    """Return the largest number of bytes that this process can have, and the limit's name."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [(machine, "the machine's memory")]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append((address_space, "ulimit -v"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is none, or it is `max`
+            limits.append((int(Path(file).read_text()), "the container's memory"))
+    return min(limits)
+
+
+def _read_pids_max() -> str:
+    """Return the container's limit of processes, if its control group shows one."""
+    for file in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
+        with suppress(OSError):
+            return f"pids.max is {Path(file).read_text().strip()}"
+    return "pids.max is unknown"
