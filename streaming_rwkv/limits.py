@@ -17,7 +17,8 @@ LIMIT_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)
 
 # Texts of the dynamic linker, PyTorch, C++ and libuv; not those about static TLS or a GPU's memory.
 _MEMORY = re.compile(
-    r"can(?:'|no)t allocate memory(?! in static TLS)|failed to map segment|bad_alloc|^(?!.*(?:CUDA|HIP)).*out of memory",
+    r"can(?:'|no)t allocate memory(?! in static TLS)|failed to map segment|bad_alloc"
+    r"|^(?!.*(?:CUDA|HIP)).*out of memory",
     re.IGNORECASE | re.MULTILINE,
 )
 _PROCESSES = re.compile(r"can't start new thread|resource temporarily unavailable", re.IGNORECASE)

@@ -15,7 +15,9 @@ from streaming_rwkv.console import run_command
 from streaming_rwkv.limits import explain_limit, memory_limit
 
 MEMORY = r"no memory is left, of [\d,]+ bytes \((the machine's memory|the container's memory|ulimit -v)\); give the job"
-PROCESSES = r"the limit of processes and threads is reached \((ulimit -u is \d+|no limit for the user); of a container: "
+PROCESSES = (
+    r"the limit of processes and threads is reached \((ulimit -u is \d+|no limit for the user); of a container: "
+)
 MAPPING = "libgomp-a34b3233.so.1: failed to map segment from shared object"
 
 

@@ -23,6 +23,7 @@ import xxhash
 
 from streaming_rwkv.config import Config, UserError
 from streaming_rwkv.filesystem import lock_folder, make_folder, replace_folder, temporary_folder
+from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
 DONE_FOLDER = "done"
 TEMPORARY_FOLDER = "tmp"
@@ -103,14 +104,19 @@ def locked(work: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_write_errors(out: Path) -> Iterator[None]:
-    """Turn errors of the file system into errors that say what to do.
+    """Turn errors of the file system and of the system's limits into errors that say what to do.
 
     Raises:
-        WorkError: no space left, quota exceeded, no permission, or another error of the file system.
+        WorkError: no space left, quota exceeded, no permission, another error of the file system, or a limit of memory,
+            processes or open files.
     """
     try:
         yield
-    except OSError as error:
+    except LIMIT_ERRORS as error:
+        if reason := explain_limit(error, otherwise="set `workers` lower"):
+            raise WorkError(f"{reason}; finished work is kept, run the same command again") from error
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise WorkError(
                 f"{error.filename or out}: cannot be written ({error.strerror}); choose another `out=`"

@@ -223,8 +223,8 @@ def count_batch_packs(
     if packs > MOST_BATCH_PACKS:
         name = "batch_tokens" if batch_packs is None else "batch_packs"
         raise ConfigError(
-            f"{where}{name}: found {batch_packs or batch_tokens:,}, which is {packs:,} packs in a step; expected at most "
-            f"{MOST_BATCH_PACKS:,}; lower it"
+            f"{where}{name}: found {batch_packs or batch_tokens:,}, which is {packs:,} packs in a step; expected at "
+            f"most {MOST_BATCH_PACKS:,}; lower it"
         )
     return packs
 

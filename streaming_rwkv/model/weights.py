@@ -33,6 +33,7 @@ from torch import Tensor
 
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import atomic_file, read_regular_file, write_atomically
+from streaming_rwkv.limits import explain_limit
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
     FLAT,
@@ -234,7 +235,7 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
             "weights are read here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
         ) from None
     except _UNREADABLE as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path, explain_limit(error) or str(error)) from error
 
 
 # The second line is torch's and pickle's, of bytes that mean nothing.

@@ -62,9 +62,7 @@ def build_evaluators(prepared: PreparedRun, *, microbatch: int) -> list[Evaluato
     per_rank = evaluation.microbatch_packs or (microbatch if prepared.config.microbatch_packs else 1)
     packs = [record.packs for record in records]
     batch_packs = min(per_rank, -(-sum(packs) // world_size())) * world_size()
-    batches, num_batches = evaluation_batches(
-        packs, batch_packs=batch_packs, per_stream=evaluation.packs_per_stream
-    )
+    batches, num_batches = evaluation_batches(packs, batch_packs=batch_packs, per_stream=evaluation.packs_per_stream)
     dataset = PackDataset(
         prepared.shard_set,
         records,

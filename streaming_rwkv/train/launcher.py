@@ -147,7 +147,7 @@ def launch(command: Sequence[str], *, processes: int) -> int:
     """
     if processes > MOST_PROCESSES:
         raise UserError(
-            f"processes: found {processes:,}, expected at most {MOST_PROCESSES:,} on one machine, one for each GPU; for "
-            "several machines see docs/cluster.md"
+            f"processes: found {processes:,}, expected at most {MOST_PROCESSES:,} on one machine, one for each GPU; "
+            "for several machines see docs/cluster.md"
         )
     return Ranks(command, processes).wait()

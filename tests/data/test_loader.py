@@ -37,6 +37,7 @@ from streaming_rwkv.data.setting_names import RUN_SETTINGS
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
+from tests.data.streams import stream
 from tests.fork_server import ROOT
 
 TRAIN = {("web", 1, 16): 40, ("web", 17, 32): 30, ("code", 1, 16): 23}
@@ -466,5 +467,7 @@ def test_a_machine_without_any_flock_is_told_what_to_set(tmp_path, monkeypatch):
 
 def test_a_batch_that_memory_cannot_hold_is_refused():
     record = stream("web", 256, 10, targets_per_pack=1 << 40)
-    with pytest.raises(UserError, match=r"^`data\.batch_tokens` or `data\.batch_packs`: each process reads 1,048,576 packs"):
+    with pytest.raises(
+        UserError, match=r"^`data\.batch_tokens` or `data\.batch_packs`: each process reads 1,048,576 packs"
+    ):
         check_batch_fits([record], packs=1 << 20, names=RUN_SETTINGS)

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming_rwkv.config import ConfigError, validate
-from streaming_rwkv.data.mixture import MOST_PLAN_PACKS, StageConfig, count_batch_packs, due_order, make_plan, token_shares
+from streaming_rwkv.data.mixture import (
+    MOST_PLAN_PACKS,
+    StageConfig,
+    count_batch_packs,
+    due_order,
+    make_plan,
+    token_shares,
+)
 from tests.data.streams import stream
 
 THREE = [stream("web", 256, 101), stream("web", 512, 53, targets_per_pack=80), stream("code", 256, 977)]
@@ -239,7 +246,9 @@ def test_a_run_is_refused_if_its_order_cannot_be_computed():
     plan = plan_of([{"passes": 1_000_000}] * (longest // 1_000_000), batch_packs=packs)
     assert plan.packs(plan.steps - 1, plan.steps).shape == (1, packs)
     assert plan.end.sum() == plan.steps * packs
-    message = r"^data\.stages\.0: by its end the run would read [\d,]+ packs; expected at most 1,099,511,627,776; shorten"
+    message = (
+        r"^data\.stages\.0: by its end the run would read [\d,]+ packs; expected at most 1,099,511,627,776; shorten"
+    )
     with pytest.raises(ConfigError, match=message):
         plan_of([{"tokens": 10**15}])
 

@@ -208,7 +208,10 @@ def test_a_launchers_environment_changes_nothing_without_a_process_group(
         ({"batch_packs": 4, "rank": 1}, "open_dataset: give both `rank` and `world_size`, or neither"),
         ({"batch_packs": 4, "rank": 2, "world_size": 2}, "open_dataset: rank: found 2, expected 0 to 1"),
         ({"batch_packs": 10**12}, "open_dataset: batch_packs: found 1000000000000; Input should be less than or equal"),
-        ({"batch_packs": 1 << 21}, "open_dataset: batch_packs: found 2,097,152, which is 2,097,152 packs in a step; exp"),
+        (
+            {"batch_packs": 1 << 21},
+            "open_dataset: batch_packs: found 2,097,152, which is 2,097,152 packs in a step; exp",
+        ),
         ({"batch_packs": 4, "workers": 1000}, "open_dataset: workers: found 1000; Input should be less than or equal "),
         ({"batch_packs": 3, "rank": 0, "world_size": 2}, "open_dataset: batch_packs: 3 packs do not divide among 2 "),
         ({"batch_packs": 4, "stages": []}, "open_dataset: stages: found []; List should have at least 1 item"),

@@ -221,9 +221,18 @@ def test_checkpoints_are_due_at_each_interval_and_at_the_end():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.hidden_size=640000000", r"model: [\d,]+ parameters \(2 layers of 640000000, .* \(.*memory\); make the mo"),
-        ("model.vocab_size=2147483647", r"model: [\d,]+ parameters \(2 layers of 128, vocabulary 2,147,483,647\) need at"),
-        ("checkpoint.interval_steps=1", r"checkpoint\.interval_steps: found 1, and the run has [\d,]+ steps, so [\d,]+ c"),
+        (
+            "model.hidden_size=640000000",
+            r"model: [\d,]+ parameters \(2 layers of 640000000, .* \(.*memory\); make the mo",
+        ),
+        (
+            "model.vocab_size=2147483647",
+            r"model: [\d,]+ parameters \(2 layers of 128, vocabulary 2,147,483,647\) need at",
+        ),
+        (
+            "checkpoint.interval_steps=1",
+            r"checkpoint\.interval_steps: found 1, and the run has [\d,]+ steps, so [\d,]+ c",
+        ),
     ],
 )
 def test_what_no_machine_can_hold_is_refused(setting, message, config, capsys):

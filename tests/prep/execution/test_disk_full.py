@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from prep.build import build
 from prep.config import PrepConfig
 from prep.dataset.verification import verify
+from prep.execution.task_store import WorkError, explained_write_errors
 
 ROOT = Path(__file__).parents[3]
 # A mount namespace of our own: a real file system of 600 KB, and no trace of it afterwards.
@@ -65,3 +67,15 @@ def test_a_full_disk_is_explained_and_the_build_resumes_afterwards(write_lines, 
     verify(tmp_path / "copy")
     build(PrepConfig.model_validate(values))
     assert content(tmp_path / "copy") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), RuntimeError("can't start new thread")],
+)
+def test_a_limit_of_the_system_is_explained(error: Exception, tmp_path: Path) -> None:
+    message = (
+        r"^(Res|can).*: the limit of processes and threads .*, or set `workers` lower; finished work is kept, run the"
+    )
+    with pytest.raises(WorkError, match=message), explained_write_errors(tmp_path):
+        raise error
