@@ -51,9 +51,10 @@ def limit_of(error: BaseException, *, otherwise: str = "") -> str | None:
     if number == errno.ENFILE:
         return f"the machine's limit of open files is reached (sysctl fs.file-max){remedy}"
     if number == errno.EAGAIN or _PROCESSES.search(text):
-        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        limit, space = resource.getrlimit(resource.RLIMIT_NPROC)[0], resource.getrlimit(resource.RLIMIT_AS)[0]
         user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
-        return f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}){remedy}"
+        stacks = "" if space == resource.RLIM_INFINITY else f", or the memory for their stacks (ulimit -v: {space:,} bytes)"
+        return f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}){stacks}{remedy}"
     if number == errno.ENOMEM or isinstance(error, MemoryError) or _MEMORY.search(text):
         size, name = memory_limit()
         return f"no memory is left, of {size:,} bytes ({name}); give the job more{or_otherwise}"
