@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -149,8 +150,27 @@ def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
     if device.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise each process would use all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
+    check_threads()
     dist.initialize_dist(device, timeout=timeout_seconds)
     return device
+
+
+def check_threads(count: int = 8) -> None:
+    """Check that this process can start as many threads as gloo does, which waits indefinitely if it cannot.
+
+    Raises:
+        RuntimeError: the limit of processes and threads is reached.
+    """
+    end, started = threading.Event(), []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait, name="check_threads", daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def check_device(device_name: str | None) -> None:
