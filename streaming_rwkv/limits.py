@@ -51,10 +51,7 @@ def limit_of(error: BaseException, *, otherwise: str = "") -> str | None:
     if number == errno.ENFILE:
         return f"the machine's limit of open files is reached (sysctl fs.file-max){remedy}"
     if number == errno.EAGAIN or _PROCESSES.search(text):
-        limit, space = resource.getrlimit(resource.RLIMIT_NPROC)[0], resource.getrlimit(resource.RLIMIT_AS)[0]
-        user = "no limit for the user" if limit == resource.RLIM_INFINITY else f"ulimit -u is {limit}"
-        stacks = "" if space == resource.RLIM_INFINITY else f", or the memory for their stacks (ulimit -v: {space:,} bytes)"
-        return f"the limit of processes and threads is reached ({user}; of a container: {_read_pids_max()}){stacks}{remedy}"
+        return f"the limit of processes and threads is reached ({_process_limits()}){remedy}"
     if number == errno.ENOMEM or isinstance(error, MemoryError) or _MEMORY.search(text):
         size, name = memory_limit()
         return f"no memory is left, of {size:,} bytes ({name}); give the job more{or_otherwise}"
@@ -72,6 +69,15 @@ def memory_limit() -> tuple[int, str]:
         with suppress(OSError, ValueError):  # there is none, or it is `max`
             limits.append((int(Path(file).read_text()), "the container's memory"))
     return min(limits)
+
+
+def _process_limits() -> str:
+    """Return the limits that a new process or thread may reach, with their values."""
+    user, space = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NPROC, resource.RLIMIT_AS))
+    shown = "no limit for the user" if user == resource.RLIM_INFINITY else f"ulimit -u is {user}"
+    shown += f"; of a container: {_read_pids_max()}"
+    # Each thread needs a stack.
+    return shown if space == resource.RLIM_INFINITY else f"{shown}; or that of memory: ulimit -v is {space:,} bytes"
 
 
 def _read_pids_max() -> str:

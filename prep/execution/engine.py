@@ -26,6 +26,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.limits import LIMIT_ERRORS
 from streaming_rwkv.processes import die_with_parent
+from streaming_rwkv.tokenizers.base import is_panic
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,20 @@ def start(context: BuildContext, *, on_report: Callable[[Any], None], fork: bool
         with _ray(context, on_report) as run:
             yield run
     elif context.config.worker_count == 1:
-        yield lambda task, items: ((index, task(context, item, on_report)) for index, item in enumerate(items))
+        yield lambda task, items: ((index, _do(task, context, item, on_report)) for index, item in enumerate(items))
     else:
         with _processes(context, on_report, fork=fork) as run:
             yield run
+
+
+def _do(task: Task, context: BuildContext, item: Any, on_report: Callable[[Any], None]) -> Any:
+    """Do a task; a panic of a Rust library is raised as an error that `except Exception` catches."""
+    try:
+        return task(context, item, on_report)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 # --- processes ---
@@ -190,7 +201,7 @@ def _work(context: BuildContext, connection: Connection) -> None:
         while True:
             task, item = connection.recv()
             try:
-                answer = task(context, item, report)
+                answer = _do(task, context, item, report)
             except Exception as error:  # noqa: BLE001  # raised again by the main process
                 answer = _Failure(_portable(error), traceback.format_exc())
             connection.send(answer)
@@ -255,7 +266,7 @@ def _ray(context: BuildContext, on_report: Callable[[Any], None]) -> Iterator[Ru
 
 def _do_for_ray(task: Task, pickled_context: bytes, item: Any) -> tuple[Any, list[Any]]:
     reports: list[Any] = []
-    return task(_unpickled(pickled_context), item, reports.append), reports
+    return _do(task, _unpickled(pickled_context), item, reports.append), reports
 
 
 @functools.lru_cache(maxsize=1)

@@ -116,6 +116,25 @@ def test_a_bug_in_a_worker_is_raised_in_the_main_process(config, corpus):
         list(run(doubled, [1, 13, 2]))
 
 
+class PanicException(BaseException):
+    """With the base class and the name of Rust's panics."""
+
+
+def panic(context: BuildContext, item: object, report: object) -> None:
+    raise PanicException("The global thread pool has not been initialized: Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_panic_of_a_rust_library_is_an_error(config, corpus, workers):
+    context = context_of(config, corpus)
+    context = replace(context, config=context.config.model_copy(update={"workers": workers}))
+    with (
+        pytest.raises(RuntimeError, match=r"^The global thread pool"),
+        start(context, on_report=lambda report: None) as run,
+    ):
+        list(run(panic, [1]))
+
+
 def test_workers_that_cannot_be_forked_are_explained(config, corpus, monkeypatch):
     forks, fork = [], os.fork
 
