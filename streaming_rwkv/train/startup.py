@@ -101,16 +101,8 @@ def start_up(config: RunConfig) -> CheckedRun | None:
         parent = fetch_branch(config.branch_from, save_folder, save_remote=config.save_remote)
     mark = parent.mark if parent else own
     initial = find_initial_weights(config.model.init_from, save_folder, mark)
-    fetch, ranks, shape = is_local_rank_zero(), world_size(), initial.shape if initial else None
-
-    def prepare_here() -> PreparedRun:
-        prepared = prepare(config, world_size=ranks, fetch=fetch, shape=shape)
-        check_network_fits(
-            prepared.model, shards=ranks // config.parallel.replicas, device=device.name, is_planned=False
-        )
-        return prepared
-
-    prepared = run_on_local_rank_zero_first(prepare_here)
+    shape = initial.shape if initial else None
+    prepared = run_on_local_rank_zero_first(lambda: prepare_here(config, device=device.name, shape=shape))
     kept = config.checkpoint
     mirror = Mirror(store, save_folder, keep=kept.keep, keep_every=kept.keep_every) if store else None
     prepared, checkpoint = find_resume_point(prepared, store, mirror, parent)
@@ -137,6 +129,18 @@ def start_up(config: RunConfig) -> CheckedRun | None:
         lock=lock,
         tasks=tasks,
     )
+
+
+def prepare_here(config: RunConfig, *, device: str, shape: dict[str, Any] | None) -> PreparedRun:
+    """Prepare the run on this rank, and check that its network fits into memory here.
+
+    Raises:
+        UserError: see `prepare` and `check_network_fits`.
+    """
+    prepared = prepare(config, world_size=world_size(), fetch=is_local_rank_zero(), shape=shape)
+    shards = world_size() // config.parallel.replicas
+    check_network_fits(prepared.model, shards=shards, device=device, is_planned=False)
+    return prepared
 
 
 def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
