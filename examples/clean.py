@@ -213,7 +213,8 @@ def check_same(file: Path, settings: dict[str, Any]) -> None:
     if file.exists() and (before := json.loads(file.read_bytes())) != settings:
         raise SystemExit(f"error: {file}: found {before}, expected {settings}; give another folder for the result")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
+    file.with_suffix(".new").write_text(json.dumps(settings))
+    file.with_suffix(".new").replace(file)  # a kill leaves all of it or none
 
 
 def counts(logs: Path) -> dict[str, int]:

@@ -197,7 +197,9 @@ def _check_numbers(text: str) -> None:
     """
     for token in yaml.scan(text, yaml.SafeLoader):
         if isinstance(token, yaml.ScalarToken) and token.plain and _OLD_NUMBER.fullmatch(token.value):
-            problem = f"found {token.value}, which would be read as {yaml.safe_load(token.value)}; write a decimal number"
+            problem = (
+                f"found {token.value}, which would be read as {yaml.safe_load(token.value)}; write a decimal number"
+            )
             raise yaml.MarkedYAMLError(problem=f"{problem}, or text in quotes", problem_mark=token.start_mark)
 
 
@@ -409,7 +411,9 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
             found = problem["input"]
             hint = "; YAML reads yes, no, on and off as true and false, if they have no quotes"
             is_truth_value = isinstance(found, bool) or found in ("true", "false")
-            return f"{key}: found {without_credentials(_short(found))}; {problem['msg']}{hint if is_truth_value else ''}"
+            return (
+                f"{key}: found {without_credentials(_short(found))}; {problem['msg']}{hint if is_truth_value else ''}"
+            )
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:

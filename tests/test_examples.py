@@ -108,8 +108,13 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
         ("accelerate_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("accelerate_loop", "DATA FILE", "error: "),
         ("plain_streaming", "NOWHERE", "error: NOWHERE"),
-        ("plain_streaming", "DATA --source nope", "error: DATA: has no train packs of the source 'nope'; there are code, web"),
+        (
+            "plain_streaming",
+            "DATA --source nope",
+            "error: DATA: has no train packs of the source 'nope'; there are code, web",
+        ),
         ("plain_streaming", "DATA --documents -1", "--documents: found -1, expected 0 or more"),
+        ("clean", "NOWHERE OUT --kind any", "; install requirements/clean.txt, as the head of "),
         ("fit_mixture", "NOWHERE OUT --seed -1", "error: give a --seed of 0 or more"),
         ("fit_mixture", "NOWHERE OUT", "error: NOWHERE: no such file"),
     ],
@@ -128,6 +133,7 @@ def test_errors_of_a_user_are_one_line(
         request.getfixturevalue("accelerate")
     paths = {"DATA": data, "OUT": tmp_path / "out", "FILE": tmp_path / "file", "NOWHERE": tmp_path / "nowhere"}
     paths["FILE"].touch()
+    monkeypatch.setitem(sys.modules, "datatrove", None)  # as if it were not installed
     monkeypatch.setattr(sys, "argv", [name, *(str(paths.get(word, word)) for word in arguments.split())])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
