@@ -31,4 +31,4 @@ def test_sigterm_ends_the_server_and_removes_its_folders(tmp_path: Path) -> None
         assert program.wait() == 0
     assert not Path(f"/proc/{child}").exists()
     assert not Path(found[1]).exists()
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if "test-ports" not in path.name] == []  # those outlive programs

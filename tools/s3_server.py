@@ -78,6 +78,7 @@ class S3Server:
             self._process = subprocess.Popen(
                 [
                     str(Path(sys.executable).with_name("weed")),
+                    f"-logdir={self.folder}",  # not the folder for temporary files of the machine
                     "server",
                     f"-dir={self.folder}",
                     "-ip=127.0.0.1",
