@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -256,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers: found {options.workers}, expected 1 or more")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and end the worker processes
     try:
         found = clean(
             options.folder, options.out, kind=options.kind, text=options.text, workers=options.workers,
