@@ -95,7 +95,8 @@ class Ranks:
             statuses = [process.poll() for process in self._processes]
             failed = [local_rank for local_rank, status in enumerate(statuses) if status]
             if failed or None not in statuses:
-                return failed[0] if failed else None
+                # A rank that was killed is the cause of the others' failures.
+                return min(failed, key=lambda local_rank: ((statuses[local_rank] or 0) > 0, local_rank), default=None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._processes[statuses.index(None)].wait(timeout=POLL_SECONDS)
 
