@@ -130,7 +130,7 @@ def test_a_help_that_cannot_be_written_is_no_success(arguments, capsys):
 
 def test_an_output_that_cannot_be_written_is_not_taken_for_the_disk_of_a_file():
     error = OutputError(OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match="^standard output: "), explained_writes(Path("model.pth")):
+    with pytest.raises(UserError, match=r"^standard output: "), explained_writes(Path("model.pth")):
         raise error
 
 

@@ -219,13 +219,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_folder_that_another_process_has_written_meanwhile_stays(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with (
-        pytest.raises(UserError, match=r"folder: another process has written to it meanwhile; write to another place"),
-        atomic_folder(folder) as temporary,
-    ):
-        (temporary / "file").write_text("second")
-        folder.mkdir()
-        (folder / "file").write_text("first")
+
+    def write_twice() -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / "file").write_text("second")
+            folder.mkdir()
+            (folder / "file").write_text("first")
+
+    with pytest.raises(UserError, match="folder: another process has written to it meanwhile; write to another place"):
+        write_twice()
     assert (folder / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [folder]
 

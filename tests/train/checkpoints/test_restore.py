@@ -66,7 +66,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_called_new(public_folder:
 def test_a_damaged_mark_has_a_remedy(content: bytes, tmp_path: Path) -> None:
     checkpoint = write(tmp_path, 3)
     (checkpoint / "complete.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="; copy the checkpoint again from its source, or use another$"):
+    with pytest.raises(CheckpointError, match=r"; copy the checkpoint again from its source, or use another$"):
         mark_at(checkpoint)
 
 
