@@ -120,7 +120,8 @@ class Ranks:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - SHOWN_BYTES))
             text = output.read().decode(errors="replace").rstrip()
-            print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
+            if text or status > 0:
+                print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
         if status < 0 and not self.asked_to_stop:
             print(f"rank {failed} was ended by {_signal(status)}", file=sys.stderr, flush=True)
         return 128 - status if status < 0 else status

@@ -77,7 +77,7 @@ def test_a_rank_that_was_killed_is_named() -> None:
     )
 
 
-def test_a_rank_that_was_killed_is_the_cause_of_the_others_failures() -> None:
+def test_a_rank_that_was_killed_is_the_cause_of_the_others_failures(capsys: pytest.CaptureFixture[str]) -> None:
     program = """
         import os, signal, sys
         if os.environ["RANK"] == "0":
@@ -88,6 +88,7 @@ def test_a_rank_that_was_killed_is_the_cause_of_the_others_failures() -> None:
     for process in ranks._processes:
         process.wait(timeout=250)
     assert ranks.wait() == 128 + 9
+    assert capsys.readouterr().err.startswith("rank 1 was ended by SIGKILL, most likely for want of memory")
 
 
 SAVES = """
