@@ -353,7 +353,7 @@ def sole_writer(output: Path, *, what: str, remedy: str, is_folder: bool = True)
         UserError: another process is writing there, or the folder cannot be made or written to.
     """
     folder = output if is_folder else output.parent
-    make_folder(folder, what=what, remedy=remedy)
+    make_folder(folder, what=what if is_folder else f"folder of the {what}", remedy=remedy)
     lock = folder / (LOCK_NAME if is_folder else f".{output.name}{LOCK_NAME}")
     while True:
         descriptor = _hold(lock, output, what=what, remedy=remedy)

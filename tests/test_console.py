@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,17 +94,18 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys):
 CANNOT_WRITE = "error: standard output: cannot be written (No space left on device); write it to another place\n"
 
 
-@pytest.fixture
-def full_output(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Standard output on a full disk; `capsys` has standard error."""
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@contextmanager
+def full_output() -> Iterator[None]:
+    """Have standard output on a full disk."""
     with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", full)
         yield
 
 
-@pytest.mark.usefixtures("full_output")
+@needs_full
 @pytest.mark.parametrize(
     "write",
     [
@@ -115,14 +117,15 @@ def full_output(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
     ],
 )
 def test_an_output_that_cannot_be_written_is_one_line(write, capsys):
-    assert run_command(lambda: write() or 0) == 1
+    with full_output():
+        assert run_command(lambda: write() or 0) == 1
     assert capsys.readouterr().err == CANNOT_WRITE
 
 
-@pytest.mark.usefixtures("full_output")
+@needs_full
 @pytest.mark.parametrize("arguments", ["", "--help", "--version", "show --help", "train --help", "evaluate --help"])
 def test_a_help_that_cannot_be_written_is_no_success(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with full_output(), pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 1
     assert capsys.readouterr().err == CANNOT_WRITE
