@@ -290,10 +290,7 @@ def _read_huggingface(folder: Path) -> State:
     """Read the weights of a Hugging Face folder, as `fla` and `rwkv7_hf` write them, in one or several files."""
     config = _read_json(folder / _CONFIG_NAME)
     if config.get("model_type") != "rwkv7":
-        raise CheckpointError(
-            f"{folder}/{_CONFIG_NAME}: model_type is {config.get('model_type')!r}, expected 'rwkv7'; give an RWKV-7 "
-            "model"
-        )
+        raise CheckpointError(f"{folder}: model_type is {config.get('model_type')!r}, expected 'rwkv7'")
     head_size = config.get("head_dim") or 64
     if not isinstance(head_size, int):
         raise CheckpointError(f"{folder}/{_CONFIG_NAME}: head_dim is {head_size!r}, expected a number")
