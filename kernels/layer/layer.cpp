@@ -11,36 +11,27 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "../wkv7/threads.h"
 #include "../wkv7/vectors.h"
 
 namespace {
 
 struct Work {
-    int64_t threads, blocks, width;
+    Threads threads;
+    int64_t blocks, width;
 };
 
-// f(block) for all blocks, on threads that live for this call only: a pool would not survive a fork.
+// f(block) for all blocks.
 template <class F>
 void for_blocks(const Work& work, int64_t floats, const F& f) {
     std::atomic<int64_t> next{0};
-    const auto take = [&] {
+    const int64_t worth = floats >> 14;  // threads that have more to do than to start
+    on_threads(work.threads, std::min(work.blocks, worth), [&] {
         const FlushSubnormals flush;
         for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < work.blocks;) f(block);
-    };
-    const int64_t worth = floats >> 14;  // a thread takes some 20 µs to start
-    const int64_t helpers = std::min({work.threads, work.blocks, std::max<int64_t>(worth, 1)}) - 1;
-    std::vector<std::thread> threads;
-    try {
-        for (int64_t n = 0; n < helpers; ++n) threads.emplace_back(take);
-    } catch (const std::system_error&) {
-        // The system gives no more threads; those that run share the work.
-    }
-    take();
-    for (auto& thread : threads) thread.join();
+    });
 }
 
 inline vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
@@ -493,12 +484,12 @@ void relu_squared_forward(const Work& work, int64_t tokens, int64_t tile, const 
 }
 
 template <class E>
-void relu_squared_backward(const Work& work, int64_t tokens, int64_t tile, const E* x, const E* dout, E* dx, E* out) {
+void relu_squared_backward(const Work& work, int64_t tokens, int64_t tile, const E* x, E* gradient, E* out) {
     for_blocks(work, tokens * work.width, [&](int64_t block) {
         const int64_t stop = std::min(block * tile + tile, tokens) * work.width;
         for (int64_t n = block * tile * work.width; n < stop; n += LANES) {
             const vec z = load(x + n), positive = select(z < 0.0f, vec{}, z);
-            store(dx + n, 2.0f * positive * load(dout + n));
+            store(gradient + n, 2.0f * positive * load(gradient + n));
             store(out + n, positive * positive);
         }
     });
@@ -702,10 +693,10 @@ EXPORT_BOTH(wkv7_output_backward)
     }                                                                                                  \
     extern "C" void relu_squared_backward_##suffix(const Work* work, const int64_t* a) {               \
         Arguments from{a + 2};                                                                         \
-        const E *x, *dout;                                                                             \
-        E *dx, *out;                                                                                   \
-        pointers(from, x, dout, dx, out);                                                              \
-        relu_squared_backward(*work, a[0], a[1], x, dout, dx, out);                                    \
+        const E* x;                                                                                    \
+        E *gradient, *out;                                                                             \
+        pointers(from, x, gradient, out);                                                              \
+        relu_squared_backward(*work, a[0], a[1], x, gradient, out);                                    \
     }                                                                                                  \
     extern "C" void cross_entropy_##suffix(const Work* work, const int64_t* a) {                       \
         Arguments from{a + 2};                                                                         \

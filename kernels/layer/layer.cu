@@ -616,21 +616,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    relu_squared_backward(int64 tokens, int64 tile, const Element* x, const Element* dout, Element* dx, Element* out) {
+    relu_squared_backward(int64 tokens, int64 tile, const Element* x, Element* gradients, Element* out) {
     const int64 first = blockIdx.x * tile, stop = first + tile < tokens ? first + tile : tokens;
     for (int64 t = first; t < stop; ++t)
 #pragma unroll
         for (int turn = 0; turn < TURNS; ++turn) {
             if (!has(turn)) continue;
             const int64 n = t * WIDTH + channel(turn);
-            const Four z = load(x + n), g = load(dout + n);
+            const Four z = load(x + n), g = load(gradients + n);
             Four gradient, squared;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 gradient.at[e] = 2 * positive(z.at[e]) * g.at[e];
                 squared.at[e] = positive(z.at[e]) * positive(z.at[e]);
             }
-            store(dx + n, gradient);
+            store(gradients + n, gradient);
             store(out + n, squared);
         }
 }

@@ -11,19 +11,19 @@
 //
 // Nothing is ever divided by a decay, so the gradients are as good for fast decays as for slow ones.
 
+#include "threads.h"
 #include "vectors.h"
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <numeric>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 // Mirrored field by field in streaming_rwkv/ops/cpp.py. Tensors are (tokens, heads, N) and contiguous.
 struct Wkv7Call {
-    int64_t tokens, heads, documents, threads;
+    int64_t tokens, heads, documents;
+    Threads threads;
     const int32_t* cu_seqlens;                  // (documents + 1,)
     const void *r, *log_decay, *k, *v, *a, *b;  // float or bfloat16
     const float* initial_state;                 // (documents, heads, N, N) [value, key], or null for zeros
@@ -58,8 +58,7 @@ inline int64_t saved_state_of(const Wkv7Call& c, const Unit& u, int64_t head, in
 
 inline int64_t row_of(const Wkv7Call& c, int64_t head, int64_t token) { return (token * c.heads + head) * N; }
 
-// f(unit, workspace) for all, on threads that live for this call only: their start costs some 20 µs against
-// milliseconds of work, and with no pool there is nothing that a fork could break or torch's OpenMP clash with.
+// f(unit, workspace) for all.
 template <class Workspace, class F>
 void for_each_unit(const Wkv7Call& c, F f) {
     std::vector<int64_t> order(c.documents);
@@ -69,10 +68,11 @@ void for_each_unit(const Wkv7Call& c, F f) {
     std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return length(x) > length(y); });
     // Heads are adjacent in memory: alone, each would make the caches fetch its neighbours for nothing.
     int64_t group = GROUP;
-    while (group > 1 && (c.heads % group || c.documents * c.heads / group < (group > 2 ? 2 : 1) * c.threads)) group /= 2;
+    while (group > 1 && (c.heads % group || c.documents * c.heads / group < (group > 2 ? 2 : 1) * c.threads.count)) group /= 2;
     const int64_t groups = c.heads / group, units = c.documents * groups;
     std::atomic<int64_t> next{0};
-    const auto work = [&] {
+    const int64_t worth = c.cu_seqlens[c.documents] * c.heads / 64;  // threads that have more to do than to start
+    on_threads(c.threads, std::min(units, worth), [&] {
         const FlushSubnormals flush;
         const std::unique_ptr<Workspace> workspace(new Workspace);
         for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
@@ -81,17 +81,7 @@ void for_each_unit(const Wkv7Call& c, F f) {
               *workspace);
         }
         end_of_stream();
-    };
-    const int64_t worth = c.cu_seqlens[c.documents] * c.heads / 64;  // threads that have more to do than to start
-    const int64_t helpers = std::min({c.threads, units, std::max<int64_t>(worth, 1)}) - 1;
-    std::vector<std::thread> threads;
-    try {
-        for (int64_t n = 0; n < helpers; ++n) threads.emplace_back(work);
-    } catch (const std::system_error&) {
-        // The system gives no more threads; those that run share the work.
-    }
-    work();
-    for (auto& thread : threads) thread.join();
+    });
 }
 
 template <int COUNT>

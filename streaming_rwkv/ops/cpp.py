@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.ops.build import build_cpp, kernel_source
+from streaming_rwkv.ops.threads import Threads, torch_threads
 
 SAVED_EVERY = 64  # tokens
-_DIMENSIONS = ("tokens", "heads", "documents", "threads")
+_DIMENSIONS = ("tokens", "heads", "documents")
 _POINTERS = (
     "cu_seqlens", "r", "log_decay", "k", "v", "a", "b", "initial_state", "y", "final_state", "removed", "states",
     "dy", "dfinal_state", "dr", "dlog_decay", "dk", "dv", "da", "db", "dinitial_state",
@@ -24,7 +25,11 @@ _POINTERS = (
 class _Call(ctypes.Structure):
     """`Wkv7Call` of kernels/wkv7/wkv7.cpp, field by field."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _DIMENSIONS] + [(name, ctypes.c_void_p) for name in _POINTERS]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _DIMENSIONS),
+        ("threads", Threads),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
 
 
 @functools.cache
@@ -40,7 +45,7 @@ def _run(name: str, cu_seqlens: Tensor, **tensors: Tensor | None) -> None:
         tokens=r.shape[1],
         heads=r.shape[2],
         documents=cu_seqlens.shape[0] - 1,
-        threads=torch.get_num_threads(),
+        threads=torch_threads(),
         cu_seqlens=cu_seqlens.data_ptr(),
         **{key: x.data_ptr() for key, x in tensors.items() if x is not None},
     )

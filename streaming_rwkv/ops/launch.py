@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streaming_rwkv.ops import nvrtc
 from streaming_rwkv.ops.build import build_cpp, kernel_source
+from streaming_rwkv.ops.threads import Threads, torch_threads
 
 CPP_SOURCE, CUDA_SOURCE = "layer/layer.cpp", "layer/layer.cu"
 
@@ -61,19 +62,20 @@ def symbol(kernel: Kernel) -> str:
 class _Work(ctypes.Structure):
     """`Work` of kernels/layer/layer.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("threads", "blocks", "width")]
+    _fields_ = [("threads", Threads), ("blocks", ctypes.c_int64), ("width", ctypes.c_int64)]
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     source = kernel_source(CPP_SOURCE)
-    return ctypes.CDLL(str(build_cpp(source, reads=[kernel_source("wkv7/vectors.h")])))
+    reads = [kernel_source(f"wkv7/{name}.h") for name in ("threads", "vectors")]
+    return ctypes.CDLL(str(build_cpp(source, reads=reads)))
 
 
 def launch_cpp(kernel: Kernel, blocks: int, arguments: Sequence[Argument]) -> None:
-    """Run a kernel on as many threads as torch uses."""
+    """Run a kernel on torch's threads."""
     values = integers(arguments)
-    work = _Work(torch.get_num_threads(), blocks, kernel.width)
+    work = _Work(torch_threads(), blocks, kernel.width)
     getattr(_library(), symbol(kernel))(ctypes.byref(work), (ctypes.c_int64 * len(values))(*values))
 
 

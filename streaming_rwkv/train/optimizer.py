@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW over `parameter_groups`; multiply each group's rate by `lr_multiplier` at every step."""
     groups = parameter_groups(model, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def lr_multiplier(config: OptimizerConfig, *, tokens_seen: int, total_tokens: int) -> float:

@@ -228,8 +228,8 @@ def test_opcheck() -> None:
             True,
         ),
         OP.wkv7_inputs: (*(normal(1, 9, width) for _ in range(6)), *(normal(width) for _ in range(5))),
-        OP.wkv7_inputs_backward: (
-            [normal(1, 9, width) for _ in range(4)], x, branch, [normal(width) for _ in range(5)],
+        OP.wkv7_inputs_backward_: (
+            *(normal(1, 9, width) for _ in range(6)), [normal(width) for _ in range(5)],
             *(normal(1, 9, width) for _ in range(5)),
         ),
         OP.wkv7_output: (
@@ -239,7 +239,7 @@ def test_opcheck() -> None:
             *(normal(1, 9, width) for _ in range(5)), *(normal(64) for _ in range(3)), 1e-3, x
         ),
         OP.relu_squared: (x,),
-        OP.relu_squared_backward: (x, branch),
+        OP.relu_squared_backward_: (x, branch),
         OP.cross_entropy_: (normal(5, 30), torch.tensor([0, 3, -100, 29, 7]), None, True),
     }  # fmt: skip
     for op, values in arguments.items():

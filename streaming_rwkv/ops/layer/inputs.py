@@ -94,11 +94,11 @@ class _Wkv7Inputs(torch.autograd.Function):
         dlog_decay, dk, dv, dremoval, dreplacement = (
             torch.zeros_like(k) if gradient is None else gradient for gradient in gradients
         )
-        dw, da, dk, dv, dv_lora, dv_first, sums = torch.ops.streaming_rwkv.wkv7_inputs_backward(
-            [w, a, k, v], v_lora[0] if v_lora else None, v_first, [as_vector(x) for x in parameters],
+        dk, dv, dv_first, sums = torch.ops.streaming_rwkv.wkv7_inputs_backward_(
+            w, a, v_lora[0] if v_lora else None, k, v, v_first, [as_vector(x) for x in parameters],
             dlog_decay, dk, None if v_first is None else dv, dremoval, dreplacement,
         )  # fmt: skip
-        products = (dw, da, dv_lora)[: len(up)]
+        products = (w, a, *v_lora)  # their gradients by now
         dhidden = [product @ y.T for y, product in zip(up, products, strict=True)]
         dup = [weight_gradient(y.T, x, product).T for x, y, product in zip(hidden, up, products, strict=True)]
         pairs = [x for pair in zip(dhidden, dup, strict=True) for x in pair]
@@ -138,44 +138,42 @@ def _wkv7_inputs_op(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _wkv7_inputs_backward_fake(
-    inputs: list[Tensor], v_lora: Tensor | None, v_first: Tensor | None, parameters: list[Tensor], *gradients: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k = inputs[2]
-    shapes = [k.shape, k.shape, k.shape, *([0 if v_first is None else k.shape] * 3)]
-    dw, da, dk, dv, dv_lora, dv_first = (k.new_empty(shape) for shape in shapes)
-    sums = k.new_empty(len(parameters), k.shape[-1], dtype=torch.float32)
-    return dw, da, dk, dv, dv_lora, dv_first, sums
+    w: Tensor, a: Tensor, v_lora: Tensor | None, k: Tensor, v: Tensor, v_first: Tensor | None,
+    parameters: list[Tensor], *gradients: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dk, dv, dv_first = (k.new_empty(shape) for shape in (k.shape, *([0 if v_first is None else k.shape] * 2)))
+    return dk, dv, dv_first, k.new_empty(len(parameters), k.shape[-1], dtype=torch.float32)
 
 
 @define_op(
-    "wkv7_inputs_backward(Tensor[] inputs, Tensor? v_lora, Tensor? v_first, Tensor[] parameters, "
-    "Tensor dlog_decay, Tensor dk, Tensor? dv, Tensor dremoval, Tensor dreplacement) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "wkv7_inputs_backward_(Tensor(a!) w, Tensor(b!) a, Tensor(c!)? v_lora, Tensor k, Tensor v, Tensor? v_first, "
+    "Tensor[] parameters, Tensor dlog_decay, Tensor dk, Tensor? dv, Tensor dremoval, Tensor dreplacement) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _wkv7_inputs_backward_fake,
 )
 def _wkv7_inputs_backward_op(
-    inputs: list[Tensor],
-    v_lora: Tensor | None,
-    v_first: Tensor | None,
-    parameters: list[Tensor],
-    *gradients: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of w, a, k, v, v_lora, v_first (the last three empty without v_first), and of all parameters."""
-    k = inputs[2]
-    found = _wkv7_inputs_backward_fake(inputs, v_lora, v_first, parameters)
+    w: Tensor, a: Tensor, v_lora: Tensor | None, k: Tensor, v: Tensor, v_first: Tensor | None,
+    parameters: list[Tensor], *gradients: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return gradients of k, of v and v_first (both empty without v_first), and of all parameters.
+
+    Those of w, a and v_lora are left in their places.
+    """
+    assert all(x is None or x.is_contiguous() for x in (w, a, v_lora))
+    dk, dv, dv_first, sums = _wkv7_inputs_backward_fake(w, a, v_lora, k, v, v_first, parameters)
     tokens, width = k.shape[0] * k.shape[1], k.shape[2]
     tile, blocks = tiles_of(tokens)
-    partial = found[-1].new_empty(blocks, len(parameters), width)
-    written = [x if x.numel() or not tokens else None for x in found[:6]]
+    partial = sums.new_empty(blocks, len(parameters), width)
+    residual = (None, None, None) if v_first is None else (dv, v_lora, dv_first)
     launch.launcher(k.device)(
         launch.Kernel("wkv7_inputs_backward", (k.dtype,), width),
         blocks,
         (
-            *(tokens, tile, *map(ready, (*inputs, v_lora, v_first, *parameters))),
+            *(tokens, tile, w, a, ready(k), ready(v), v_lora, ready(v_first), *map(ready, parameters)),
             *([None] if v_first is None else []),  # v0
             *map(ready, gradients),
-            *written,
+            *(w, a, dk, *residual),
             partial,
         ),
     )
-    return *found[:6], sum_tiles(partial)
+    return dk, dv, dv_first, sum_tiles(partial)

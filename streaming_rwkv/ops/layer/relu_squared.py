@@ -34,7 +34,8 @@ class _ReluSquaredProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dproduct: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        dx, squared = torch.ops.streaming_rwkv.relu_squared_backward(x, dproduct @ weight)
+        dx = dproduct @ weight
+        squared = torch.ops.streaming_rwkv.relu_squared_backward_(x, dx)
         return dx, weight_gradient(weight, squared, dproduct)
 
 
@@ -49,15 +50,13 @@ def _relu_squared_op(x: Tensor) -> Tensor:
     return out
 
 
-@define_op(
-    "relu_squared_backward(Tensor x, Tensor dout) -> (Tensor, Tensor)",
-    lambda x, dout: (x.new_empty(x.shape), x.new_empty(x.shape)),
-)
-def _relu_squared_backward_op(x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and the squares again."""
-    dx, out = x.new_empty(x.shape), x.new_empty(x.shape)
+@define_op("relu_squared_backward_(Tensor x, Tensor(a!) dout) -> Tensor", lambda x, dout: x.new_empty(x.shape))
+def _relu_squared_backward_op(x: Tensor, dout: Tensor) -> Tensor:
+    """Return the squares again, and leave the gradient of x in place of theirs."""
+    assert dout.is_contiguous()
+    out = x.new_empty(x.shape)
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     tile, blocks = tiles_of(tokens)
     kernel = launch.Kernel("relu_squared_backward", (x.dtype,), width)
-    launch.launcher(x.device)(kernel, blocks, (tokens, tile, ready(x), ready(dout), dx, out))
-    return dx, out
+    launch.launcher(x.device)(kernel, blocks, (tokens, tile, ready(x), dout, out))
+    return out

@@ -50,7 +50,7 @@ def build_callbacks(
     """
     config, plan = prepared.config, prepared.plan
     save_folder, interval = Path(config.save_folder), config.log.interval_steps
-    consumption = Consumption(plan.streams, interval_steps=interval)
+    consumption = Consumption(plan.streams, interval_steps=interval, last_step=plan.steps)
     clipping = ClipGradient(
         config.optimizer.gradient_clip,
         on_nonfinite=config.on_nonfinite,
@@ -88,6 +88,7 @@ def build_callbacks(
             flops_per_token=flops_per_token(prepared.model),
             peak_flops=peak_flops,
             interval_steps=interval,
+            last_step=plan.steps,
         ),
         checkpointer,
     ]

@@ -41,10 +41,12 @@ class Console(LoggerDestination):
             self.losses.append(float(loss))
         if step == 1 or step % self.interval_steps == 0 or step == self.last_step:
             left = 0 if step == self.last_step else get("throughput/seconds_left")
+            mfu = get("throughput/mfu")  # of a device whose peak is known
             self._print(
                 f"step {step}/{self.last_step}  loss {_number(mean_finite(self.losses))}"
                 f"  lr {get('optimizer/lr', 0):.2e}  norm {_number(get('optimizer/gradient_norm'), 2)}"
                 f"  {int(state.timestamp.token):,} tokens  {_number(get('throughput/tokens_per_second'), 0)} tokens/s"
+                f"{'' if mfu is None else f'  MFU {float(mfu):.1%}'}"
                 f"  elapsed {_elapsed(state)}  left {'–' if left is None else shown_duration(float(left))}"
             )
             self.losses = []

@@ -16,9 +16,9 @@ from streaming_rwkv.train.composer_model import add_by_stream
 class Consumption(Callback):
     """Loss by stream, and the shares of tokens that were consumed."""
 
-    def __init__(self, streams: Sequence[StreamRecord], *, interval_steps: int) -> None:
+    def __init__(self, streams: Sequence[StreamRecord], *, interval_steps: int, last_step: int) -> None:
         self.names = [f"{stream.source}/{stream.bucket}" for stream in streams]
-        self.interval_steps = interval_steps
+        self.interval_steps, self.last_step = interval_steps, last_step
         self.before = torch.zeros(len(streams), dtype=torch.float64)  # of all ranks, before this start of the run
         self.sums: dict[str, torch.Tensor] = {}  # of this rank, since this start
 
@@ -45,7 +45,8 @@ class Consumption(Callback):
         return dict(zip(self.names, total.tolist(), strict=True))
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) % self.interval_steps:
+        step = int(state.timestamp.batch)
+        if step % self.interval_steps and step != self.last_step:
             return
         consumed = self.consumed()
         total = sum(consumed.values())

@@ -12,12 +12,12 @@ class Throughput(Callback):
     """Tokens per second, share of time spent waiting for data, and tokens and time left."""
 
     def __init__(
-        self, *, total_tokens: int, flops_per_token: int, peak_flops: float | None, interval_steps: int
+        self, *, total_tokens: int, flops_per_token: int, peak_flops: float | None, interval_steps: int, last_step: int
     ) -> None:
         self.total_tokens = total_tokens
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.interval_steps = interval_steps
+        self.interval_steps, self.last_step = interval_steps, last_step
         self.window_start = self.waited = self.asked_for_data = 0.0
         self.window_tokens = 0
 
@@ -37,7 +37,8 @@ class Throughput(Callback):
         self._open_window(state)  # an evaluation's time does not count as training
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) % self.interval_steps:
+        step = int(state.timestamp.batch)
+        if step % self.interval_steps and step != self.last_step:
             return
         seconds = time.perf_counter() - self.window_start
         rate = (int(state.timestamp.token) - self.window_tokens) / max(seconds, 1e-9)

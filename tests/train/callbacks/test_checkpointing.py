@@ -35,7 +35,7 @@ def test_one_ctrl_c_asks_to_stop_with_any_signal_of_the_launcher_and_a_second_on
         last_step=1,
         run={},
         slots_before=lambda step: step,
-        consumption=Consumption(STREAMS, interval_steps=1),
+        consumption=Consumption(STREAMS, interval_steps=1, last_step=100),
         clipping=ClipGradient(1.0, on_nonfinite="skip"),
     )
     checkpointer.listen()

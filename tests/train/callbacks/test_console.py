@@ -38,6 +38,15 @@ def test_a_line_has_the_mean_loss_of_the_steps_since_the_last(capsys: pytest.Cap
     ]
 
 
+def test_a_line_has_the_share_of_a_known_device_s_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    run_steps(
+        Console(interval_steps=10, last_step=9),
+        [2.0],
+        **{"throughput/tokens_per_second": 1234.5, "throughput/mfu": 0.3456},
+    )
+    assert "  1,234 tokens/s  MFU 34.6%  elapsed " in capsys.readouterr().out
+
+
 def test_what_is_not_known_yet_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     run_steps(Console(interval_steps=10, last_step=9), [math.nan])
     assert re.sub(DATE, "", capsys.readouterr().out) == (

@@ -12,7 +12,7 @@ from tests.train.callbacks.run_state import STREAMS, batch_of, state_at
 
 def test_consumption_is_counted_in_targets_over_the_whole_run() -> None:
     state, logger, metrics = state_at(step=10)
-    consumption = Consumption(STREAMS, interval_steps=5)
+    consumption = Consumption(STREAMS, interval_steps=5, last_step=100)
     consumption.load({"web/1-16": 60.0, "code/1-16": 10.0})
     consumption.fit_start(state, logger)
     for targets, streams, nll in (([10, 30], [0, 1], [5.0, 60.0]), ([10, 7], [0, -1], [15.0, 9.0])):
@@ -32,7 +32,7 @@ def test_consumption_is_counted_in_targets_over_the_whole_run() -> None:
 
 def test_losses_by_stream_are_those_since_the_last_report() -> None:
     state, logger, metrics = state_at(step=5)
-    consumption = Consumption(STREAMS, interval_steps=5)
+    consumption = Consumption(STREAMS, interval_steps=5, last_step=100)
     consumption.fit_start(state, logger)
     for nll in (30.0, 10.0):
         metrics.clear()
@@ -44,3 +44,8 @@ def test_losses_by_stream_are_those_since_the_last_report() -> None:
     metrics.clear()
     consumption.batch_end(state, logger)
     assert metrics == {}
+    state.timestamp = Timestamp(batch=7)
+    consumption.last_step = 7
+    consumption.after_loss(state, logger)
+    consumption.batch_end(state, logger)
+    assert metrics["loss/stream/code/1-16"] == 1.0

@@ -430,7 +430,7 @@ def test_a_run_whose_upload_fails_saves_locally_and_stops_with_the_cause(
         model=model, rank_zero_seed=0, run_name="test", device=DeviceCPU(), max_duration="9ba", optimizers=optimizers
     )
     logger = Logger(state)
-    consumption = Consumption([], interval_steps=1)
+    consumption = Consumption([], interval_steps=1, last_step=100)
     consumption.fit_start(state, logger)
     mirror = Mirror(faulty, folder, keep=2)
     checkpointer = Checkpointer(
