@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import OutputError
 from streaming_rwkv.data import streaming_compat
 from streaming_rwkv.train.callbacks.json_lines import JSONLines, forget_lines_after
 from streaming_rwkv.train.faults import explained_faults
@@ -32,6 +34,11 @@ from streaming_rwkv.train.faults import explained_faults
             "loader process 7 was ended by signal",
         ),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "loader process 7, 8 was ended"),
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9"),
+            "another rank of this run does not answer",
+        ),
+        (OutputError(OSError(errno.ENOSPC, "No space left on device")), "^standard output: cannot be written"),
         (RuntimeError("unexpected pos 704 vs 598"), "a checkpoint was not written whole"),
         (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), "no space left on the disk"),  # type: ignore[dict-item]
     ],
@@ -90,3 +97,16 @@ def test_an_interrupted_checkpoint_is_an_interruption() -> None:
     failures = {0: _wrap_exception(KeyboardInterrupt())}
     with pytest.raises(KeyboardInterrupt), explained_faults(Path("/runs/a")):
         raise CheckpointException("write", failures)
+
+
+def test_an_error_of_a_thread_is_reported_once_by_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def ended(error: Exception) -> None:
+        thread = threading.Thread(target=lambda: (_ for _ in ()).throw(error))
+        thread.start()
+        thread.join()
+
+    with explained_faults(Path("/runs/a")):
+        ended(FileNotFoundError(errno.ENOENT, "No such file", "/runs/a/tensorboard/events"))
+        assert capsys.readouterr().err == ""
+        ended(ValueError("a fault of the program"))
+        assert "ValueError: a fault of the program" in capsys.readouterr().err
