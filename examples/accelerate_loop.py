@@ -10,12 +10,17 @@ is saved with the others, and may be loaded by another number of processes.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from streaming_rwkv import RWKV7, RWKV7Config, initialize, open_dataset
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; run pip install '.[examples]'")
+
+from streaming_rwkv import RWKV7, RWKV7Config, UserError, initialize, open_dataset
 
 
 def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
@@ -63,4 +68,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="for the state and the cache of shards")
     parser.add_argument("--batch-packs", type=int, default=2, help="packs of a step (default: 2)")
     options = parser.parse_args()
-    train(options.data, options.folder, batch_packs=options.batch_packs)
+    try:
+        train(options.data, options.folder, batch_packs=options.batch_packs)
+    except (UserError, OSError) as error:  # wrong data, arguments or folders
+        sys.exit(f"error: {error}")

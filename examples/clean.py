@@ -21,24 +21,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.formatters import PIIFormatter
-from datatrove.pipeline.readers import JsonlReader, ParquetReader
-from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
-from datatrove.utils.word_tokenizers import SpaCyTokenizer, WhitespaceTokenizer
+try:
+    import orjson
+    from datatrove.data import Document
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
+    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+    from datatrove.pipeline.formatters import PIIFormatter
+    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+    from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+    from datatrove.utils.word_tokenizers import SpaCyTokenizer, WhitespaceTokenizer
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; install requirements/clean.txt, as the head of {__file__} says")
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 COMPRESSED = ("", ".gz", ".zst")
@@ -210,7 +214,8 @@ def check_same(file: Path, settings: dict[str, Any]) -> None:
     if file.exists() and (before := json.loads(file.read_bytes())) != settings:
         raise SystemExit(f"error: {file}: found {before}, expected {settings}; give another folder for the result")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
+    file.with_suffix(".new").write_text(json.dumps(settings))
+    file.with_suffix(".new").replace(file)  # a kill leaves all of it or none
 
 
 def counts(logs: Path) -> dict[str, int]:
@@ -250,10 +255,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", choices=["jsonl", "parquet"], default="jsonl", help="format (default: jsonl)")
     parser.add_argument("--workers", type=int, default=1, help="number of processes (default: 1)")
     options = parser.parse_args(arguments)
-    found = clean(
-        options.folder, options.out, kind=options.kind, text=options.text, workers=options.workers,
-        output=options.output,
-    )  # fmt: skip
+    if options.workers < 1:
+        parser.error(f"--workers: found {options.workers}, expected 1 or more")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and end the worker processes
+    try:
+        found = clean(
+            options.folder, options.out, kind=options.kind, text=options.text, workers=options.workers,
+            output=options.output,
+        )  # fmt: skip
+    except OSError as error:  # a folder that cannot be read or written
+        sys.exit(f"error: {error}")
     for name, count in found.items():
         print(f"{count:12,}  {name}")
     if found["written"]:

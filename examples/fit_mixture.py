@@ -370,11 +370,16 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: a setting cannot be used, or a proxy did not finish.
     """
-    if options.proxies < FEWEST_PROXIES or not options.concentration > 0:
+    if options.proxies < FEWEST_PROXIES or not 0 < options.concentration < float("inf"):
         raise UserError(f"give --proxies of {FEWEST_PROXIES} or more, and a --concentration above 0")
+    if options.seed < 0 or options.processes < 1:
+        raise UserError("give a --seed of 0 or more, and --processes of 1 or more")
     config = load_config(RunConfig, options.config, overrides=options.overrides)
     tokens = natural_tokens(config)
     natural = {name: count / sum(tokens.values()) for name, count in tokens.items()}
+    manifest = read_manifest(config.data.path)
+    sets = sorted({stream.source for stream in manifest.streams if stream.split == "validation"})
+    weights = parse_weights(options.weights, sets)  # an error in them is told before the runs
     mixtures = sample_mixtures(natural, count=options.proxies, seed=options.seed, concentration=options.concentration)
     proxies = Proxies(
         yaml=options.config, overrides=options.overrides, processes=options.processes, config=config,
@@ -387,18 +392,16 @@ def run(options: argparse.Namespace) -> None:
     check_same_proxies(
         options.folder / "proxies.yaml",
         {"seed": options.seed, "concentration": options.concentration,
-         "data": read_manifest(config.data.path).fingerprint, "run": yaml.safe_load(config.to_yaml())},
+         "data": manifest.fingerprint, "run": yaml.safe_load(config.to_yaml())},
     )  # fmt: skip
     results = []
     for number, mixture in enumerate(mixtures):
         result = proxies.bits_per_byte(number, mixture)
         print(f"proxy {number + 1} of {len(mixtures)}: {mixture}{', finished before' if result else ''}", flush=True)
         results.append(result or proxies.train(number, mixture))
-    sets = sorted(results[0])
     shares = np.array([[mixture[name] for name in natural] for mixture in mixtures])
     shares /= shares.sum(1, keepdims=True)
     bits = np.array([[result[name] for name in sets] for result in results])
-    weights = parse_weights(options.weights, sets)
     stage_tokens = config.data.stages[0].tokens or 1
     capacity = config.data.max_repeats * config.data.fraction * np.array(list(tokens.values())) / stage_tokens
     fit = fit_mixture(shares, bits, weights, capacity=capacity)
@@ -424,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         run(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,15 +18,22 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from streaming import StreamingDataset
 
-from streaming_rwkv import load_tokenizer, read_manifest
+from streaming_rwkv import UserError, load_tokenizer, read_manifest
 
 
 def read_documents(data: Path, *, source: str, split: str = "train") -> Iterator[str]:
-    """Yield the text of each document, or piece of a long document, of a source in a local data set."""
+    """Yield the text of each document, or piece of a long document, of a source in a local data set.
+
+    Raises:
+        UserError: no such data set, or no such source in it.
+    """
+    records = read_manifest(data).streams
+    wanted = [stream for stream in records if (stream.source, stream.split) == (source, split)]
+    if not wanted:
+        sources = sorted({stream.source for stream in records if stream.split == split})
+        raise UserError(f"{data}: has no {split} packs of the source {source!r}; there are {', '.join(sources)}")
     tokenizer = load_tokenizer(data / "tokenizer")
-    for stream in read_manifest(data).streams:
-        if (stream.source, stream.split) != (source, split):
-            continue
+    for stream in wanted:
         with TemporaryDirectory() as cache:
             packs = StreamingDataset(remote=str(data / stream.path), local=cache, batch_size=1, shuffle=False)
             for number in range(packs.num_samples):
@@ -40,6 +48,11 @@ if __name__ == "__main__":
     parser.add_argument("--source", help="by default the first")
     parser.add_argument("--documents", type=int, default=3, help="how many to print (default: 3)")
     options = parser.parse_args()
-    name = options.source or read_manifest(options.data).streams[0].source
-    for text in itertools.islice(read_documents(options.data, source=name), options.documents):
-        print(text[:200].replace("\n", " "), end="\n\n")
+    if options.documents < 0:
+        parser.error(f"--documents: found {options.documents}, expected 0 or more")
+    try:
+        name = options.source or read_manifest(options.data).streams[0].source
+        for text in itertools.islice(read_documents(options.data, source=name), options.documents):
+            print(text[:200].replace("\n", " "), end="\n\n")
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-from streaming_rwkv import RWKV7, RWKV7Config, StageConfig, initialize, open_dataset
+from streaming_rwkv import RWKV7, RWKV7Config, StageConfig, UserError, initialize, open_dataset
 
 
 def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
@@ -57,4 +58,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="for the checkpoint and the cache of shards")
     parser.add_argument("--batch-packs", type=int, default=2, help="packs of a step (default: 2)")
     options = parser.parse_args()
-    train(options.data, options.folder, batch_packs=options.batch_packs)
+    try:
+        train(options.data, options.folder, batch_packs=options.batch_packs)
+    except (UserError, OSError) as error:  # wrong data, arguments or folders
+        sys.exit(f"error: {error}")

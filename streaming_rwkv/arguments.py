@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from streaming_rwkv.console import end_in_one_line
 from streaming_rwkv.version import PROGRAM, __version__
 
 
@@ -40,6 +42,17 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, with the nearest word that is known, and exit with status 2."""
         super().error(f"{message}{self._suggestion(message)}")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help, a version or an error; argparse itself would be silent about an output that cannot be written."""
+
+        def write() -> int:
+            super(CommandParser, self)._print_message(message, sys.stdout if is_output else file)
+            return 0
+
+        is_output = file is sys.stdout  # which `end_in_one_line` replaces
+        if status := end_in_one_line(write):
+            sys.exit(status)
 
     def _suggestion(self, message: str) -> str:
         if found := re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message, re.DOTALL):

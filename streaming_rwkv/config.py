@@ -25,6 +25,7 @@ from streaming_rwkv.errors import UserError
 Location: TypeAlias = tuple[int | str, ...]
 MOST_BYTES, MOST_NODES = 1 << 22, 100_000  # of a YAML file
 _SHARED_KEYS = {"seed"}  # both recipes and training YAMLs may have them
+_OLD_NUMBER = re.compile(r"[-+]?(?:0[0-7_]+|[1-9][\d_]*(?::[0-5]?\d)+|\d[\d_]*(?::[0-5]?\d)+\.[\d_]*)")
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped by a backslash
 
 
@@ -106,6 +107,7 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
     _check_kind(config_type, values, path)
+    values = _replaced(values, _find_truth_values(values, [config_type]))
     config = validate(config_type, values, where=str(path), overrides=overrides, secrets=interpolations)
     if isinstance(config, LoadedConfig):
         config._interpolations = interpolations
@@ -133,6 +135,7 @@ def _read_yaml(path: Path) -> str:
             raise ConfigError(f"{path}: has more than {MOST_BYTES:,} bytes; give a YAML file")
         text = content.decode()
         _check_aliases(text, path)
+        _check_numbers(text)
         OmegaConf.create(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
@@ -186,6 +189,20 @@ def _check_aliases(text: str, path: Path) -> None:
         )
 
 
+def _check_numbers(text: str) -> None:
+    """Refuse numbers to the base 60 or 8, which only YAML 1.1 has: 1:30 would be 90, and 010 would be 8.
+
+    Raises:
+        YAMLError: there is such a number.
+    """
+    for token in yaml.scan(text, yaml.SafeLoader):
+        if isinstance(token, yaml.ScalarToken) and token.plain and _OLD_NUMBER.fullmatch(token.value):
+            problem = (
+                f"found {token.value}, which would be read as {yaml.safe_load(token.value)}; write a decimal number"
+            )
+            raise yaml.MarkedYAMLError(problem=f"{problem}, or text in quotes", problem_mark=token.start_mark)
+
+
 def _apply(config: Any, override: str, config_type: type[Config]) -> None:
     """Apply one override; merging all at once cannot reach into lists (data.stages.0.tokens=…)."""
     key, _, text = override.partition("=")
@@ -219,6 +236,7 @@ def _read_value(text: str, types: Sequence[Any]) -> Any:
 
 
 def _parsed(text: str) -> Any:
+    _check_numbers(text)
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except OmegaConfBaseException:
@@ -330,6 +348,20 @@ def validate(
         raise ConfigError("\n".join(lines)) from None
 
 
+def _find_truth_values(values: Any, types: Sequence[Any], location: Location = ()) -> dict[Location, str]:
+    """Return the text of each true or false in place of a number: pydantic would take it for 1 or 0."""
+    if isinstance(values, bool):
+        return {location: str(values).lower()} if {int, float} & set(types) and bool not in types else {}
+    entries = [(i, entry, _entry_types(types)) for i, entry in enumerate(values)] if isinstance(values, list) else []
+    if isinstance(values, dict):
+        entries = [(key, entry, _types_below(types, str(key))) for key, entry in values.items()]
+    return {
+        place: text
+        for key, entry, below in entries
+        for place, text in _find_truth_values(entry, below, (*location, key)).items()
+    }
+
+
 def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:
     """Return `text` with each secret value replaced by its interpolation."""
     shown: dict[str, str] = {}
@@ -376,7 +408,12 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
             text = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
             return f"{key}: {text}" if key else text
         case _:
-            return f"{key}: found {without_credentials(_short(problem['input']))}; {problem['msg']}"
+            found = problem["input"]
+            hint = "; YAML reads yes, no, on and off as true and false, if they have no quotes"
+            is_truth_value = isinstance(found, bool) or found in ("true", "false")
+            return (
+                f"{key}: found {without_credentials(_short(found))}; {problem['msg']}{hint if is_truth_value else ''}"
+            )
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -13,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Literal, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
@@ -59,16 +58,48 @@ def shown_duration(seconds: float) -> str:
     return f"{f'{days}d ' if days else ''}{hours}:{minutes:02}:{rest:02}"
 
 
-def tolerate_any_encoding() -> None:
+class OutputError(UserError):
+    """Standard output that cannot be written: its disk is full, or its reader, such as `head`, has closed the pipe."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: cannot be written ({error.strerror}); write it to another place")
+        self.is_unread = isinstance(error, BrokenPipeError)
+
+
+class _Output:
+    """A stream whose errors name standard output: those of the system name no file, as those of a full disk do not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OutputError(error) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise OutputError(error) from error
+
+
+def prepare_output() -> None:
     """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`.
 
-    One that is closed (`>&-`) writes nothing.
+    One that is closed (`>&-`) writes nothing. Writes to standard output raise `OutputError`.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, _Output):
+        sys.stdout = cast(TextIO, _Output(sys.stdout))
 
 
 def styled(text: str, style: Literal["error", "heading", "quiet"], *, stream: TextIO) -> str:
@@ -117,41 +148,62 @@ def run_command(run: Callable[[], int], *, interrupted: str = "") -> int:
     Args:
         interrupted: the line after Ctrl-C.
     """
-    tolerate_any_encoding()
+
+    def run_here() -> int:
+        check_current_folder()
+        return run()
+
+    return end_in_one_line(run_here, interrupted=interrupted)
+
+
+def end_in_one_line(run: Callable[[], int], *, interrupted: str = "") -> int:
+    """Do as `run_command`, also where the current folder is gone."""
+    prepare_output()
     try:
         status = run()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # not left to the end of the process, where an error has no line
+        sys.stdout.flush()  # not left to the end of the process, where an error has no line
         return status
+    except OutputError as error:
+        _drop_output()
+        if error.is_unread:
+            return 128 + signal.SIGPIPE
+        print_error(error)
+        return 1
     except UserError as error:
         print_error(error)
         return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        _drop_output()
-        return 128 + signal.SIGPIPE
     except LIMIT_ERRORS as error:
-        reason = (_explain_file_error(error) if isinstance(error, OSError) else None) or explain_limit(error)
-        if reason is None:  # neither about a file nor about a limit, so a fault of this program
+        reason = explain_limit(error) or (_explain_file_error(error) if isinstance(error, OSError) else None)
+        if reason is None:  # neither about a limit nor about a file, so a fault of this program
             raise
         print_error(UserError(reason))
         return 1
 
 
-def _explain_file_error(error: OSError) -> str | None:
-    """Describe a file or a standard output that cannot be used, and the remedy; None for another error."""
-    if error.strerror is None or error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # limits
-        return None
-    if error.filename is not None:
-        return f"{error.filename}: cannot be read or written ({error.strerror})"
+def check_current_folder() -> None:
+    """Check that the current folder exists, which relative paths need.
+
+    Raises:
+        UserError: it was removed or cannot be reached.
+    """
     try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except OSError:
-        _drop_output()
-        return f"standard output: cannot be written ({error.strerror}); write it to another place"
-    return None
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder cannot be used ({error.strerror}): it was removed or moved; change to one that exists "
+            "(cd)"
+        ) from None
+
+
+def _explain_file_error(error: OSError) -> str | None:
+    """Describe a file that cannot be used, and the remedy; None for another error."""
+    if error.strerror is None or error.filename is None:
+        return None
+    remedy = "; check its permissions" if isinstance(error, PermissionError) else ""
+    return f"{error.filename}: cannot be read or written ({error.strerror}){remedy}"
 
 
 def _drop_output() -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -132,13 +133,21 @@ def atomic_folder(folder: Path, *, within: Path | None = None) -> Iterator[Path]
     Args:
         folder: does not exist, or is empty.
         within: where to make the temporary folder, on the same file system; by default beside `folder`.
+
+    Raises:
+        UserError: files have appeared in `folder` meanwhile.
     """
     with temporary_folder(within or folder.parent) as temporary:
         whole = temporary / folder.name  # with the permissions of any new folder, unlike those of a temporary one
         whole.mkdir()
         yield whole
         folder.parent.mkdir(parents=True, exist_ok=True)
-        whole.rename(folder)
+        try:
+            whole.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UserError(f"{folder}: another process has written to it meanwhile; write to another place") from None
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -209,7 +218,7 @@ def _open_regular(path: Path, flags: int, *, remedy: str) -> int:
 # Reading
 
 
-def open_regular_file(path: Path, *, most: int, follow: bool = True) -> BinaryIO:
+def open_regular_file(path: Path, *, most: int = sys.maxsize, follow: bool = True) -> BinaryIO:
     """Open a file of at most `most` bytes for reading, without waiting for a pipe or reading a device.
 
     Args:
@@ -219,7 +228,8 @@ def open_regular_file(path: Path, *, most: int, follow: bool = True) -> BinaryIO
         FileNotFoundError, NotADirectoryError: there is none.
         UserError: not a regular file, too large, or unreadable.
     """
-    expected = f"a regular file of at most {most:,} bytes; restore it"
+    limit = f" of at most {most:,} bytes" if most < sys.maxsize else ""
+    expected = f"a regular file{limit}; restore it"
     try:
         if follow:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -271,6 +281,19 @@ def make_folder(folder: Path, *, what: str, remedy: str, mode: int = 0o777) -> N
         tempfile.TemporaryFile(dir=folder).close()
 
 
+def check_can_be_made(folder: Path, *, what: str, remedy: str) -> None:
+    """Check that `make_folder` can make the folder, or write in one that exists; nothing is left on the disk.
+
+    Args:
+        what, remedy: as for `make_folder`.
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    with _explain_errors(folder, what=what, remedy=remedy):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        tempfile.TemporaryFile(dir=nearest).close()
+
+
 @contextlib.contextmanager
 def _explain_errors(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
     try:
@@ -315,26 +338,59 @@ def lock_folder(folder: Path, *, what: str, remedy: str) -> FolderLock:
         UserError: another process holds the folder, it cannot be made or written to, or its lock is no regular file.
     """
     make_folder(folder, what=what, remedy=remedy)
-    descriptor = _open_lock(folder, what=what, remedy=remedy)
+    return FolderLock(_hold(folder / LOCK_NAME, folder, what=what, remedy=remedy))
+
+
+@contextlib.contextmanager
+def sole_writer(output: Path, *, what: str, remedy: str, is_folder: bool = True) -> Iterator[None]:
+    """Hold an output, a file or a folder, while the block writes it; nothing of the lock is left behind.
+
+    The output's folder is made if needed.
+
+    Args:
+        what, remedy: as for `make_folder`.
+    Raises:
+        UserError: another process is writing there, or the folder cannot be made or written to.
+    """
+    folder = output if is_folder else output.parent
+    make_folder(folder, what=what if is_folder else f"folder of the {what}", remedy=remedy)
+    lock = folder / (LOCK_NAME if is_folder else f".{output.name}{LOCK_NAME}")
+    while True:
+        descriptor = _hold(lock, output, what=what, remedy=remedy)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(lock)):
+                break
+        os.close(descriptor)  # its last holder has removed it after it was opened here
     try:
-        _flock_or_warn(descriptor, folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # such as that of a folder that was removed
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _hold(lock: Path, place: Path, *, what: str, remedy: str) -> int:
+    """Return the descriptor of a lock file, by which this process holds `place`."""
+    descriptor = _open_lock(lock, place, what=what, remedy=remedy)
+    try:
+        _flock_or_warn(descriptor, place)
     except BlockingIOError:
         holder = os.read(descriptor, 100).decode(errors="replace") or "unknown"
         os.close(descriptor)
-        raise UserError(f"{folder}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
+        raise UserError(f"{place}: this {what} is in use (by process {holder}); stop that run, or {remedy}") from None
     except BaseException:
         os.close(descriptor)
         raise
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
-    return FolderLock(descriptor)
+    return descriptor
 
 
-def _open_lock(folder: Path, *, what: str, remedy: str) -> int:
-    """Open a folder's lock, which is overwritten, so that no link may lead to another file."""
-    with _explain_errors(folder, what=what, remedy=remedy):
+def _open_lock(lock: Path, place: Path, *, what: str, remedy: str) -> int:
+    """Open a lock file, which is overwritten, so that no link may lead to another file."""
+    with _explain_errors(place, what=what, remedy=remedy):
         return _open_regular(
-            folder / LOCK_NAME,
+            lock,
             os.O_RDWR | os.O_CREAT,
             remedy=f"the regular file of a lock; remove it, or {remedy}",
         )

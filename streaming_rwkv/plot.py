@@ -18,7 +18,7 @@ if __name__ == "__main__":
     exit_if_missing("numpy", "matplotlib", extra="train")  # before imports that would end in a traceback
 
 from streaming_rwkv.console import run_command, shown
-from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, write_atomically
+from streaming_rwkv.filesystem import atomic_file, explained_writes, sole_writer, write_atomically
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.plotting.figure import write_picture
 from streaming_rwkv.plotting.page import plot_page
@@ -47,9 +47,9 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
         raise PlotError(f"{to}: found suffix {to.suffix!r}, expected {' or '.join(SUFFIXES)}")
     history = History(runs=[read_run(run) for run in runs])
     plot = overlaid(history.runs) if overlay else consecutive(history)
-    make_folder(to.parent, what="folder of the plot", remedy="name another with `--to FILE`")
+    writing = sole_writer(to, what="plot", remedy="name another with `--to FILE`", is_folder=False)
     if to.suffix == ".png":
-        with explained_writes(to), atomic_file(to) as temporary:
+        with writing, explained_writes(to), atomic_file(to) as temporary:
             write_picture(plot, temporary)
         return
     tables = [("Runs", summary(history))]
@@ -57,7 +57,7 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
         tables.append(("Differences", differences(history.runs)))
     last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
     about = f"{', '.join(map(str, runs))} · plotted by {PROGRAM} {__version__}"
-    with explained_writes(to):
+    with writing, explained_writes(to):
         write_atomically(to, plot_page(plot, about=about, before=tables, after=last).encode())
 
 

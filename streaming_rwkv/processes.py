@@ -97,7 +97,7 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, AttributeError):  # closed, or never open
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or never open
                 stream.flush()
     finally:  # a signal's exception too
         os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -96,6 +97,14 @@ def _write_data_set(
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return folder
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

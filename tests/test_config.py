@@ -117,6 +117,34 @@ def test_every_problem_has_its_line(path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("value", "read"), [("1:30", "90"), ("-1:30:00", "-5400"), ("0:30.5", "30.5"), ("010", "8"), ("-0_17", "-15")]
+)
+def test_numbers_to_the_base_60_or_8_are_refused(path: Path, value: str, read: str) -> None:
+    problem = f"not valid YAML: found {value}, which would be read as {read}; write a decimal number, or text in quotes"
+    assert errors(path, f"seed={value}")[0].endswith(problem)
+    path.write_text(YAML.replace("seed: 3", f"seed: {value}"))
+    assert errors(path)[0] == f"run.yaml: {problem}"
+    path.write_text(YAML.replace("path: a", f"path: '{value}'"))
+    assert load_config(Run, path, overrides=[f"data.streams.1.path={value}"]).data.streams[1].path == value
+
+
+@pytest.mark.parametrize("value", ["yes", "off", "true"])
+def test_a_truth_value_is_neither_a_number_nor_a_text(path: Path, value: str) -> None:
+    found = str(value != "off")
+    hint = "YAML reads yes, no, on and off as true and false, if they have no quotes"
+    path.write_text(YAML.replace("3", value).replace("0.5", value).replace("path: a", f"path: {value}"))
+    assert errors(path) == [
+        f"run.yaml: seed: found {found.lower()!r}; Input should be a valid integer, unable to parse string as an "
+        f"integer; {hint}",
+        f"run.yaml: data.streams.0.path: found {found}; Input should be a valid string; {hint}",
+        f"run.yaml: data.streams.1.proportion: found {found.lower()!r}; Input should be a valid number, unable to "
+        f"parse string as a number; {hint}",
+    ]
+    path.write_text(YAML)
+    assert errors(path, f"data.workers={value}")[0].startswith(f"command line: data.workers: found {found.lower()!r}; ")
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf"])
 def test_numbers_are_finite(path: Path, value: str) -> None:
     (line,) = errors(path, f"data.streams.0.proportion={value}")

@@ -6,13 +6,19 @@ import errno
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from streaming_rwkv.console import _LogFormatter, paged, run_command, shown, styled
+from streaming_rwkv.__main__ import main
+from streaming_rwkv.console import OutputError, _LogFormatter, paged, print_rich, run_command, shown, styled
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import explained_writes
 
 
 @pytest.mark.parametrize(
@@ -85,14 +91,78 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"error: {shown(str(tmp_path / name))}: cannot be read or written (")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("flush", [False, True])
-def test_an_output_that_cannot_be_written_is_one_line(flush, monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert run_command(lambda: print("text", flush=flush) or 0) == 1
-    error = "error: standard output: cannot be written (No space left on device); write it to another place\n"
-    assert capsys.readouterr().err == error
+CANNOT_WRITE = "error: standard output: cannot be written (No space left on device); write it to another place\n"
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@contextmanager
+def full_output() -> Iterator[None]:
+    """Have standard output on a full disk."""
+    with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        yield
+
+
+@needs_full
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: print("text"),
+        lambda: print("text", flush=True),
+        lambda: print("text" * 100_000),  # more than any buffer keeps for another try
+        lambda: print_rich("text"),
+        lambda: print_rich("text" * 100_000),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(write, capsys):
+    with full_output():
+        assert run_command(lambda: write() or 0) == 1
+    assert capsys.readouterr().err == CANNOT_WRITE
+
+
+@needs_full
+@pytest.mark.parametrize("arguments", ["", "--help", "--version", "show --help", "train --help", "evaluate --help"])
+def test_a_help_that_cannot_be_written_is_no_success(arguments, capsys):
+    with full_output(), pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == CANNOT_WRITE
+
+
+def test_an_output_that_cannot_be_written_is_not_taken_for_the_disk_of_a_file():
+    error = OutputError(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"^standard output: "), explained_writes(Path("model.pth")):
+        raise error
+
+
+@pytest.mark.parametrize("write", [print, print_rich])
+def test_a_reader_may_leave_before_the_end(write, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert run_command(lambda: write("text") or 0) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", ["show data", "train run.yaml", "generate runs/a", "plot runs/a"])
+def test_a_current_folder_that_was_removed_is_named(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(arguments.split()) == 1
+    assert capsys.readouterr().err == (
+        "error: the current folder cannot be used (No such file or directory): it was removed or moved; change to one "
+        "that exists (cd)\n"
+    )
+
+
+def test_a_file_without_the_right_to_read_it_has_a_remedy(capsys):
+    assert run_command(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", "x"))) == 1
+    expected = "error: x: cannot be read or written (Permission denied); check its permissions\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_the_limit_of_open_files_is_named(capsys):

@@ -182,6 +182,10 @@ def test_commands_differ_by_mixture_and_folder(
     ("override", "message"),
     [
         ("--proxies=3", "give --proxies of 4 or more"),
+        ("--concentration=inf", "give --proxies of 4 or more, and a --concentration above 0"),
+        ("--seed=-1", "give a --seed of 0 or more, and --processes of 1 or more"),
+        ("--processes=0", "give a --seed of 0 or more, and --processes of 1 or more"),
+        ("--weights=nope=1", "--weights: found 'nope=1'; give weights of 0 or more, not all 0, for code, web"),
         ("--concentration=0", "give --proxies of 4 or more, and a --concentration above 0"),
         ("data.stages=[{passes: 1}]", "data.stages: a proxy has one stage, with a length in `tokens`"),
         ("data.stages.0.temperature=2", "data.stages: a proxy has one stage, with a length in `tokens`"),

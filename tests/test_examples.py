@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,53 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
     first = [int(word.removeprefix("w")) for word in documents[0].split()]
     # In this data set each token is one more than the token before it; w0 begins and ends documents, without text.
     assert all((a + 1) % 97 in (b, 0) for a, b in itertools.pairwise(first))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("pytorch_loop", "NOWHERE OUT", "error: NOWHERE"),
+        ("pytorch_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
+        ("pytorch_loop", "DATA FILE", "error: [Errno 17] File exists: 'FILE'"),
+        ("accelerate_loop", "NOWHERE OUT", "error: NOWHERE"),
+        ("accelerate_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
+        ("accelerate_loop", "DATA FILE", "error: "),
+        ("plain_streaming", "NOWHERE", "error: NOWHERE"),
+        (
+            "plain_streaming",
+            "DATA --source nope",
+            "error: DATA: has no train packs of the source 'nope'; there are code, web",
+        ),
+        ("plain_streaming", "DATA --documents -1", "--documents: found -1, expected 0 or more"),
+        ("clean", "NOWHERE OUT --kind any", "; install requirements/clean.txt, as the head of "),
+        ("fit_mixture", "NOWHERE OUT --seed -1", "error: give a --seed of 0 or more"),
+        ("fit_mixture", "NOWHERE OUT", "error: NOWHERE: no such file"),
+    ],
+)
+def test_errors_of_a_user_are_one_line(
+    name: str,
+    arguments: str,
+    error: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    if name == "accelerate_loop":
+        request.getfixturevalue("accelerate")
+    paths = {"DATA": data, "OUT": tmp_path / "out", "FILE": tmp_path / "file", "NOWHERE": tmp_path / "nowhere"}
+    paths["FILE"].touch()
+    monkeypatch.setitem(sys.modules, "datatrove", None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", [name, *(str(paths.get(word, word)) for word in arguments.split())])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code not in (0, None)
+    text = f"{ended.value.code}\n{capsys.readouterr().err}"
+    for word, path in paths.items():
+        text = text.replace(str(path), word)
+    assert error in text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -11,17 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from streaming_rwkv import filesystem
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import (
     append_to,
     atomic_file,
     atomic_folder,
+    check_can_be_made,
     is_disk_full,
     is_temporary,
     lock_folder,
     make_folder,
     open_regular_file,
     read_regular_file,
+    sole_writer,
     temporary_path,
     wait_for_lock,
     write_atomically,
@@ -65,6 +69,29 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path,
         )
 
 
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        ("file", "Not a directory"),
+        ("file/a/run", "Not a directory"),
+        ("link/run", "No such file or directory"),
+        ("/proc/run", "No such file or directory"),
+        ("/dev/null/run", "Not a directory"),
+    ],
+)
+def test_whether_a_folder_can_be_made_is_told_without_making_it(tmp_path: Path, below: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError) as caught:
+        check_can_be_made(tmp_path / below, what="save folder", remedy="take another")
+    assert str(caught.value) == (
+        f"{tmp_path / below}: this save folder cannot be made or written to ({reason}); fix that, or take another"
+    )
+    for possible in (tmp_path, tmp_path / "a" / "b"):
+        check_can_be_made(possible, what="save folder", remedy="take another")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
 def test_finding_out_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b", what="save folder", remedy="take another")
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -87,6 +114,36 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait(timeout=250)
     lock_folder(tmp_path, what="save folder", remedy="take another").release()
+
+
+writing = functools.partial(sole_writer, what="export", remedy="take another")
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_an_output_has_one_writer_at_a_time(tmp_path: Path, is_folder: bool) -> None:
+    output = tmp_path / "new" / "output"
+    with writing(output, is_folder=is_folder):
+        with pytest.raises(UserError) as caught, writing(output, is_folder=is_folder):
+            pass
+        with writing(tmp_path / "new" / "other", is_folder=is_folder):
+            pass
+    expected = f"{output}: this export is in use (by process {os.getpid()}); stop that run, or take another"
+    assert str(caught.value) == expected
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    with writing(output, is_folder=is_folder):
+        pass
+
+
+def test_a_lock_that_its_last_holder_removes_is_not_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hold_while_it_is_removed(lock: Path, place: Path, *, what: str, remedy: str) -> int:
+        monkeypatch.undo()
+        descriptor = filesystem._hold(lock, place, what=what, remedy=remedy)
+        lock.unlink()
+        return descriptor
+
+    monkeypatch.setattr(filesystem, "_hold", hold_while_it_is_removed)
+    with writing(tmp_path), pytest.raises(UserError, match="in use"), writing(tmp_path):
+        pass
 
 
 def test_a_shorter_process_number_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
@@ -157,6 +214,21 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (temporary / "file").touch()
         assert list(folder.iterdir()) == []
     assert list(folder.iterdir()) == [folder / "file"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_that_another_process_has_written_meanwhile_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+
+    def write_twice() -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / "file").write_text("second")
+            folder.mkdir()
+            (folder / "file").write_text("first")
+
+    with pytest.raises(UserError, match="folder: another process has written to it meanwhile; write to another place"):
+        write_twice()
+    assert (folder / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [folder]
 
 

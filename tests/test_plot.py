@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from streaming_rwkv.filesystem import sole_writer
 from streaming_rwkv.plot import main, write_plot
 from streaming_rwkv.plotting.figure import labels_with_room
 from streaming_rwkv.plotting.panels import Plot, consecutive, overlaid
@@ -256,3 +257,11 @@ def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert consecutive(History(runs=[read_run(run)])).panels[0].title == "Training loss"
     write_plot([run], to=tmp_path / "run.html")
     assert "[8.0,null," in (tmp_path / "run.html").read_text(encoding="utf-8")
+
+
+def test_one_process_draws_a_plot_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", steps(3))
+    with sole_writer(run / "plot.html", what="plot", remedy="wait", is_folder=False):
+        assert main([str(run)]) == 1
+    assert "plot.html: this plot is in use (by process " in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +78,7 @@ class S3Server:
             self._process = subprocess.Popen(
                 [
                     str(Path(sys.executable).with_name("weed")),
+                    f"-logdir={self.folder}",  # not the folder for temporary files of the machine
                     "server",
                     f"-dir={self.folder}",
                     "-ip=127.0.0.1",
@@ -185,17 +185,20 @@ def running(folder: Path) -> Iterator[S3Server]:
 
 
 def main() -> None:
-    """Run a server until Ctrl-C; a bucket `trial` is there."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="s3-trial-"))
-    with running(folder) as server:
+    """Run a server until Ctrl-C or SIGTERM; a bucket `trial` is there."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        if len(sys.argv) > 1:
+            folder = Path(sys.argv[1])
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="s3-trial-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(temporary))
+        server = stack.enter_context(running(folder))
         server.create_bucket("trial")
         for name, value in server.environment.items():
             print(f"export {name}={value}")
         print("# bucket: s3://trial   data:", folder, "  Ctrl-C stops the server", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
-    if len(sys.argv) == 1:
-        shutil.rmtree(folder, ignore_errors=True)
+        signal.pause()
 
 
 if __name__ == "__main__":

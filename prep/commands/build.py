@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(PrepConfig, options.config, overrides=options.overrides)
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)  # a log file has no width of its own
     if options.dry_run:
-        _count(config, console, by=options.by)
+        _count(config, console, by=options.by, accept_changes=options.accept_changes)
         return 0
     started = time.monotonic()
     if is_remote(config.out):
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _count(config: PrepConfig, console: Console, *, by: str) -> None:
+def _count(config: PrepConfig, console: Console, *, by: str, accept_changes: bool) -> None:
     started = time.monotonic()
     with observing(console, are_listed=False) as observer:
-        counts = count(config, observer=observer)
+        counts = count(config, observer=observer, accept_changes=accept_changes)
     seconds = time.monotonic() - started
     console.print(fitting(console, lambda number: count_table(counts.records, config, by=by, number=number)))
     for line in estimate(counts, config, seconds=seconds):

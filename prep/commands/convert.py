@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,13 +26,14 @@ from prep.inputs.files import LINES_SUFFIXES, InputFile, Part
 from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown
-from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, open_regular_file
+from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, open_regular_file, sole_writer
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
 _ORIGIN_KEY = "streaming-rwkv.origin"  # in a parquet file's metadata: the file and key that it was made from
 _REJECTED_KEY = "streaming-rwkv.rejected"
 _COUNTS = TypeAdapter(dict[str, int])
+_WHAT, _REMEDY = "folder of the parquet files", "name another"
 _Task = tuple[InputFile, Path, SourceConfig]
 
 
@@ -60,10 +60,11 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     """Convert every JSON file below `folder`; names are kept, with `.parquet` in place of suffixes such as `.json.gz`.
 
     A file that has been converted with the same key and has not changed since is skipped, so an interrupted conversion
-    can be resumed. Only one process may convert into a folder at a time.
+    can be resumed.
 
     Raises:
-        UserError: nothing to convert, two files with one target, a broken file, or, at the end, no text in any file.
+        UserError: nothing to convert, two files with one target, another process that converts into the same folder, a
+            broken file, or, at the end, no text in any file.
     """
     files = [
         file
@@ -81,10 +82,11 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     tasks = [(file, place, config) for file, place in places.items()]
     documents = 0
     rejected: Counter[str] = Counter()
-    for converted in _in_processes(tasks, workers):
-        documents += converted.documents
-        rejected.update(converted.rejected)
-        yield converted
+    with sole_writer(Path(to), what=_WHAT, remedy=_REMEDY):
+        for converted in _in_processes(tasks, workers):
+            documents += converted.documents
+            rejected.update(converted.rejected)
+            yield converted
     if not documents and (without := rejected[missing_text(config.text)]):
         raise UserError(
             f"{folder}: of {rejected.total()} documents {without} have no {text!r}; name the key with --text"
@@ -113,7 +115,7 @@ def _convert_file(task: _Task) -> ConvertedFile:
         return converted
     rejected: Counter[str] = Counter()
     documents = 0
-    make_folder(place.parent, what="folder of the parquet files", remedy="name another")
+    make_folder(place.parent, what=_WHAT, remedy=_REMEDY)
     # An open file, since pyarrow would take a name with a colon for a URI.
     with (
         explained_writes(place),
@@ -131,7 +133,7 @@ def _convert_file(task: _Task) -> ConvertedFile:
 def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:
     """Return the result that is stored in `place` if it was made from `origin`, else None."""
     try:
-        with open_regular_file(place, most=sys.maxsize) as opened:
+        with open_regular_file(place) as opened:
             metadata = pq.read_metadata(opened)
         notes = metadata.metadata or {}
         if json.loads(notes.get(_ORIGIN_KEY.encode(), b"null")) != origin:

@@ -14,10 +14,13 @@ from rich.table import Table
 
 from prep.commands.tables import FEW_DOCUMENTS, Format, grouped, number_table, rejected_cell, with_rows
 from prep.config import PrepConfig
+from prep.dataset.finished import find_local_manifest
 from prep.execution.context import BuildContext
 from prep.execution.engine import start
 from prep.execution.observer import Observer
-from prep.execution.work_folder import save_tokenizer
+from prep.execution.resume import BuildState, build_state, check_resumable
+from prep.execution.task_store import check_can_be_locked
+from prep.execution.work_folder import check_folder_is_no_input, save_tokenizer
 from prep.inputs.decontamination import read_evaluation
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
@@ -25,6 +28,7 @@ from prep.stages.audit import AuditError, report_handler, warn_of_reference
 from prep.stages.records import UnitRecord
 from prep.stages.tokenization import check_not_empty, count_tokens
 from streaming_rwkv.console import shown_bytes, shown_duration
+from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import SPLITS, bucket_bounds, bucket_name
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,17 +47,21 @@ class Counts:
     token_bytes: int  # of a stored token
 
 
-def count(config: PrepConfig, *, observer: Observer | None = None) -> Counts:
+def count(config: PrepConfig, *, observer: Observer | None = None, accept_changes: bool = False) -> Counts:
     """Count what `build` would read and tokenize, duplicates included, without writing anything.
 
+    Args:
+        observer, accept_changes: as for `build`.
     Raises:
-        UserError: the same errors of the input as from `build`.
+        UserError: the same errors of the input, and of a local place to write to, as from `build`.
     """
     observer = observer or Observer()
+    check_folder_is_no_input(config)
     files = find_sources(config.sources)
     observer.inputs(files, config)
     check_text_keys(config.sources, files)
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+    _check_place(build_state(config, tokenizer.record(), files), accept_changes=accept_changes)
     units = plan_units(config.sources, unit_bytes=config.unit_bytes, files=files)
     with tempfile.TemporaryDirectory() as folder:
         # Workers load the tokenizer from the data set's folder. This folder is temporary, and only this machine has it.
@@ -72,6 +80,14 @@ def count(config: PrepConfig, *, observer: Observer | None = None) -> Counts:
             records = _count(replace(context, by_reference=True), tokenizer, observer)
     check_not_empty(context, records)
     return Counts(records=records, token_bytes=context.token_dtype(0).itemsize)
+
+
+def _check_place(state: BuildState, *, accept_changes: bool) -> None:
+    """Refuse a place where `build` would not start; object storage is not asked."""
+    config = state.config
+    if not is_remote(config.out):
+        check_resumable(state, manifest=find_local_manifest(config.folder), accept_changes=accept_changes)
+    check_can_be_locked(config.folder)
 
 
 def _count(context: BuildContext, tokenizer: Tokenizer, observer: Observer) -> list[UnitRecord]:

@@ -18,7 +18,7 @@ from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import explained_writes, make_folder, write_atomically
+from streaming_rwkv.filesystem import explained_writes, make_folder, sole_writer, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.pages import render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
@@ -42,21 +42,22 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
 
     Raises:
         DataError: no finished data set, or one without its statistics.
-        UserError: the folder cannot be created or written to.
+        UserError: the folder cannot be created or written to, or another process writes a report there.
     """
     if to is None and is_remote(out):
         raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
+    what, remedy = "folder of the report", "name another with `--to FOLDER`"
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
         statistics = _statistics(data_set, manifest)
-        make_folder(folder, what="folder of the report", remedy="name another with `--to FOLDER`")
+        make_folder(folder, what=what, remedy=remedy)
         figures = report_figures(manifest, statistics) | {"location": str(out)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     page = folder / f"{REPORT_NAME}.html"
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
-    with explained_writes(folder):
+    with sole_writer(folder, what=what, remedy=remedy), explained_writes(folder):
         write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
         write_atomically(page, report_page(figures, samples, title=title).encode())
     return page

@@ -22,12 +22,13 @@ from typing import TypeVar
 import xxhash
 
 from streaming_rwkv.config import Config, UserError
-from streaming_rwkv.filesystem import lock_folder, make_folder, replace_folder, temporary_folder
+from streaming_rwkv.filesystem import check_can_be_made, lock_folder, make_folder, replace_folder, temporary_folder
 from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
 DONE_FOLDER = "done"
 TEMPORARY_FOLDER = "tmp"
 _RECORD_NAME = "record.json"
+_WHAT, _REMEDY = "folder of the data set", "choose another `out=`"
 
 
 class WorkError(UserError):
@@ -88,6 +89,15 @@ def hash_file(file: Path) -> FileRecord:
     return FileRecord(bytes=size, xxh3=digest.hexdigest())
 
 
+def check_can_be_locked(folder: Path) -> None:
+    """Check that `locked` can make the work folder in a data set's folder; nothing is written.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    check_can_be_made(folder, what=_WHAT, remedy=_REMEDY)
+
+
 @contextlib.contextmanager
 def locked(work: Path) -> Iterator[None]:
     """Lock the work folder: two builds in one folder would remove each other's work.
@@ -95,9 +105,8 @@ def locked(work: Path) -> Iterator[None]:
     Raises:
         UserError: another build holds it, or it cannot be made or written to.
     """
-    remedy = "choose another `out=`"
-    make_folder(work.parent, what="folder of the data set", remedy=remedy)
-    with lock_folder(work, what="work folder of a build", remedy=remedy):
+    make_folder(work.parent, what=_WHAT, remedy=_REMEDY)
+    with lock_folder(work, what="work folder of a build", remedy=_REMEDY):
         shutil.rmtree(work / TEMPORARY_FOLDER, ignore_errors=True)
         yield
 

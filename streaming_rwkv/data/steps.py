@@ -71,16 +71,18 @@ class StepDataset:
         """Return the number of steps of all stages, wherever the iteration begins."""
         return self.packs.num_batches
 
-    def start_at(self, step: int) -> None:
+    def start_at(self, step: int, *, name: str = "step") -> None:
         """Begin the next iteration with the batch of this step, counted from 0.
 
+        Args:
+            name: of the argument, for errors.
         Raises:
-            ValueError: the dataset has no such step.
+            ConfigError: the dataset has no such step.
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= len(self):
-            raise ValueError(
-                f"step {step!r}: expected a whole number from 0 to {len(self)}, the number of steps; a state "
-                "belongs to one data set, list of stages and batch size"
+            raise ConfigError(
+                f"{name}: found {step!r}, expected a whole number from 0 to {len(self)}, the number of steps; a state "
+                "belongs to one data set, list of stages and batch size: give those with which it was saved"
             )
         self._stop()
         self.step = step
@@ -112,13 +114,14 @@ class StepDataset:
         """Continue after the batches that were taken when `state_dict` returned `state`.
 
         Raises:
-            ValueError: not such a state, or this dataset has fewer steps.
+            ConfigError: not such a state, or this dataset has fewer steps.
         """
-        if set(state) != {"step"}:
-            raise ValueError(
-                f"state: found the keys {sorted(state)}, expected 'step' alone, as `state_dict` returns it"
+        if not isinstance(state, Mapping) or set(state) != {"step"}:
+            found = f"the keys {sorted(map(str, state))}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+            raise ConfigError(
+                f"state: found {found}, expected 'step' alone; give what `state_dict` of such a dataset returned"
             )
-        self.start_at(state["step"])
+        self.start_at(state["step"], name="state: step")
 
     def close(self) -> None:
         """End the loader's processes, close the shards and remove a temporary cache; nothing can be read afterwards."""
@@ -213,11 +216,15 @@ def open_dataset(
     return _open(validate(_Arguments, locals(), where="open_dataset"))
 
 
+# Not `str | Path`, with an error for each of them; and a Path would make one slash of those of s3://.
+_PathText = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path)]
+
+
 class _Arguments(Config):
     """Arguments of `open_dataset`."""
 
-    location: str | Path
-    stages: Annotated[list[StageConfig], Field(min_length=1), BeforeValidator(list)]
+    location: _PathText
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
     batch_tokens: PositiveCount | None
     batch_packs: PositiveInt | None
     seed: NonNegativeInt
@@ -227,7 +234,7 @@ class _Arguments(Config):
     split: Split
     fraction: Annotated[float, Field(gt=0, le=1)]
     workers: LoaderWorkers
-    cache: str | Path | None
+    cache: _PathText | None
     cache_limit: Annotated[ByteCount, Field(gt=0)] | None
     shuffle_block_shards: PositiveInt
     timeout_seconds: Seconds
@@ -270,7 +277,7 @@ def _open(arguments: _Arguments) -> StepDataset:
         packs = open_packs(shard_set, plan, options=options, as_rank=as_rank)
         resources.callback(packs.close)
         dataset = StepDataset(packs, workers=arguments.workers, timeout_seconds=arguments.timeout_seconds)
-        dataset.start_at(arguments.start_step)
+        dataset.start_at(arguments.start_step, name="open_dataset: start_step")
         dataset.resources = resources.pop_all()
     return dataset
 

@@ -29,7 +29,7 @@ from streaming_rwkv.inference.export import (
     write_export,
 )
 from streaming_rwkv.inference.loading import find_tokenizer
-from streaming_rwkv.model.marked_files import CheckpointError
+from streaming_rwkv.model.marked_files import CheckpointError, unreadable
 from streaming_rwkv.model.sharded import ShardedWeights
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints
 from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, step_name
@@ -82,6 +82,8 @@ def average(
 def _open(folder: Path) -> ShardedWeights:
     try:
         return ShardedWeights(folder)
+    except PermissionError as error:
+        raise unreadable(folder, error) from None
     except (pickle.UnpicklingError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(f"{folder}: damaged ({error}); move it away, or copy it again from its source") from None
 
@@ -124,7 +126,8 @@ def run(options: argparse.Namespace) -> int:
         # float16's largest value is small: rounded when it is written, where what is too large is refused by name.
         rounded = torch.float32 if dtype == torch.float16 else dtype
         state = average(folders, scheme_weights(options.weights, len(folders)), dtype=rounded)
-        write_export(state, out, dtype=dtype, tokenizer=find_tokenizer(folders[-1]))
+        tokenizer = find_tokenizer(folders[-1])
+        write_export(state, out, dtype=dtype, tokenizer=tokenizer, overwrite=options.overwrite)
         names = ", ".join(folder.name for folder in folders)
         size = shown_bytes(export_bytes(out))
         print(f"wrote {shown(options.out)}: {size}, the average of {len(folders)} checkpoints, {names}")

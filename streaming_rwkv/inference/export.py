@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import explained_writes, write_atomically
+from streaming_rwkv.filesystem import explained_writes, sole_writer, write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -59,16 +59,27 @@ def export(
     tokenizer: Tokenizer | None,
     layout: Layout = "fla",
     self_contained: bool = False,
+    overwrite: bool = True,
 ) -> None:
     """Write the weights of any checkpoint that `read_state` reads, and into a folder also the tokenizer.
 
     Args:
         self_contained: add the model's code to a folder; its layout must be fla's.
+        overwrite: replace an earlier export.
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
+        UserError: the place cannot be written, another process writes there, or an earlier export is there.
     """
     state = read_state(checkpoint)
-    write_export(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
+    write_export(
+        state,
+        out,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        layout=layout,
+        self_contained=self_contained,
+        overwrite=overwrite,
+    )
 
 
 def write_export(
@@ -79,9 +90,13 @@ def write_export(
     tokenizer: Tokenizer | None,
     layout: Layout = "fla",
     self_contained: bool = False,
+    overwrite: bool = True,
 ) -> None:
     """Write weights to a file or folder: see `export`."""
-    with explained_writes(out):
+    is_folder = out.suffix not in FILE_SUFFIXES
+    with sole_writer(out, what="export", remedy="name another place", is_folder=is_folder), explained_writes(out):
+        if not overwrite:
+            check_overwrites_nothing(out)  # again: another process may have written it before this one held it
         _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
 
 
@@ -253,6 +268,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             layout=options.layout,
             self_contained=options.self_contained,
+            overwrite=options.overwrite,
         )
     without = "" if tokenizer or out.suffix in FILE_SUFFIXES else ", without a tokenizer: none is stored with it"
     print(f"wrote {shown(str(out))}: {shown_bytes(export_bytes(out))}, {options.dtype}{without}")

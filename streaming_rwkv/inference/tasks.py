@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate as ask_harness
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import (
@@ -192,6 +194,21 @@ class HarnessModel(TemplateLM):
 # Tasks
 
 
+@contextlib.contextmanager
+def _bars_on_a_terminal_alone() -> Iterator[None]:
+    """Keep the progress bars of the harness and of `datasets` out of log files; they have no setting for that."""
+    shown = tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **options: Any) -> None:
+        shown(bar, *arguments, **options | {"disable": True})
+
+    tqdm.__init__ = shown if sys.stderr.isatty() else hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = shown
+
+
 class Tasks:
     """Tasks of the harness, with their data; they can be asked more than once."""
 
@@ -225,7 +242,8 @@ class Tasks:
             where = f"in {folder} or among those of lm-evaluation-harness" if folder else "in lm-evaluation-harness"
             raise TaskError(f"{option} {unknown[0]}: no such task {where}; `lm_eval ls tasks` lists them")
         try:
-            self.loaded = manager.load(list(names))
+            with _bars_on_a_terminal_alone():
+                self.loaded = manager.load(list(names))
         except OSError as error:  # no network, or no file; requests' and datasets' errors are of this kind
             reason = str(error).strip().partition("\n")[0]
             raise TaskError(
@@ -243,13 +261,14 @@ class Tasks:
         """Return the metrics: tasks/NAME/acc and so on, and tasks/NAME/acc_stderr where the harness has it."""
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=SEED)  # the same examples at each evaluation
-        results = ask_harness(
-            lm=HarnessModel(tokenizer, ask),
-            task_dict=self.loaded,
-            limit=self.limit,
-            log_samples=False,
-            bootstrap_iters=0,
-        )
+        with _bars_on_a_terminal_alone():
+            results = ask_harness(
+                lm=HarnessModel(tokenizer, ask),
+                task_dict=self.loaded,
+                limit=self.limit,
+                log_samples=False,
+                bootstrap_iters=0,
+            )
         assert results is not None
         return {
             f"tasks/{task}/{key.partition(',')[0]}": float(value)

@@ -24,10 +24,16 @@ FORMATS = ("streaming-rwkv-checkpoint/1", FORMAT)
 MARK_NAME = "complete.json"
 LARGEST_MARK_BYTES = 1 << 26
 LARGEST_COUNT = 1 << 62
+_COPY_AGAIN = "copy the checkpoint again from its source, or use another"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, is no RWKV-7 model, or does not fit the model or run that loads it."""
+
+
+def unreadable(path: str | Path, error: OSError) -> CheckpointError:
+    """Return the error for a file or folder that the system does not let this user read; it need not be damaged."""
+    return CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions")
 
 
 def check_exists(location: str | Path) -> None:
@@ -106,13 +112,13 @@ def parse_as(mark_type: type[MarkT], content: bytes, *, where: str) -> MarkT:
         mark = json.loads(content)
         json.dumps(mark, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # a lone surrogate cannot be encoded
-        raise CheckpointError(f"{where}: not valid JSON ({error})") from None
+        raise CheckpointError(f"{where}: not valid JSON ({error}); {_COPY_AGAIN}") from None
     if not isinstance(mark, dict) or mark.get("format") not in FORMATS:
-        raise CheckpointError(f"{where}: not of the format {FORMAT!r}")
+        raise CheckpointError(f"{where}: not of the format {FORMAT!r}; {_COPY_AGAIN}")
     try:
         return validate(mark_type, mark, where=where)
     except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{error}; {_COPY_AGAIN}") from None
 
 
 def check_files(folder: Path, files: Mapping[str, MarkedFile]) -> None:

@@ -168,6 +168,8 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             load(tensors, storage_reader=SafeReader(folder), no_dist=True)
         except CheckpointException as error:  # a BaseException of torch
             reason = next(iter(error.failures.values()), (error, None))[0]
+            if isinstance(reason, PermissionError):
+                raise reason from None
             raise ValueError(f"{type(reason).__name__}: {reason}") from None
     return tensors
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from streaming_rwkv.errors import UserError
-from streaming_rwkv.filesystem import atomic_file, read_regular_file, write_atomically
+from streaming_rwkv.filesystem import atomic_file, open_regular_file, read_regular_file, write_atomically
 from streaming_rwkv.limits import explain_limit
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
@@ -44,6 +44,7 @@ from streaming_rwkv.model.huggingface_names import (
     to_huggingface_name,
 )
 from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
+from streaming_rwkv.model.marked_files import unreadable
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
 from streaming_rwkv.model.state import (
@@ -77,6 +78,7 @@ _MOST_WRAPPERS = 4
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
+_PROBED_BYTES = 1 << 20  # more than a full disk or a limit of file sizes leaves after a failed write
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
 _LEGACY_PICKLES = 5  # at its beginning: magic number, version, machine, the object, the keys of its storages
 
@@ -133,7 +135,7 @@ def _read(path: Path) -> State:
             f"{path}: no checkpoint in this folder; expected a Hugging Face folder ({_CONFIG_NAME}, *.safetensors), a "
             f"sharded checkpoint ({INDEX_NAME}, *.distcp)"
         )
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file; give a .pth, a .pt, or a folder, with its ending")
     is_safetensors = path.suffix in _SAFETENSORS_SUFFIXES
     content = _guarded(safetensors.torch.load_file if is_safetensors else _read_torch_file, path)
@@ -223,6 +225,8 @@ def _check_no_bytearray(path: Path, *, is_archive: bool) -> None:
 
 def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
     """Run a reader, and turn its errors into ones that name the file."""
+    if not path.is_dir():
+        _check_readable(path)
     try:
         return read(path)
     except pickle.UnpicklingError as error:
@@ -234,12 +238,30 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
             f"{path}: refused, since reading it whole would run code that it brings (it asks for {asks_for[1]}). Only "
             "weights are read here; to make one, where you trust the file: torch.save(model.state_dict(), …)"
         ) from None
-    except _UNREADABLE as error:
+    except CheckpointError:  # of the mark of a run's checkpoint
+        raise
+    except PermissionError as error:
+        raise unreadable(path, error) from None
+    except _DAMAGED as error:
         raise _damaged(path, explain_limit(error) or str(error)) from error
 
 
+def _check_readable(file: Path) -> None:
+    """Refuse a pipe, a device and a file without permission to read it, which torch and safetensors call damaged.
+
+    Raises:
+        CheckpointError: names the kind that was found, or the reason.
+    """
+    try:
+        open_regular_file(file).close()
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+
+
 # The second line is torch's and pickle's, of bytes that mean nothing.
-_UNREADABLE = (
+_DAMAGED = (
     RuntimeError, EOFError, OSError, ValueError, safetensors.SafetensorError,
     LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, AssertionError,
     struct.error, zipfile.BadZipFile,
@@ -295,7 +317,7 @@ def _read_huggingface(folder: Path) -> State:
     layouts: dict[str, str] = {}  # a name that shows each
     for file in files:
         is_plain = Path(file).name == file and len(file.encode(errors="replace")) <= 255
-        if not is_plain or not (folder / file).is_file():
+        if not is_plain or not (folder / file).exists():
             raise CheckpointError(
                 f"{folder}: has no file {file[:80]!r}; weights as safetensors are needed, copy them again"
             )
@@ -330,10 +352,14 @@ def _read_huggingface(folder: Path) -> State:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_regular_file(path, most=LARGEST_FILE_BYTES))
-    except (OSError, ValueError, RecursionError, UserError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    except UserError as error:  # of a file that cannot be read at all
+        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it again from its source") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: found a {type(values).__name__}, expected a mapping")
+        raise CheckpointError(
+            f"{path}: found a {type(values).__name__}, expected a mapping; copy it again from its source"
+        )
     return values
 
 
@@ -356,19 +382,35 @@ def write_pth(state: Mapping[str, Tensor], path: str | Path, *, dtype: torch.dty
     for name, shape in {"v0": (1, 1, width), "v1": (width, rank), "v2": (rank, width)}.items():
         complete.setdefault(f"blocks.0.att.{name}", torch.zeros(shape, dtype=dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, _explained_saving(path):
+    with atomic_file(path) as temporary, _explained_saving(path, temporary):
         # A parameter of a mapped file is a view of the whole file: without a copy, all of it would be stored.
         torch.save({name: value.clone() for name, value in complete.items()}, temporary)
 
 
 @contextlib.contextmanager
-def _explained_saving(path: Path) -> Iterator[None]:
-    """Name the file that torch or safetensors cannot write; theirs are no errors of the file system."""
+def _explained_saving(path: Path, temporary: Path) -> Iterator[None]:
+    """Say why torch or safetensors cannot write a file: their errors are not those of the file system.
+
+    Args:
+        temporary: the file that is written.
+    """
     try:
         yield
     except (RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); make space, or write to another place") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({_find_write_problem(temporary) or 'it was cut short'}); make space, or write "
+            "to another place"
+        ) from error
+
+
+def _find_write_problem(file: Path) -> str | None:
+    """Return the reason why nothing can be appended to a file, or None."""
+    try:
+        with open(file, "ab") as appended:
+            appended.write(bytes(_PROBED_BYTES))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def write_huggingface(
@@ -417,7 +459,7 @@ def write_huggingface(
 def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:
     with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
-        with _explained_saving(folder / _SAFETENSORS_NAME):
+        with _explained_saving(folder / _SAFETENSORS_NAME, temporary):
             safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
     write_atomically(folder / _CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())

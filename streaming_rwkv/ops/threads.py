@@ -20,13 +20,13 @@ class Threads(ctypes.Structure):
 
 
 def torch_threads() -> Threads:
-    """As many threads as torch uses, and its own where that can be."""
+    """Return as many threads as torch uses, and its own where that can be."""
     return Threads(torch.get_num_threads(), None if _forked else _openmp())
 
 
 @functools.cache
 def _openmp() -> int | None:
-    """Address of GOMP_parallel, which every OpenMP runtime on Linux has, or None."""
+    """Return the address of GOMP_parallel, which every OpenMP runtime on Linux has, or None."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         with contextlib.suppress(OSError, AttributeError):  # loaded long ago; its dependencies are looked through too
             return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value

@@ -75,11 +75,11 @@ def command_parser(program: str) -> CommandParser:
 
 
 def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
-    from streaming_rwkv.console import tolerate_any_encoding
+    from streaming_rwkv.console import prepare_output
 
     parser = command_parser(program)
     is_reporting = is_local_rank_zero()  # one rank of each node reports an error of all ranks
-    tolerate_any_encoding()
+    prepare_output()
     try:
         with contextlib.nullcontext() if is_reporting else contextlib.redirect_stderr(io.StringIO()):
             options = parser.parse_intermixed_args(arguments)  # options may be between settings
@@ -104,7 +104,7 @@ def _count(parser: argparse.ArgumentParser, text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import UserError, load_config
-    from streaming_rwkv.console import log_to_terminal, print_error
+    from streaming_rwkv.console import check_current_folder, log_to_terminal, print_error
     from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
     is_reporting = is_local_rank_zero()
@@ -115,6 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         from streaming_rwkv.train.early_checks import check_paths, check_replicas
 
         check_launcher()
+        check_current_folder()
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         check_replicas(config, processes=options.processes if options.dry_run else max(options.processes, launched))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
+import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,12 @@ from streaming_rwkv.data.workers import explain_dead_worker
 from streaming_rwkv.filesystem import is_disk_full
 from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
+logger = logging.getLogger(__name__)
+
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _GONE = (errno.ENOENT, errno.ENOTDIR)
 _OTHER_KIND = (errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY)
+_LOST_RANK = re.compile(r"gloo/transport|Connection (?:closed|reset) by peer|remote process exited")
 _RESUME = "the same command resumes from the newest checkpoint"
 
 
@@ -30,9 +36,10 @@ def explained_faults(save_folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: the disk is full, the save folder is missing or cannot be written, a system limit is reached, or
-            a loader process was killed.
+            a loader process or another rank was killed.
         KeyboardInterrupt: it interrupted the writing of a checkpoint.
     """
+    report_in_thread, threading.excepthook = threading.excepthook, _report_in_thread
     try:
         yield
     except UserError:
@@ -44,6 +51,16 @@ def explained_faults(save_folder: Path) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
+    finally:
+        threading.excepthook = report_in_thread
+
+
+def _report_in_thread(ended: threading.ExceptHookArgs) -> None:
+    """Log an error of the file system, such as TensorBoard's; the main thread meets it too, and reports it once."""
+    if isinstance(ended.exc_value, OSError):
+        logger.debug("%s ended", ended.thread, exc_info=ended.exc_value)
+    else:
+        threading.__excepthook__(ended)
 
 
 def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
@@ -60,6 +77,11 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
             return MachineFault(f"{reason}; {_RESUME}")
     if any("unexpected pos" in str(link) for link in chain):  # torch's message for a write that was cut short
         return MachineFault(f"{save_folder}: a checkpoint was not written whole; make space on its disk; {_RESUME}")
+    if any(isinstance(link, RuntimeError) and _LOST_RANK.search(str(link)) for link in chain):
+        return MachineFault(
+            "another rank of this run does not answer any more, most likely since it has ended; its own output tells "
+            f"why; {_RESUME}"
+        )
     return None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from composer import Trainer
+from composer import Engine, Trainer
 from torch.distributed.device_mesh import DeviceMesh
 
 from streaming_rwkv.console import print_rich
@@ -127,6 +128,8 @@ def train(trainer: Trainer, checkpointer: Checkpointer, mirror: Mirror | None) -
     try:
         trainer.fit()
     except BaseException:
+        # Callbacks that cannot close for the same reason: the engine would log their stacks.
+        logging.getLogger(Engine.__module__).disabled = True
         trainer.engine.close()  # while the exception is pending: trackers then record a failed run
         raise
     steps, last_step = int(trainer.state.timestamp.batch), checkpointer.last_step

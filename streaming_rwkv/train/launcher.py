@@ -96,7 +96,8 @@ class Ranks:
             statuses = [process.poll() for process in self._processes]
             failed = [local_rank for local_rank, status in enumerate(statuses) if status]
             if failed or None not in statuses:
-                return failed[0] if failed else None
+                # A rank that was killed is the cause of the others' failures.
+                return min(failed, key=lambda local_rank: ((statuses[local_rank] or 0) > 0, local_rank), default=None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._processes[statuses.index(None)].wait(timeout=POLL_SECONDS)
 
@@ -120,7 +121,8 @@ class Ranks:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - SHOWN_BYTES))
             text = output.read().decode(errors="replace").rstrip()
-            print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
+            if text or status > 0:
+                print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
         if status < 0 and not self.asked_to_stop:
             print(f"rank {failed} was ended by {_signal(status)}", file=sys.stderr, flush=True)
         return 128 - status if status < 0 else status

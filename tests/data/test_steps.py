@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,10 +115,16 @@ def test_the_state_is_the_step(dataset: StepDataset, data: Path) -> None:
 
 @pytest.mark.parametrize("state", [{"step": 16}, {"step": -1}, {"step": 1.0}, {"step": True}, {"step": "1"}])
 def test_a_state_of_another_dataset_is_refused(dataset: StepDataset, state: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"^step .*: expected a whole number from 0 to 15"):
+    with pytest.raises(UserError, match=r"^state: step: found .*, expected a whole number from 0 to 15"):
         dataset.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^state: found the keys \['epoch', 'step'\], expected 'step' alone"):
-        dataset.load_state_dict({"step": 1, "epoch": 0})
+
+
+@pytest.mark.parametrize(
+    ("state", "found"), [({"step": 1, 0: 0}, r"the keys \['0', 'step'\]"), (None, "a NoneType"), ([1], "a list")]
+)
+def test_what_is_no_state_is_refused(dataset: StepDataset, state: Any, found: str) -> None:
+    with pytest.raises(UserError, match=rf"^state: found {found}, expected 'step' alone; give what `state_dict`"):
+        dataset.load_state_dict(state)
 
 
 def test_a_batch_says_which_stream_each_pack_is_of(dataset: StepDataset) -> None:
@@ -221,13 +228,20 @@ def test_a_launchers_environment_changes_nothing_without_a_process_group(
             "open_dataset: stages.0.sources.cod: not in this selection of the data; there are code, web",
         ),
         ({"batch_packs": 4, "cache_limit": 99}, "open_dataset: cache_limit: found 99 bytes, but at least "),
-        ({"batch_packs": 4, "start_step": 16}, "step 16: expected a whole number from 0 to 15"),
+        (
+            {"batch_packs": 4, "start_step": 16},
+            "open_dataset: start_step: found 16, expected a whole number from 0 to 15",
+        ),
+        ({"batch_packs": 4, "stages": None}, "open_dataset: stages: found None; Input should be a valid list"),
+        ({"batch_packs": 4, "location": None}, "open_dataset: location: found None; Input should be a valid string"),
+        ({"batch_packs": 4, "cache": 5}, "open_dataset: cache: found 5; Input should be a valid string"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str, object], error: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        open_dataset(data, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(UserError) as raised:
+        open_dataset(**({"location": data} | arguments))  # type: ignore[arg-type]
     assert str(raised.value).startswith(error)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_location_without_a_data_set_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import get_args
 import pytest
 import torch
 
+from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import sole_writer
 from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.export import export, how_to_load, model_card
 from streaming_rwkv.model.marked_files import MARK_NAME
@@ -149,7 +151,7 @@ def test_a_disk_without_room_is_named(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'out'}/")
-    assert "cannot be written" in last
+    assert "cannot be written (File too large); " in last
 
 
 @pytest.mark.parametrize(
@@ -188,3 +190,21 @@ def test_a_run_or_a_checkpoint_is_not_exported_into(
     assert command_line.export([str(folder.parent / "w.pth"), str(tmp_path / "run"), "--overwrite"]) == 1
     assert f"/run: is {kind}, whose weights an export there would hide; name a folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [marks]
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])
+def test_an_export_has_one_writer_and_replaces_nothing_that_was_written_meanwhile(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    with sole_writer(out, what="export", remedy="wait", is_folder=name == "m"):
+        assert command_line.export([str(folder), str(out)]) == 1
+    assert f"{out}: this export is in use (by process " in capsys.readouterr().err
+    assert command_line.export([str(folder), str(out)]) == 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert ".lock" not in "".join(map(str, written))
+    with pytest.raises(UserError, match="exists already"):
+        export(folder, out, dtype=torch.float32, tokenizer=None, overwrite=False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == {
+        path: time for path, time in written.items() if path.is_file()
+    }

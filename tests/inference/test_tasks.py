@@ -138,7 +138,8 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, words: Tokenizer) -> Pa
 
 def metrics_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert main([*map(str, arguments), "--json"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "it/s" not in err  # no progress bar where standard error is no terminal
     found: dict[str, Any] = json.loads(out[out.index("{\n") :])
     return found
 

@@ -24,6 +24,7 @@ from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import infer_config, load_state, model_state
 from streaming_rwkv.model.weights import CheckpointError, read_model, read_state, write_huggingface, write_pth
 from tests.fork_server import ForkServer
+from tests.rights import without_rights
 
 Build = Callable[..., RWKV7]
 UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
@@ -431,3 +432,41 @@ def test_a_weight_file_outside_the_folder_is_not_read(random_model: Build, tmp_p
 def test_another_head_size_is_not_exported_to_huggingface(random_model: Build, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="head size: found 32; Hugging Face implementations agree"):
         write_huggingface(model_state(random_model(head_size=32)), tmp_path / "hf")
+
+
+def test_a_pipe_is_not_called_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"model\.pth: found a named pipe, expected a regular file; restore it"):
+        read_model(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_configuration_without_content_has_a_remedy(content: str, random_model: Build, tmp_path: Path) -> None:
+    write_huggingface(model_state(random_model()), tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: .*; copy it again from its source"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "config.json", "sharded"])
+def test_a_file_without_the_right_to_read_it_is_not_called_damaged(
+    kind: str, random_model: Build, public_folder: Path
+) -> None:
+    state, path = model_state(random_model()), public_folder / "model"
+    match kind:
+        case "pth":
+            write_pth(state, path)
+            unreadable = path
+        case "sharded":
+            save_sharded(training_state(random_model(), ""), path)
+            unreadable = path / "__0_0.distcp"
+        case _:
+            write_huggingface(state, path)
+            unreadable = path / ("config.json" if kind == "config.json" else "model.safetensors")
+    unreadable.chmod(0)
+    with (
+        pytest.raises(CheckpointError) as caught,
+        without_rights(),
+    ):
+        read_model(path)
+    assert str(caught.value) == f"{unreadable}: cannot be read (Permission denied); check its permissions"

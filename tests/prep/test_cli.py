@@ -249,3 +249,22 @@ def test_workers_import_nothing_heavy():
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=250)
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x", "/proc/x", "/", "{tmp_path}/corpus", "{tmp_path}/a/../corpus/x"])
+def test_a_dry_run_refuses_a_place_that_the_build_refuses(out, recipe, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    arguments = ["build", recipe, f"out={out.format(tmp_path=tmp_path)}"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert main([*arguments, "--dry-run"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == error
+
+
+def test_a_dry_run_refuses_the_place_of_another_build(recipe, tmp_path, capsys):
+    assert main(["build", recipe]) == 0
+    assert main(["build", recipe, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["build", recipe, "seed=5", "--dry-run"]) == 1
+    assert f"error: {tmp_path}/out: holds a finished data set, and since it began" in capsys.readouterr().err

@@ -91,7 +91,10 @@ def test_english_is_cleaned_and_prep_reads_it(tmp_path: Path, config: Callable[.
     river, bread = records_in(out / "texts")
     assert river == {"text": RIVER, "id": "0.jsonl.gz/0", "url": "https://example.com/river"}
     assert bread["text"] == BREAD.replace("baker@bread.com", "email@example.com")
-    assert clean(corpus, out, "--kind", "en")[0] == counts  # nothing is done again
+    (out / "work" / "logs" / "5-write" / "completions" / "00001").unlink()  # as a kill leaves a task
+    (out / "texts" / "00001.jsonl.gz").write_bytes(b"part")
+    assert clean(corpus, out, "--kind", "en")[0] == counts  # and the finished tasks are not done again
+    assert records_in(out / "texts") == [river, bread]
     assert "give another folder" in clean(corpus, out, "--kind", "any")[1]
     manifest = build(config(sources={"web": {"paths": str(out / "texts")}})).manifest
     assert manifest.counts["web"].documents_read == 2

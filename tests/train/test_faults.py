@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from streaming_rwkv.config import UserError
+from streaming_rwkv.console import OutputError
 from streaming_rwkv.data import streaming_compat
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.callbacks.json_lines import JSONLines, forget_lines_after
@@ -38,6 +40,11 @@ from streaming_rwkv.train.faults import explained_faults
             "loader process 7 was ended by signal",
         ),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "loader process 7, 8 was ended"),
+        (
+            RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9"),
+            "another rank of this run does not answer",
+        ),
+        (OutputError(OSError(errno.ENOSPC, "No space left on device")), "^standard output: cannot be written"),
         (RuntimeError("unexpected pos 704 vs 598"), "a checkpoint was not written whole"),
         (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), "no space left on the disk"),  # type: ignore[dict-item]
     ],
@@ -118,3 +125,16 @@ def test_an_import_without_memory_ends_a_run_with_one_line(
     assert main(["yamls/tiny_cpu.yaml", f"data.path={data}", f"save_folder={tmp_path}/run"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: libtorch.so: failed to map segment from shared object: no memory is left, of ")
+
+
+def test_an_error_of_a_thread_is_reported_once_by_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def ended(error: Exception) -> None:
+        thread = threading.Thread(target=lambda: (_ for _ in ()).throw(error))
+        thread.start()
+        thread.join()
+
+    with explained_faults(Path("/runs/a")):
+        ended(FileNotFoundError(errno.ENOENT, "No such file", "/runs/a/tensorboard/events"))
+        assert capsys.readouterr().err == ""
+        ended(ValueError("a fault of the program"))
+        assert "ValueError: a fault of the program" in capsys.readouterr().err

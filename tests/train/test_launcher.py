@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.train.launcher import launch
+from streaming_rwkv.train.launcher import Ranks, launch
 
 LAUNCH = """
 import sys
@@ -75,6 +75,20 @@ def test_a_rank_that_was_killed_is_named() -> None:
         "rank 0 was ended by SIGKILL, most likely for want of memory (`dmesg` tells); the same command resumes from "
         "the newest checkpoint\n",
     )
+
+
+def test_a_rank_that_was_killed_is_the_cause_of_the_others_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    program = """
+        import os, signal, sys
+        if os.environ["RANK"] == "0":
+            sys.exit("error: another rank does not answer")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    ranks = Ranks([sys.executable, "-c", textwrap.dedent(program)], 2)
+    for process in ranks._processes:
+        process.wait(timeout=250)
+    assert ranks.wait() == 128 + 9
+    assert capsys.readouterr().err.startswith("rank 1 was ended by SIGKILL, most likely for want of memory")
 
 
 SAVES = """

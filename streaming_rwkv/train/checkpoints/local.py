@@ -14,6 +14,7 @@ sharded files, is read by an unpickler that accepts only its few classes (`model
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -42,7 +43,7 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
-from streaming_rwkv.model.marked_files import MARK_NAME, CheckpointError, MarkedFile, find_file_problem
+from streaming_rwkv.model.marked_files import MARK_NAME, CheckpointError, MarkedFile, find_file_problem, unreadable
 from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
 from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.shards import sha256_of_file
@@ -71,8 +72,13 @@ class LocalCheckpoints:
         return str(self.root)
 
     def steps(self) -> list[int]:
-        steps = (step_of_name(path.name) for path in self.root.glob("step-*"))
-        return [step for step in steps if step is not None]
+        try:
+            names = os.listdir(self.root)  # a glob would be silent about a folder that cannot be read
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise unreadable(self.root, error) from None
+        return [step for name in names if (step := step_of_name(name)) is not None]
 
     def has_mark(self, step: int) -> bool:
         return (self.root / step_name(step) / MARK_NAME).is_file()

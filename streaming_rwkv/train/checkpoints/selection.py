@@ -26,7 +26,11 @@ class CheckpointPlace(Protocol[FoundT]):
         """The advice for a place in which every checkpoint is damaged."""
 
     def steps(self) -> Collection[int]:
-        """Return the steps of all folders that have a checkpoint's name, complete or not."""
+        """Return the steps of all folders that have a checkpoint's name, complete or not.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
 
     def has_mark(self, step: int) -> bool:
         """Return True if the checkpoint has a completion mark, whatever the mark says."""

@@ -106,7 +106,7 @@ def test_files_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkey
     )
     run = f"list(c.convert({str(tmp_path / 'a.jsonl')!r}, {str(tmp_path / 'out')!r}))"
     subprocess.run([sys.executable, "-c", started + run], check=False, timeout=250)
-    assert len(list((tmp_path / "out").iterdir())) == 1  # what it was writing
+    assert sorted(os.listdir(tmp_path / "out")) == [".a.parquet.tmp", ".lock"]
     list(convert(str(tmp_path / "a.jsonl"), tmp_path / "out"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.parquet"]
 
@@ -161,3 +161,14 @@ def test_a_folder_without_files_to_convert_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="no JSON file below it"):
         list(convert(str(tmp_path), tmp_path / "out"))
+
+
+def test_one_process_converts_into_a_folder_at_a_time(tmp_path, write_lines):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one"])
+    write_lines(tmp_path / "in" / "b.jsonl", ["two"])
+    first = convert(str(tmp_path / "in"), tmp_path / "out")
+    assert next(first).name == "a.jsonl"
+    with pytest.raises(UserError, match=r"out: this folder of the parquet files is in use \(by process \d+\)"):
+        list(convert(str(tmp_path / "in"), tmp_path / "out"))
+    assert [file.name for file in first] == ["b.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["a.parquet", "b.parquet"]

@@ -10,6 +10,7 @@ import pytest
 from prep.build import build
 from prep.commands.report import write_report
 from streaming_rwkv.config import UserError
+from streaming_rwkv.filesystem import sole_writer
 from streaming_rwkv.shards import DataError
 
 NO_END_TAG = {"meta"}
@@ -122,3 +123,13 @@ def test_statistics_that_are_too_large_are_not_read(finished, tmp_path):
         file.truncate(2**30 + 1)
     with pytest.raises(DataError, match=r"statistics\.json: found 1,073,741,825 bytes, expected a regular file"):
         write_report(tmp_path / "out")
+
+
+def test_one_process_writes_a_report_at_a_time(finished, tmp_path):
+    to = tmp_path / "report"
+    with (
+        sole_writer(to, what="folder of the report", remedy="wait"),
+        pytest.raises(UserError, match=r"report: this folder of the report is in use \(by process \d+\)"),
+    ):
+        write_report(tmp_path / "out", to=to)
+    assert list(to.iterdir()) == []

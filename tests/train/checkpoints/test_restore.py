@@ -11,7 +11,8 @@ import pytest
 
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, MarkedFile
 from streaming_rwkv.train.checkpoints.record import Checkpoint, Progress, mark_content, parse_mark
-from streaming_rwkv.train.checkpoints.restore import check_same_run, local_checkpoint, node_checkpoint
+from streaming_rwkv.train.checkpoints.restore import check_same_run, local_checkpoint, mark_at, node_checkpoint
+from tests.rights import without_rights
 
 RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
 
@@ -50,6 +51,23 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no finished checkpoint yet"), local_checkpoint(tmp_path):
         pass
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_called_new(public_folder: Path) -> None:
+    checkpoints = public_folder / "checkpoints"
+    checkpoints.mkdir(mode=0o300)
+    checkpoints.chmod(0o311)
+    with pytest.raises(CheckpointError) as caught, without_rights(), local_checkpoint(public_folder):
+        pass
+    assert str(caught.value) == f"{checkpoints}: cannot be read (Permission denied); check its permissions"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": "streaming-rwkv-checkpoint/2", "files": {}}'])
+def test_a_damaged_mark_has_a_remedy(content: bytes, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, 3)
+    (checkpoint / "complete.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"; copy the checkpoint again from its source, or use another$"):
+        mark_at(checkpoint)
 
 
 def test_a_run_with_nothing_but_damage_is_refused(tmp_path: Path) -> None:
