@@ -102,7 +102,12 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     mark = parent.mark if parent else own
     initial = find_initial_weights(config.model.init_from, save_folder, mark)
     shape = initial.shape if initial else None
-    prepared = run_on_local_rank_zero_first(lambda: prepare_here(config, device=device.name, shape=shape))
+    ranks = world_size()
+    prepared = run_on_local_rank_zero_first(
+        lambda: check_fits(
+            prepare(config, world_size=ranks, fetch=is_local_rank_zero(), shape=shape), device=device.name
+        )
+    )
     kept = config.checkpoint
     mirror = Mirror(store, save_folder, keep=kept.keep, keep_every=kept.keep_every) if store else None
     prepared, checkpoint = find_resume_point(prepared, store, mirror, parent)
@@ -131,14 +136,13 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     )
 
 
-def prepare_here(config: RunConfig, *, device: str, shape: dict[str, Any] | None) -> PreparedRun:
-    """Prepare the run on this rank, and check that its network fits into memory here.
+def check_fits(prepared: PreparedRun, *, device: str) -> PreparedRun:
+    """Return the run if its network fits into memory here.
 
     Raises:
-        UserError: see `prepare` and `check_network_fits`.
+        UserError: see `check_network_fits`.
     """
-    prepared = prepare(config, world_size=world_size(), fetch=is_local_rank_zero(), shape=shape)
-    shards = world_size() // config.parallel.replicas
+    shards = world_size() // prepared.config.parallel.replicas
     check_network_fits(prepared.model, shards=shards, device=device, is_planned=False)
     return prepared
 
