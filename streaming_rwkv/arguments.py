@@ -34,6 +34,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *, examples: Sequence[str] = (), **options: Any) -> None:
         options.setdefault("formatter_class", _HelpFormatter)
+        options.setdefault("allow_abbrev", False)  # `--to` is no `--tokenizer`
         super().__init__(**options)
         self.examples = [example.format(prog=self.prog) for example in examples]
         if self.examples:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
-from streaming_rwkv.errors import UserError
+from streaming_rwkv.errors import UserError, is_panic
 from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
 
 if TYPE_CHECKING:
@@ -178,6 +178,12 @@ def end_in_one_line(run: Callable[[], int], *, interrupted: str = "") -> int:
     except LIMIT_ERRORS as error:
         reason = explain_limit(error) or (_explain_file_error(error) if isinstance(error, OSError) else None)
         if reason is None:  # neither about a limit nor about a file, so a fault of this program
+            raise
+        print_error(UserError(reason))
+        return 1
+    except BaseException as error:
+        reason = explain_limit(RuntimeError(str(error))) if is_panic(error) else None
+        if reason is None:
             raise
         print_error(UserError(reason))
         return 1

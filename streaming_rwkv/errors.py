@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     Front ends print the text alone. Anything else that is raised is our own mistake and keeps its traceback.
     """
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return True for a panic of a Rust library, which `except Exception` does not catch."""
+    return type(error).__name__ == "PanicException"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streaming_rwkv.errors import UserError
+from streaming_rwkv.limits import limit_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ def explained_writes(place: Path) -> Iterator[None]:
         if error.strerror is None:
             raise
         raise UserError(
-            f"{error.filename or place}: cannot be written ({error.strerror}); fix that, or write to another place"
+            f"{error.filename or place}: cannot be written ({error.strerror}); "
+            f"{limit_of(error) or 'fix that, or write to another place'}"
         ) from error
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 LIMIT_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)
 """The classes of errors that `explain_limit` may explain."""
 
+_IMPORTS_NEED = 8 << 30  # bytes of address space, generously
+
 # Texts of the dynamic linker, PyTorch, C++ and libuv; not those about static TLS or a GPU's memory.
 _MEMORY = re.compile(
     r"can(?:'|no)t allocate memory(?! in static TLS)|failed to map segment|bad_alloc"
@@ -36,6 +38,8 @@ def explain_limit(error: BaseException, *, otherwise: str = "") -> str | None:
     lines = [error.strerror] if isinstance(error, OSError) and error.strerror else str(error).splitlines()
     telling = [line for line in lines if _MEMORY.search(line) or _PROCESSES.search(line)]
     cause = next(iter(telling or lines), "").strip()
+    if cause and isinstance(error, OSError) and error.filename is not None:
+        cause = f"{error.filename}: {cause}"
     return f"{cause}: {reason}" if cause else reason
 
 
@@ -50,6 +54,8 @@ def limit_of(error: BaseException, *, otherwise: str = "") -> str | None:
         return f"this process has reached its limit of {limit} open files (ulimit -n){remedy}"
     if number == errno.ENFILE:
         return f"the machine's limit of open files is reached (sysctl fs.file-max){remedy}"
+    if number == errno.EFBIG:
+        return f"{file_size_limit() or 'the limit of the file system is reached'}{remedy}"
     if number == errno.EAGAIN or _PROCESSES.search(text):
         return f"the limit of processes and threads is reached ({_process_limits()}){remedy}"
     if number == errno.ENOMEM or isinstance(error, MemoryError) or _MEMORY.search(text):
@@ -69,6 +75,37 @@ def memory_limit() -> tuple[int, str]:
         with suppress(OSError, ValueError):  # there is none, or it is `max`
             limits.append((int(Path(file).read_text()), "the container's memory"))
     return min(limits)
+
+
+def file_size_limit() -> str | None:
+    """Return the limit of a file's size with its value, or None if there is none."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if limit == resource.RLIM_INFINITY else f"the limit of a file is {limit:,} bytes (ulimit -f)"
+
+
+def explain_import(error: BaseException) -> str | None:
+    """Return the likely reason why PyTorch or what is built on it cannot be imported; None if no limit is low.
+
+    Where memory ends in the middle of an import, the error is often a later one: an operator that is missing.
+    """
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if isinstance(error, ModuleNotFoundError) or not 0 <= address_space < _IMPORTS_NEED:
+        return None
+    cause = (str(error) or type(error).__name__).strip().splitlines()[-1]
+    return (
+        f"PyTorch cannot be imported ({cause}), most likely for want of memory: ulimit -v is {address_space:,} bytes; "
+        "raise that limit"
+    )
+
+
+def check_open_files(least: int) -> None:
+    """Check that this process may open `least` files.
+
+    Raises:
+        OSError: it may not, as when it opens one too many.
+    """
+    if 0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] < least:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def _process_limits() -> str:

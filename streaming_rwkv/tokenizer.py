@@ -86,8 +86,8 @@ def load_tokenizer(
     name = str(name_or_path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in (".json", ".model", ".txt"):
         raise TokenizerError(
-            f"tokenizer {name!r}: no such file or folder; give {WORLD_NAME!r}, a folder with a tokenizer.json, "
-            "or a name on the Hugging Face hub"
+            f"tokenizer {name!r}: no{'' if path.exists() else ' such'} file or folder; give {WORLD_NAME!r}, a folder "
+            "with a tokenizer.json, or a name on the Hugging Face hub"
         )
     return _load_from_hub(name, bos_token=bos_token, eos_token=eos_token)
 

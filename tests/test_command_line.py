@@ -79,7 +79,8 @@ def test_the_help_shows_defaults(capsys: pytest.CaptureFixture[str], monkeypatch
         ("build x.yaml", "'build' is no command; did you mean 'prepare'?"),
         ("frobnicate", "'frobnicate' is no command\n"),
         ("prepare x.yaml --dryrun", "unrecognized arguments: --dryrun; did you mean '--dry-run'?"),
-        ("generate runs/x y --max-token=3 --tempratur 1", "did you mean '--temperature'?"),
+        ("generate runs/x y --max-tokens=3 --tempratur 1", "did you mean '--temperature'?"),
+        ("evaluate runs/x y --to z", "unrecognized arguments: --to z"),  # no --tokenizer
         ("export runs/x out --dtype float23", "; did you mean 'float32'?"),
         ("train x.yaml --data.path=d", "settings are written without dashes: data.path=d"),
         ("train x.yaml processes=none", "--processes: found none, expected 1 or more"),

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from streaming_rwkv.console import run_command
-from streaming_rwkv.limits import explain_limit, memory_limit
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import explained_writes
+from streaming_rwkv.limits import check_open_files, explain_import, explain_limit, memory_limit
 
 MEMORY = r"no memory is left, of [\d,]+ bytes \((the machine's memory|the container's memory|ulimit -v)\); give the job"
 PROCESSES = (
@@ -34,6 +36,10 @@ MAPPING = "libgomp-a34b3233.so.1: failed to map segment from shared object"
         (RuntimeError("std::bad_alloc"), f"^std::bad_alloc: {MEMORY}"),
         (RuntimeError("can't start new thread"), f"^can't start new thread: {PROCESSES}"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), f": {PROCESSES}"),
+        (
+            OSError(errno.EFBIG, "File too large", "a"),
+            "^a: File too large: the limit of the file system is reached; raise",
+        ),
         (OSError(errno.EMFILE, "Too many open files"), r"limit of \d+ open files \(ulimit -n\); raise that limit$"),
     ],
 )
@@ -77,3 +83,53 @@ def test_a_command_without_memory_ends_with_one_line(capsys: pytest.CaptureFixtu
     assert run_command(lambda: len(bytearray(1 << 60))) == 1
     assert re.match(f"error: {MEMORY}", error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+def test_a_file_above_its_limit_names_the_limit(tmp_path: Path) -> None:
+    limited = r"\(File too large\); the limit of a file is 1,000 bytes \(ulimit -f\); raise that limit$"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=limited), explained_writes(tmp_path / "a"):
+            (tmp_path / "a").write_bytes(bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_import_that_fails_in_little_memory_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("operator torchvision::nms does not exist")
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (4 << 30, -1))
+    assert explain_import(error) == (
+        f"PyTorch cannot be imported ({error}), most likely for want of memory: ulimit -v is 4,294,967,296 bytes; "
+        "raise that limit"
+    )
+    assert explain_import(ModuleNotFoundError("No module named 'torch'")) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, -1))
+    assert explain_import(error) is None
+
+
+def test_few_open_files_are_refused() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    check_open_files(limit)
+    with pytest.raises(OSError, match="Too many open files"):
+        check_open_files(limit + 1)
+
+
+class PanicException(BaseException):
+    """As pyo3 names the panics of Rust libraries."""
+
+
+def test_a_panic_at_a_limit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise PanicException('IOError(Os { code: 11, message: "Resource temporarily unavailable" })')
+
+    assert run_command(run) == 1
+    assert re.search(PROCESSES, capsys.readouterr().err)
+
+
+def test_another_panic_is_not_explained() -> None:
+    def run() -> int:
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(PanicException):
+        run_command(run)

@@ -23,10 +23,10 @@ from prep.execution.context import BuildContext
 from prep.execution.tasks import Run, Task
 from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
+from streaming_rwkv.errors import is_panic
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.limits import LIMIT_ERRORS
 from streaming_rwkv.processes import die_with_parent
-from streaming_rwkv.tokenizers.base import is_panic
 
 logger = logging.getLogger(__name__)
 

@@ -274,7 +274,8 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _unreadable(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions, or remove it from the source")
+    remedy = "fix its permissions" if isinstance(error, PermissionError) else "repair it"
+    return UserError(f"{path}: cannot be read ({error.strerror}); {remedy}, or remove it from the source")
 
 
 def _stat(path: str, not_read: dict[str, str]) -> tuple[str, int, int] | None:

@@ -135,7 +135,10 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
     try:
         raw = _open_unbuffered(file.path)
     except OSError as error:
-        raise UserError(f"{file.path}: cannot be opened ({error.strerror})") from None
+        raise UserError(
+            f"{file.path}: cannot be opened ({error.strerror}); restore the file, or leave it out of the "
+            "source: finished work is kept"
+        ) from None
     with io.BufferedReader(_LocalFile(raw, file.path)) as stream:
         _check_unchanged(file, raw)
         yield stream

@@ -29,6 +29,7 @@ from streaming_rwkv.filesystem import (
     open_regular_file,
     temporary_path,
 )
+from streaming_rwkv.limits import limit_of
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.mds import check_index
 from streaming_rwkv.shards import (
@@ -225,7 +226,8 @@ def _fetch(
             raise DataError(str(error)) from error
         except Exception as error:
             if is_disk_full(error):
-                raise DataError(f"{local}: cannot be written ({error}); make space, or set `{names.cache}`") from error
+                remedy = limit_of(error) or f"make space, or set `{names.cache}`"
+                raise DataError(f"{local}: cannot be written ({error}); {remedy}") from error
             raise DataError(
                 f"{remote}: cannot be read ({error}); check `{names.path}`, endpoint and credentials"
             ) from error

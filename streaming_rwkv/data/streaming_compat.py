@@ -53,6 +53,7 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.distributed import barrier
 from streaming_rwkv.filesystem import atomic_file, has_flock, is_disk_full, read_regular_file, wait_for_lock
+from streaming_rwkv.limits import limit_of
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
 from streaming_rwkv.storage import StorageError, Store
@@ -81,6 +82,11 @@ def check_version(found: str) -> None:
 
 
 check_version(streaming.__version__)
+
+
+def _unwritable(path: Path, error: BaseException) -> DataError:
+    otherwise = "make space on its disk" if is_disk_full(error) else "check the disk and its mount"
+    return DataError(f"{path}: cannot be written ({error}); {limit_of(error) or otherwise}")
 
 
 class VerifiedStream(Stream):
@@ -118,8 +124,11 @@ class VerifiedStream(Stream):
             )
         if hashlib.sha256(plain).hexdigest() != raw_info.hashes["sha256"]:
             raise DataError(f"{self._url(zip_info)}: its decompressed bytes do not have the hash that the index gives")
-        with atomic_file(raw) as temporary:
-            temporary.write_bytes(plain)
+        try:
+            with atomic_file(raw) as temporary:
+                temporary.write_bytes(plain)
+        except OSError as error:
+            raise _unwritable(raw, error) from error
         return delta + raw_info.bytes
 
     def _fetch_compressed(self, info: FileInfo) -> tuple[bytes, int]:
@@ -137,7 +146,7 @@ class VerifiedStream(Stream):
             raise DataError(str(error)) from error
         except Exception as error:
             if is_disk_full(error):
-                raise DataError(f"{path}: cannot be written ({error}); make space on its disk") from error
+                raise _unwritable(path, error) from error
             remedy = "restore it, or check the disk and the mount that it is on"
             raise DataError(f"{self._url(info)}: cannot be fetched ({error}); {remedy}") from error
         finally:

@@ -151,6 +151,7 @@ def measure_tasks(options: argparse.Namespace) -> dict[str, float]:
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
         if tokenizer is None:
+            read_model(checkpoint)  # tells if it is no checkpoint at all
             raise EvaluationError(
                 f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"

@@ -27,6 +27,7 @@ from streaming_rwkv.model.gguf import write_gguf
 from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
+from streaming_rwkv.shards import MANIFEST_NAME
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
@@ -35,6 +36,7 @@ from streaming_rwkv.version import PROGRAM
 CARD_NAME = "README.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FILE_SUFFIXES = (".pth", ".gguf")
+_OTHER_FORMATS = (".safetensors", ".st", ".pt", ".bin", ".ckpt", ".onnx", ".txt", ".json")  # not a folder's name either
 _FOLDER_NAMES = ("model.safetensors", "config.json", CARD_NAME)
 _IMPORT_FLA = "import fla"  # registers the architecture
 _TRUSTS = ", trust_remote_code=True"  # for code that exports carry, these modules of this package
@@ -288,7 +290,10 @@ def local_out(name: str) -> Path:
         raise UserError(f"{out}: is a folder, but a {out.suffix} is one file; use another name")
     if out.suffix not in FILE_SUFFIXES and out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
-    if (out / CHECKPOINTS).exists() or (out / MARK_NAME).exists():
-        kind = "a training run" if (out / CHECKPOINTS).exists() else "a checkpoint"
-        raise UserError(f"{out}: is {kind}, whose weights an export there would hide; name a folder of its own")
+    if out.suffix in _OTHER_FORMATS and not out.is_dir():
+        raise UserError(f"{out}: is no format of an export; name NAME.pth, NAME.gguf, or a folder")
+    kinds = {CHECKPOINTS: "a training run", MARK_NAME: "a checkpoint", MANIFEST_NAME: "a data set"}
+    for name, kind in kinds.items():
+        if (out / name).exists():
+            raise UserError(f"{out}: is {kind}, in which an export would be mistaken; name a folder of its own")
     return out

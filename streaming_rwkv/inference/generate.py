@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
         if tokenizer is None:
+            read_model(checkpoint)  # tells if it is no checkpoint at all
             raise GenerationError(
                 f"{options.checkpoint}: no tokenizer is stored with it; name one with --tokenizer: a folder, a "
                 "tokenizer.json, or rwkv-world for BlinkDL's World models"

@@ -14,6 +14,8 @@ from torch import Tensor
 from streaming_rwkv.inference.generation_checks import GenerationError, check_max_tokens
 from streaming_rwkv.model.rwkv7 import RWKV7
 
+_LOWEST_TEMPERATURE = 1e-30  # far enough from where float32 ends
+
 
 @torch.no_grad()  # as a decorator it does not reach the code that consumes the iterator
 def generate_tokens(
@@ -68,10 +70,13 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, generator: torch
         raise GenerationError("the model's logits are not finite: its training has diverged; use an older checkpoint")
     if temperature == 0:
         return int(logits.argmax())
+    temperature = max(temperature, _LOWEST_TEMPERATURE)  # where only the likeliest token is left, whatever the logits
     probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0)  # at most 0: no temperature overflows
     if top_p < 1:
         ordered, ids = probabilities.sort(descending=True)
         # Keep a token if the tokens before it do not reach top_p; the first is always kept.
-        ordered = ordered.where(ordered.cumsum(0) - ordered < top_p, 0)
+        kept = ordered.cumsum(0) - ordered < top_p
+        kept[0] = True  # float32 takes the smallest top_p for 0
+        ordered = ordered.where(kept, 0)
         return int(ids[torch.multinomial(ordered, 1, generator=generator)])
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import atomic_file, open_regular_file, read_regular_file, write_atomically
-from streaming_rwkv.limits import explain_limit
+from streaming_rwkv.limits import explain_limit, limit_of
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.huggingface_names import (
     FLAT,
@@ -397,19 +397,19 @@ def _explained_saving(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({_find_write_problem(temporary) or 'it was cut short'}); make space, or write "
-            "to another place"
-        ) from error
+        problem = _find_write_problem(temporary)
+        cause = problem.strerror if problem else "it was cut short"
+        remedy = (problem and limit_of(problem)) or "make space, or write to another place"
+        raise CheckpointError(f"{path}: cannot be written ({cause}); {remedy}") from error
 
 
-def _find_write_problem(file: Path) -> str | None:
-    """Return the reason why nothing can be appended to a file, or None."""
+def _find_write_problem(file: Path) -> OSError | None:
+    """Return the error of appending to a file, or None."""
     try:
         with open(file, "ab") as appended:
             appended.write(bytes(_PROBED_BYTES))
     except OSError as error:
-        return error.strerror
+        return error
     return None
 
 

@@ -170,11 +170,6 @@ def decode_bytes(text_bytes: Sequence[bytes], tokens: Iterable[int]) -> Iterator
         yield text
 
 
-def is_panic(error: BaseException) -> bool:
-    """Return True for a panic of a Rust library, which `except Exception` does not catch."""
-    return type(error).__name__ == "PanicException"
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error."""
     return str(error).strip().partition("\n")[0]

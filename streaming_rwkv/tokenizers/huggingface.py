@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from streaming_rwkv.errors import is_panic
 from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.tokenizers.base import (
     TextError,
@@ -24,7 +25,6 @@ from streaming_rwkv.tokenizers.base import (
     TokenizerError,
     decode_bytes,
     first_line,
-    is_panic,
 )
 from streaming_rwkv.tokenizers.definition import (
     byte_level_bytes,

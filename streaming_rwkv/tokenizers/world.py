@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming_rwkv.errors import is_panic
 from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.shards import offsets_of
 from streaming_rwkv.tokenizers.base import (
@@ -21,7 +22,6 @@ from streaming_rwkv.tokenizers.base import (
     TokenizerError,
     decode_bytes,
     first_line,
-    is_panic,
     read_tokenizer_file,
 )
 

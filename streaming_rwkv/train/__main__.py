@@ -18,6 +18,7 @@ from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher, without_garbage_collection
 
 STOPPED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # Composer exits with them before training begins
+_FEWEST_OPEN_FILES = 64  # of the imports, the shards and their shared memory
 
 
 def main(arguments: list[str] | None = None, *, program: str | None = None) -> int:
@@ -105,7 +106,7 @@ def _count(parser: argparse.ArgumentParser, text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import UserError, load_config
     from streaming_rwkv.console import check_current_folder, log_to_terminal, print_error
-    from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
+    from streaming_rwkv.limits import LIMIT_ERRORS, check_open_files, explain_import, explain_limit
 
     is_reporting = is_local_rank_zero()
     log_to_terminal(logging.WARNING)
@@ -114,6 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         from streaming_rwkv.train.config import RunConfig
         from streaming_rwkv.train.early_checks import check_paths, check_replicas
 
+        check_open_files(_FEWEST_OPEN_FILES)
         check_launcher()
         check_current_folder()
         config = load_config(RunConfig, options.config, overrides=options.overrides)
@@ -145,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
             wait_for_launcher()
         return 1
     except LIMIT_ERRORS as error:  # of the imports
-        reason = explain_limit(error)
+        reason = explain_limit(error) or explain_import(error)
         if reason is None:
             raise
         print_error(UserError(reason))  # of every rank: others may have had what this one lacks

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.workers import explain_dead_worker
 from streaming_rwkv.filesystem import is_disk_full
-from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
+from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit, file_size_limit, limit_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
         if reason := explain_limit(link, otherwise="set `data.workers` lower"):
             return MachineFault(f"{reason}; {_RESUME}")
     if any("unexpected pos" in str(link) for link in chain):  # torch's message for a write that was cut short
-        return MachineFault(f"{save_folder}: a checkpoint was not written whole; make space on its disk; {_RESUME}")
+        or_limit = f", or raise the limit: {limit}" if (limit := file_size_limit()) else ""
+        return MachineFault(
+            f"{save_folder}: a checkpoint was not written whole; make space on its disk{or_limit}; {_RESUME}"
+        )
     if any(isinstance(link, RuntimeError) and _LOST_RANK.search(str(link)) for link in chain):
         return MachineFault(
             "another rank of this run does not answer any more, most likely since it has ended; its own output tells "
@@ -88,6 +91,8 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
 def _explain_os_error(error: OSError, save_folder: Path) -> MachineFault | None:
     place = error.filename if isinstance(error.filename, str) else str(save_folder)
     if is_disk_full(error):
+        if limit := limit_of(error):
+            return MachineFault(f"{place}: cannot be written ({error.strerror}); {limit}; {_RESUME}")
         return MachineFault(f"{place}: no space left on the disk ({error.strerror}); make space; {_RESUME}")
     if error.errno in _UNWRITABLE:
         return MachineFault(

@@ -22,6 +22,7 @@ from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import Layout, write_pth
+from streaming_rwkv.shards import MANIFEST_NAME
 from streaming_rwkv.tokenizer import load_tokenizer
 from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 
@@ -182,14 +183,24 @@ def test_only_the_layout_of_fla_needs_fla() -> None:
     assert "AutoTokenizer" not in cards["fla"]
 
 
-@pytest.mark.parametrize(("marks", "kind"), [(CHECKPOINTS, "a training run"), (MARK_NAME, "a checkpoint")])
+@pytest.mark.parametrize(
+    ("marks", "kind"),
+    [(CHECKPOINTS, "a training run"), (MARK_NAME, "a checkpoint"), (MANIFEST_NAME, "a data set")],
+)
 def test_a_run_or_a_checkpoint_is_not_exported_into(
     folder: Path, tmp_path: Path, marks: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / marks).mkdir(parents=True)
     assert command_line.export([str(folder.parent / "w.pth"), str(tmp_path / "run"), "--overwrite"]) == 1
-    assert f"/run: is {kind}, whose weights an export there would hide; name a folder" in capsys.readouterr().err
+    assert f"/run: is {kind}, in which an export would be mistaken; name a folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [marks]
+
+
+def test_a_format_that_is_not_written_is_no_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.export([str(folder.parent / "w.pth"), str(tmp_path / "m.safetensors")]) == 1
+    assert "m.safetensors: is no format of an export; name NAME.pth, NAME.gguf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.gguf", "m"])

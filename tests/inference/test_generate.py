@@ -86,7 +86,12 @@ def test_a_low_temperature_sharpens() -> None:
 
 
 def test_no_temperature_overflows() -> None:
-    assert choose(torch.tensor([1e4, 2e4, 0.0]), temperature=1e-38, top_p=1.0) == 1
+    for temperature in (1e-38, 1e-300):
+        assert choose(torch.tensor([1e4, 2e4, 0.0]), temperature=temperature, top_p=1.0) == 1
+
+
+def test_the_smallest_top_p_takes_the_likeliest() -> None:
+    assert choose(torch.tensor([1.0, 2.0, 0.0]), temperature=1.0, top_p=1e-320) == 1
 
 
 def test_logits_that_are_not_finite_are_named() -> None:
