@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
-from streaming_rwkv.errors import UserError, is_panic
-from streaming_rwkv.limits import LIMIT_ERRORS, explain_limit
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.limits import explain_limit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,15 +175,9 @@ def end_in_one_line(run: Callable[[], int], *, interrupted: str = "") -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 128 + signal.SIGINT
-    except LIMIT_ERRORS as error:
+    except BaseException as error:  # a panic of a Rust library is no Exception
         reason = explain_limit(error) or (_explain_file_error(error) if isinstance(error, OSError) else None)
         if reason is None:  # neither about a limit nor about a file, so a fault of this program
-            raise
-        print_error(UserError(reason))
-        return 1
-    except BaseException as error:
-        reason = explain_limit(RuntimeError(str(error))) if is_panic(error) else None
-        if reason is None:
             raise
         print_error(UserError(reason))
         return 1

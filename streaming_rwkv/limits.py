@@ -1,6 +1,6 @@
 """Limits of memory, processes, threads and open files: their values, and the errors of a program that reaches them.
 
-Only the standard library is imported, so that an import that fails for want of memory can be explained.
+Only the standard library and `errors` are imported, so that an import that fails for want of memory can be explained.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 import resource
 from contextlib import suppress
 from pathlib import Path
+
+from streaming_rwkv.errors import is_panic
 
 LIMIT_ERRORS = (OSError, MemoryError, RuntimeError, ImportError)
 """The classes of errors that `explain_limit` may explain."""
@@ -46,7 +48,7 @@ def explain_limit(error: BaseException, *, otherwise: str = "") -> str | None:
 def limit_of(error: BaseException, *, otherwise: str = "") -> str | None:
     """Return the limit that `error` comes from, its value and the remedy; None for another error."""
     number = error.errno if isinstance(error, OSError) else None
-    text = str(error) if isinstance(error, RuntimeError | ImportError) else ""
+    text = str(error) if isinstance(error, RuntimeError | ImportError) or is_panic(error) else ""
     or_otherwise = f", or {otherwise}" if otherwise else ""
     remedy = f"; raise that limit{or_otherwise}"
     if number == errno.EMFILE:

@@ -295,5 +295,5 @@ def local_out(name: str) -> Path:
     kinds = {CHECKPOINTS: "a training run", MARK_NAME: "a checkpoint", MANIFEST_NAME: "a data set"}
     for name, kind in kinds.items():
         if (out / name).exists():
-            raise UserError(f"{out}: is {kind}, in which an export would be mistaken; name a folder of its own")
+            raise UserError(f"{out}: is {kind}, with which an export there would be confused; name a folder of its own")
     return out

@@ -35,7 +35,7 @@ def _openmp() -> int | None:
 
 def _after_fork() -> None:
     global _forked
-    _forked = True  # OpenMP still counts on the parent's threads, and would wait for them for ever
+    _forked = True  # OpenMP still counts on the parent's threads, and would wait for them indefinitely
 
 
 if hasattr(os, "register_at_fork"):

@@ -192,7 +192,7 @@ def test_a_run_or_a_checkpoint_is_not_exported_into(
 ) -> None:
     (tmp_path / "run" / marks).mkdir(parents=True)
     assert command_line.export([str(folder.parent / "w.pth"), str(tmp_path / "run"), "--overwrite"]) == 1
-    assert f"/run: is {kind}, in which an export would be mistaken; name a folder" in capsys.readouterr().err
+    assert f"/run: is {kind}, with which an export there would be confused; name a folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [marks]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from streaming_rwkv.ops import threads, wkv7
 from streaming_rwkv.ops.testing import make_case, run
 
 Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP of other systems has no GOMP_parallel")
