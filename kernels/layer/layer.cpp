@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "../wkv7/threads.h"
@@ -36,9 +37,9 @@ void for_blocks(const Work& work, int64_t floats, const F& f) {
 
 inline vec select(ivec mask, vec yes, vec no) { return mask ? yes : no; }
 
-inline vec exp(vec x) {  // as expm1 of vectors.h
-    const vec low = broadcast(-87.0f), high = broadcast(88.0f);
-    x = x < low ? low : (x > high ? high : x);
+inline vec exp(vec x) {  // as expm1 of vectors.h, for x ≤ 0
+    const vec low = broadcast(-87.0f);
+    x = x < low ? low : x;
     const vec shifted = x * 1.44269504088896341f + 12582912.0f;
     const vec n = shifted - 12582912.0f;
     const vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -48,13 +49,13 @@ inline vec exp(vec x) {  // as expm1 of vectors.h
     p = p * f + 1.0f / 6;
     p = p * f + 0.5f;
     p = p * f * f + f;
-    return bits<vec>((__builtin_convertvector(n, ivec) + 127) << 23) * (p + 1.0f);
+    return bits<vec>((bits<ivec>(shifted) + 127) << 23) * (p + 1.0f);  // n stands in the low bits of `shifted`
 }
 
 struct Sigmoid {
     vec value, complement;  // σ(x) and 1 - σ(x), each with all its digits
     explicit Sigmoid(vec x) {
-        const vec e = exp(select(x > 0.0f, -x, x));
+        const vec e = exp(bits<vec>(bits<uvec>(x) | 0x80000000u));  // of -|x|
         const vec larger = 1.0f / (1.0f + e), smaller = e * larger;
         value = select(x > 0.0f, larger, smaller);
         complement = select(x > 0.0f, smaller, larger);
@@ -526,6 +527,21 @@ inline void narrow(float x, bf16& out) {
     out = all[0];
 }
 
+// The first column with the largest logit, `top`.
+template <class E>
+int64_t column_of(const E* row, int64_t width, float top) {
+    int64_t c = 0;
+    for (; c + N <= width; c += N) {
+        ivec found{};
+        for (int l = 0; l < N; l += LANES) found |= load(row + c + l) == top;
+        int any = 0;
+        for (int l = 0; l < LANES; ++l) any |= found[l];
+        if (any) break;
+    }
+    while (c + 1 < width && !(widen(row[c]) == top)) ++c;
+    return c;
+}
+
 template <class E>
 void cross_entropy(const Work& work, int64_t rows, int64_t gradient, E* logits, const int64_t* targets,
                    const float* scales, float* nll) {
@@ -543,32 +559,34 @@ void cross_entropy(const Work& work, int64_t rows, int64_t gradient, E* logits, 
         });
         float top = -INFINITY;
         for (int l = 0; l < LANES; ++l) top = std::max(top, static_cast<float>(largest[l]));
+        const float target = widen(row[targets[r]]);
+        const int64_t top_index = gradient ? column_of(row, work.width, top) : 0;
+        // A row of floats keeps the exponentials that it sums; narrower ones are computed again from the logits.
+        const bool keeps = gradient && std::is_same_v<E, float>;
+        const auto exponential = [&](vec x) { return select(x == -INFINITY, vec{}, exp(x - top)); };
         double total = 0;
         vec partial{};
-        along(row, work.width, false, [&](int64_t c, vec x) {
-            partial += select(x == -INFINITY, vec{}, exp(x - top));
+        along(row, work.width, keeps, [&](int64_t c, vec x) {
+            const vec e = exponential(x);
+            partial += e;
             if (c % 1024 == 0) {
                 total += sum(partial);
                 partial = vec{};
             }
-            return x;
+            return e;
         });
         total += sum(partial);
-        const float target = widen(row[targets[r]]);
         nll[r] = static_cast<float>(std::log(total) + top - target);
         if (!gradient) return;
-        int64_t top_index = 0;
-        while (top_index + 1 < work.width && !(widen(row[top_index]) == top)) ++top_index;
         const float scale = scales ? scales[r] : 1.0f, factor = static_cast<float>(scale / total);
         const float wrap = L2WRAP * scale * top;
-        const auto probability = [&](int64_t c) {
-            return static_cast<float>(exp(broadcast(widen(row[c]) - top))[0]) * factor;
+        const auto probability = [&](vec x) { return (keeps ? x : exponential(x)) * factor; };
+        const auto probability_at = [&](int64_t c) {
+            return static_cast<float>(probability(broadcast(widen(row[c])))[0]);
         };
-        const float at_target = probability(targets[r]) - scale + (targets[r] == top_index ? wrap : 0.0f);
-        const float at_top = probability(top_index) + wrap;
-        along(row, work.width, true, [&](int64_t, vec x) {
-            return select(x == -INFINITY, vec{}, exp(x - top) * factor);
-        });
+        const float at_target = probability_at(targets[r]) - scale + (targets[r] == top_index ? wrap : 0.0f);
+        const float at_top = probability_at(top_index) + wrap;
+        along(row, work.width, true, [&](int64_t, vec x) { return probability(x); });
         if (top_index != targets[r]) narrow(at_top, row[top_index]);
         narrow(at_target, row[targets[r]]);
     });

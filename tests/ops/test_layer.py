@@ -101,6 +101,20 @@ def test_the_first_of_equal_largest_logits_is_wrapped() -> None:
     assert (wrapped - plain)[0, 1].item() == pytest.approx(5e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("device")
+def test_a_masked_logit_has_no_share_and_no_gradient(dtype: torch.dtype) -> None:
+    logits = torch.linspace(-3, 3, 1030).expand(2, -1).to(dtype).contiguous()
+    logits[:, [5, 1028]] = -torch.inf
+    expected = torch.softmax(logits.double(), -1)
+    expected_nll = -expected[:, 9].log()
+    nll = cross_entropy_(logits, torch.tensor([9, 9]), gradient=True)
+    assert kernels_error(nll, expected_nll) <= 1e-6
+    assert (logits[:, [5, 1028]] == 0).all()
+    rest = [c for c in range(1028) if c not in (5, 9)]
+    assert kernels_error(logits[:, rest], expected[:, rest]) <= (1e-6 if dtype == torch.float32 else 2e-3)
+
+
 @pytest.mark.usefixtures("device")
 def test_a_logit_that_is_not_a_number_shows_in_the_loss() -> None:
     logits = torch.zeros(2, 1030)
