@@ -29,9 +29,9 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True)
+            dataset.load_state_dict(saved["data"])  # first, as it refuses the state of another data set
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            dataset.load_state_dict(saved["data"])
         for batch in dataset:
             nll = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], targets=batch["targets"])
             mean = nll.sum() / batch["num_targets"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -202,8 +203,18 @@ def _explain_file_error(error: OSError) -> str | None:
     """Describe a file that cannot be used, and the remedy; None for another error."""
     if error.strerror is None or error.filename is None:
         return None
-    remedy = "; check its permissions" if isinstance(error, PermissionError) else ""
-    return f"{error.filename}: cannot be read or written ({error.strerror}){remedy}"
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"{error.filename}: cannot be read or written ({error.strerror}){remedy and '; '}{remedy}"
+
+
+_REMEDIES = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make space on its disk",
+    errno.EDQUOT: "make space within your quota",
+}
 
 
 def _drop_output() -> None:

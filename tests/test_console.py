@@ -159,10 +159,19 @@ def test_a_current_folder_that_was_removed_is_named(arguments, tmp_path, monkeyp
     )
 
 
-def test_a_file_without_the_right_to_read_it_has_a_remedy(capsys):
-    assert run_command(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied", "x"))) == 1
-    expected = "error: x: cannot be read or written (Permission denied); check its permissions\n"
-    assert capsys.readouterr().err == expected
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "; check its permissions"),
+        (errno.EROFS, "; choose a place that can be written"),
+        (errno.ENAMETOOLONG, "; choose a shorter name"),
+        (errno.ENOSPC, "; make space on its disk"),
+        (errno.EIO, ""),
+    ],
+)
+def test_an_error_of_a_file_has_a_remedy_where_there_is_one(number, remedy, capsys):
+    assert run_command(lambda: (_ for _ in ()).throw(OSError(number, os.strerror(number), "x"))) == 1
+    assert capsys.readouterr().err == f"error: x: cannot be read or written ({os.strerror(number)}){remedy}\n"
 
 
 def test_the_limit_of_open_files_is_named(capsys):
