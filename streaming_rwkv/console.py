@@ -92,8 +92,10 @@ class _Output:
 def prepare_output() -> None:
     """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`.
 
-    One that is closed (`>&-`) writes nothing. Writes to standard output raise `OutputError`.
+    One that is closed (`>&-`) writes nothing. Writes to standard output raise `OutputError`. Pictures are drawn into
+    files, whatever matplotlib's MPLBACKEND is: a notebook names one that other environments lack.
     """
+    os.environ["MPLBACKEND"] = "Agg"
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# The variables by which a launcher tells a process its rank, with their smallest values.
+# The numbers by which a launcher tells a process its rank: the smallest value of each, which is that of the only rank.
 _LAUNCHER_NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+_RANKS_OF = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}  # each is below the number of these ranks
+_MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+_HIGHEST_PORT = 65535
 POLL_SECONDS = 0.5  # between two checks of the other ranks' progress
 
 
@@ -31,32 +34,72 @@ class OtherRankError(UserError):
     """An error of another rank; its text names the cause."""
 
 
+class LauncherError(UserError):
+    """An environment that does not tell this process its rank, or other ranks that cannot be reached.
+
+    Each rank reports it: which of them reports for all is unknown.
+    """
+
+
 # This process
 
 
 def has_launcher() -> bool:
     """Return True in a process that a launcher such as `composer` or `torchrun` started."""
-    return "LOCAL_RANK" in os.environ
+    return bool(os.environ.get("LOCAL_RANK"))
 
 
 def check_launcher() -> None:
-    """Check the variables by which a launcher tells a process its rank.
+    """Check the variables by which a launcher tells a process its rank, and unset those that are empty.
 
     Raises:
-        UserError: one of them is no number.
+        LauncherError: one is no number or out of range, or some say that there are other ranks and others are missing.
     """
-    for name, least in _LAUNCHER_NUMBERS.items():
-        text = os.environ.get(name)
-        if text is not None and not (re.fullmatch("[0-9]{1,9}", text) and int(text) >= least):
-            raise UserError(
-                f"{name}: found {text[:80]!r} in the environment, expected a whole number, at least {least}, as "
-                "launchers set it; unset it, or fix the launcher"
-            )
+    for name in (*_LAUNCHER_NUMBERS, *_MEETING_PLACE):
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    numbers = {name: _read_number(name, least) for name, least in _LAUNCHER_NUMBERS.items() if name in os.environ}
+    telling = [f"{name}={value}" for name, value in numbers.items() if value != _LAUNCHER_NUMBERS[name]]
+    if not telling:
+        return
+    missing = [name for name in (*_RANKS_OF, *_RANKS_OF.values(), *_MEETING_PLACE) if name not in os.environ]
+    if missing:
+        raise LauncherError(
+            f"{', '.join(telling)} in the environment, without {', '.join(missing)}; expected all of them, as a "
+            "launcher sets them, or none: unset the former to train in one process, or start with processes=N or "
+            "`composer` (docs/cluster.md)"
+        )
+    for name, ranks in _RANKS_OF.items():
+        _read_number(name, 0, numbers[ranks] - 1, below=f", below {ranks}")
+    _read_number("MASTER_PORT", 1, _HIGHEST_PORT)
+    if numbers["WORLD_SIZE"] % numbers["LOCAL_WORLD_SIZE"]:
+        raise LauncherError(
+            f"WORLD_SIZE: found {numbers['WORLD_SIZE']} in the environment, expected a multiple of LOCAL_WORLD_SIZE, "
+            f"{numbers['LOCAL_WORLD_SIZE']}, as all nodes have equally many ranks; fix the launcher"
+        )
+
+
+def _read_number(name: str, least: int, most: int | None = None, *, below: str = "") -> int:
+    text = os.environ[name]
+    number = int(text) if re.fullmatch("0|[1-9][0-9]{0,8}", text) else -1
+    if number < least or (most is not None and number > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}{below}"
+        raise LauncherError(
+            f"{name}: found {text[:80]!r} in the environment, expected a whole number, {allowed}, as launchers set it; "
+            "unset it, or fix the launcher"
+        )
+    return number
+
+
+def forget_launcher() -> None:
+    """Unset a launcher's variables, in a command that computes alone: libraries would wait for the other ranks."""
+    for name in (*_LAUNCHER_NUMBERS, *_MEETING_PLACE):
+        os.environ.pop(name, None)
 
 
 def is_local_rank_zero() -> bool:
     """Return True in one process of each node; works before the process group exists."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return (os.environ.get("LOCAL_RANK") or "0") == "0"
 
 
 def is_distributed() -> bool:
@@ -87,7 +130,7 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Return the number of ranks on this node; works before the process group exists."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def rank_environment(local_rank: int, count: int, *, port: int) -> Mapping[str, str]:

@@ -48,7 +48,7 @@ def wait_for_launcher(seconds: float = 60.0) -> None:
     0 before it could report the error.
 
     Args:
-        seconds: the longest wait, in case local rank 0 did not fail.
+        seconds: the longest wait, in case local rank 0 did not fail; then this rank reports the error.
     """
     time.sleep(seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from streaming_rwkv.version import __version__
 from tests.program_parsers import parse
 
 ROOT = Path(__file__).parents[1]
+AS_RANK_1 = {
+    "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}  # fmt: skip
 
 
 def exit_status(program: Callable[[list[str]], int], *arguments: str) -> int:
@@ -147,10 +152,42 @@ def test_initial_weights_that_are_missing_are_told_with_their_setting(
     assert "error: model.init_from: nowhere: no such file or folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "x"), ("RANK", "-1"), ("LOCAL_WORLD_SIZE", "0")])
-def test_a_launchers_variable_that_is_no_number_is_named(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_each_rank_reports_an_environment_that_is_not_a_launchers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(name, value)
-    assert main(["train", "yamls/tiny_cpu.yaml"]) == 1
-    assert f"error: {name}: found {value!r} in the environment, expected a whole number" in capsys.readouterr().err
+    """Another than local rank 0 would wait for a launcher that is not there."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "no.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: LOCAL_RANK=1 in the environment, without RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["no.yaml"], ["no.yaml", "--processes", "x"]])
+def test_a_rank_that_no_launcher_ends_reports_its_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in AS_RANK_1.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("streaming_rwkv.train.__main__.wait_for_launcher", lambda: None)
+    monkeypatch.setattr("streaming_rwkv.train.__main__.die_with_parent", lambda: None)  # of this process, too
+    assert exit_status(main, "train", *arguments) != 0
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_launchers_variables_that_are_empty_are_as_unset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in AS_RANK_1:
+        monkeypatch.setenv(name, "")
+    assert main(["train", "no.yaml"]) == 1
+    assert "error: no.yaml: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train", "no.yaml"], ["plot", "nowhere"], ["show", "nowhere"]])
+def test_matplotlib_draws_into_files_whatever_a_notebook_has_set(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    assert main(command) == 1
+    assert os.environ["MPLBACKEND"] == "Agg"

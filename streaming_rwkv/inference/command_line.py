@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.console import log_to_terminal, run_command
+from streaming_rwkv.distributed import forget_launcher
 from streaming_rwkv.extras import TRAIN, exit_if_missing
 from streaming_rwkv.inference.generation_checks import check_max_tokens, check_prompt, check_seed
 from streaming_rwkv.location import checked_local, checked_location
@@ -54,7 +55,7 @@ def generate(arguments: Sequence[str] | None = None, *, program: str = "python -
         check_seed(options.seed, name="--seed")
         check_max_tokens(options.max_tokens, name="--max-tokens")
         check_exists(options.checkpoint)
-        _announce()
+        _start()
         with without_garbage_collection():
             from streaming_rwkv.inference.generate import run
 
@@ -107,7 +108,7 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
             check_is_finished(checked_location(options.data), setting="data")
         if options.tasks is not None:
             exit_if_missing("lm_eval", extra="tasks")
-        _announce()
+        _start()
         with without_garbage_collection():
             from streaming_rwkv.inference.evaluate import run
 
@@ -158,7 +159,7 @@ def export(arguments: Sequence[str] | None = None, *, program: str = "python -m 
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")
         check_exists(options.checkpoint)
-        _announce()
+        _start()
         with without_garbage_collection():
             from streaming_rwkv.inference.export import run
 
@@ -197,7 +198,7 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")
         check_exists(options.run)
-        _announce()
+        _start()
         with without_garbage_collection():
             from streaming_rwkv.inference.average import run
 
@@ -206,7 +207,9 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
     return run_command(run)
 
 
-def _announce() -> None:
+def _start() -> None:
+    """Do what comes before the import of torch."""
     exit_if_missing(*TRAIN, extra="train")
+    forget_launcher()
     log_to_terminal(logging.WARNING)
     print("loading torch and the checkpoint …", file=sys.stderr, flush=True)

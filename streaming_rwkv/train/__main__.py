@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from streaming_rwkv.arguments import CommandParser
-from streaming_rwkv.distributed import check_launcher, has_launcher, is_local_rank_zero
+from streaming_rwkv.console import prepare_output, print_error
+from streaming_rwkv.distributed import LauncherError, check_launcher, has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
 from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher, without_garbage_collection
 
@@ -27,6 +28,12 @@ def main(arguments: list[str] | None = None, *, program: str | None = None) -> i
     Args:
         program: its name in the help.
     """
+    prepare_output()
+    try:
+        check_launcher()
+    except LauncherError as error:
+        print_error(error)
+        return 1
     if has_launcher():  # a process without a launcher may outlive its shell
         die_with_parent()
     exit_if_missing(*BASE, *TRAIN, extra="train", is_reporting=is_local_rank_zero())
@@ -76,13 +83,11 @@ def command_parser(program: str) -> CommandParser:
 
 
 def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
-    from streaming_rwkv.console import prepare_output
-
     parser = command_parser(program)
     is_reporting = is_local_rank_zero()  # one rank of each node reports an error of all ranks
-    prepare_output()
+    unsaid = io.StringIO()
     try:
-        with contextlib.nullcontext() if is_reporting else contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.nullcontext() if is_reporting else contextlib.redirect_stderr(unsaid):
             options = parser.parse_intermixed_args(arguments)  # options may be between settings
             for override in [text for text in options.overrides if text.startswith("processes=")]:
                 options.overrides.remove(override)
@@ -93,6 +98,7 @@ def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
     except SystemExit as ending:
         if ending.code and not is_reporting:
             wait_for_launcher()
+            print(unsaid.getvalue(), end="", file=sys.stderr)
         raise
     return options
 
@@ -105,7 +111,7 @@ def _count(parser: argparse.ArgumentParser, text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from streaming_rwkv.config import UserError, load_config
-    from streaming_rwkv.console import check_current_folder, log_to_terminal, print_error
+    from streaming_rwkv.console import check_current_folder, log_to_terminal
     from streaming_rwkv.limits import LIMIT_ERRORS, check_open_files, explain_import, explain_limit
 
     is_reporting = is_local_rank_zero()
@@ -116,7 +122,6 @@ def _run(options: argparse.Namespace) -> int:
         from streaming_rwkv.train.early_checks import check_paths, check_replicas
 
         check_open_files(_FEWEST_OPEN_FILES)
-        check_launcher()
         check_current_folder()
         config = load_config(RunConfig, options.config, overrides=options.overrides)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -141,10 +146,9 @@ def _run(options: argparse.Namespace) -> int:
                 return dry_run(config, processes=options.processes)
             run = start_up(config)
     except UserError as error:
-        if is_reporting:
-            print_error(error)
-        else:
+        if not is_reporting and not isinstance(error, LauncherError):
             wait_for_launcher()
+        print_error(error)  # if nothing has ended this rank, no other has reported it
         return 1
     except LIMIT_ERRORS as error:  # of the imports
         reason = explain_limit(error) or explain_import(error)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from composer.devices import Device
 from composer.utils import dist, get_device
+from torch.distributed import DistNetworkError, DistStoreError
 
 from streaming_rwkv.config import ConfigError
 from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.shard_set import copy_tokenizer
 from streaming_rwkv.distributed import (
+    LauncherError,
     is_local_rank_zero,
     is_rank_zero,
     local_world_size,
@@ -148,7 +151,12 @@ def check_fits(prepared: PreparedRun, *, device: str) -> PreparedRun:
 
 
 def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
-    """Choose this rank's device, and connect the ranks of the run with each other."""
+    """Choose this rank's device, and connect the ranks of the run with each other.
+
+    Raises:
+        ConfigError: this machine lacks the device.
+        LauncherError: the ranks did not meet in this time.
+    """
     # FSDP2's notice that it is experimental: the version is pinned, and resharding is tested.
     warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental", category=UserWarning)
     # Composer's own use of its attribute.
@@ -159,8 +167,27 @@ def join_ranks(device_name: str | None, *, timeout_seconds: float) -> Device:
         # Otherwise each process would use all cores, and they would mostly wait for each other's threads.
         torch.set_num_threads(max(1, usable_cores() // local_world_size()))
     check_threads()
-    dist.initialize_dist(device, timeout=timeout_seconds)
+    try:
+        with _ended_by_signals():
+            dist.initialize_dist(device, timeout=timeout_seconds)
+    except (DistNetworkError, DistStoreError) as error:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise LauncherError(
+            f"the ranks of this run cannot meet at {place} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}; "
+            f"start all of them within {timeout_seconds:.0f} s with the same address, and check the port and firewalls"
+        ) from error
     return device
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end this process: Python's handlers do not run while torch waits for the other ranks."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_threads(count: int = 8) -> None:

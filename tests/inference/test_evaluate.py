@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from streaming_rwkv.distributed import rank_environment
 from streaming_rwkv.inference.command_line import evaluate as main
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
@@ -74,6 +75,19 @@ def test_the_loss_is_the_mean_over_documents(data: Path, checkpoint: Path, capsy
         assert found[name] == pytest.approx(value, rel=1e-5)
     assert main([str(checkpoint), str(data)]) == 0
     assert f"{found['validation/bits_per_byte/bucket/17-32']:.4f}" in capsys.readouterr().out
+
+
+def test_a_launchers_variables_change_nothing(
+    data: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Streaming would read the part of one rank, and wait for the others."""
+    arguments = [str(checkpoint), str(data), "--json"]
+    assert main(arguments) == 0
+    expected = capsys.readouterr().out
+    for name, value in (rank_environment(1, 2, port=1) | {"LOCAL_WORLD_SIZE": "x"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_data_on_object_storage_and_a_part_of_it_can_be_evaluated(
