@@ -170,8 +170,12 @@ def explained_writes(place: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{error.filename or place}: cannot be written ({error.strerror}); "
-            f"{limit_of(error) or 'fix that, or write to another place'}"
+            f"{_remedy(error, otherwise='write to another place')}"
         ) from error
+
+
+def _remedy(error: OSError, *, otherwise: str) -> str:
+    return limit_of(error) or f"{'make space' if is_disk_full(error) else 'fix that'}, or {otherwise}"
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -302,7 +306,7 @@ def _explain_errors(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{folder}: this {what} cannot be made or written to ({error.strerror}); fix that, or {remedy}"
+            f"{folder}: this {what} cannot be made or written to ({error.strerror}); {_remedy(error, otherwise=remedy)}"
         ) from None
 
 
@@ -383,8 +387,9 @@ def _hold(lock: Path, place: Path, *, what: str, remedy: str) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    with contextlib.suppress(OSError):  # a full disk holds no number; without it the holder is unknown, and holds
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 
