@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -219,6 +219,21 @@ def _open_regular(path: Path, flags: int, *, remedy: str) -> int:
     if descriptor >= 0:
         os.close(descriptor)
     raise UserError(f"{path}: found {_kind(mode)}, expected {remedy}")
+
+
+def check_replaceable(path: Path, is_ours: Callable[[Path], bool], *, remedy: str) -> None:
+    """Refuse to replace a file whose content another program or the user wrote.
+
+    A link, a pipe and an empty file have no content to lose.
+
+    Args:
+        is_ours: tells whether this program has written the file.
+        remedy: where else to write, as in "name another with `--to FILE`".
+    Raises:
+        UserError: the file is not ours.
+    """
+    if path.is_file() and not path.is_symlink() and path.stat().st_size and not is_ours(path):
+        raise UserError(f"{path}: exists, and was not written by this command; move it away, or {remedy}")
 
 
 # Reading
