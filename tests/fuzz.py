@@ -478,7 +478,8 @@ def mark(folder: Path) -> Case:
            "model": {"hidden_size": 64}, "optimizer": {"lr": 0.1, "betas": [0.9, 0.99]}}  # fmt: skip
     values = {
         "format": "streaming-rwkv-checkpoint/2", "step": 3, "tokens": 9, "samples": 6, "slots": 6, "seconds": 1.5,
-        "steps_skipped": 0, "consumed": {"web/1-16": 9.0}, "run": run,
+        "steps_skipped": 0, "consumed": {"web/1-16": 9.0}, "not_logged": {"web/1-16": [8.0, 4.0]},
+        "run": run,
         "files": {".metadata": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}},
     }  # fmt: skip
     place = folder / "checkpoints" / "step-00000003"

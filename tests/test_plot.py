@@ -176,7 +176,7 @@ def test_a_perplexity_has_four_digits(value: float, shown: str) -> None:
     [
         ("", "no step was logged yet"),
         ('{"step": 1, "validation/loss/all": 2}\n', "no step was logged yet"),
-        ('garbage\n{"step": 1, "time/token": 0}\n', "line 1 is no line of metrics: 'garbage'"),
+        ('garbage\n{"step": 1, "time/token": 0}\n', "line 1 is no line of metrics: 'garbage'; remove it"),
     ],
 )
 def test_a_run_that_cannot_be_plotted_is_refused(

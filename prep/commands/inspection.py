@@ -193,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
                 print(styled(head, "heading", stream=sys.stdout), text, sep="\n", file=output)
                 if options.ids:
                     print(piece.shown_ids(), file=output)
-    if options.grep is not None and not is_found:
-        print(f"{shown(options.out)}: no document has {shown(options.grep)!r}", file=sys.stderr)
+    if options.count and not is_found:
+        which = "document" if options.grep is None else f"document with {shown(options.grep)!r}"
+        skipped = f" after the first {options.skip}" if options.skip else ""
+        print(f"{shown(options.out)}: no {which}{skipped}", file=sys.stderr)
     return 0

@@ -96,10 +96,15 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     """Run the command that measures a checkpoint, and return its exit status."""
     parser = evaluate_parser(program)
     options = parser.parse_args(arguments)
-    if options.packs_per_stream is not None and options.packs_per_stream < 1:
-        parser.error(f"--packs-per-stream: found {options.packs_per_stream}, expected 1 or more")
+    for name, least in (("packs-per-stream", 1), ("limit", 1), ("shots", 0)):
+        number = getattr(options, name.replace("-", "_"))
+        if number is not None and number < least:
+            parser.error(f"--{name}: found {number}, expected {least} or more")
     if options.data is None and options.tasks is None:
         parser.error("give a data set, or --tasks")
+    for_tasks = [name for name in ("task_folder", "limit", "shots", "tokenizer") if getattr(options, name) is not None]
+    if for_tasks and options.tasks is None:
+        parser.error(f"--{for_tasks[0].replace('_', '-')} is for tasks; name them with --tasks")
 
     def run() -> int:
         check_exists(options.checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from streaming_rwkv.errors import UserError
 
 
@@ -19,8 +21,10 @@ def check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         byte = ord(prompt[error.start]) & 0xFF
+        encoding = sys.getfilesystemencoding()  # of arguments, as the locale has it
+        remedy = "write the prompt in UTF-8" if encoding == "utf-8" else "set LC_ALL=C.UTF-8"
         raise GenerationError(
-            f"prompt: byte 0x{byte:02x} at character {error.start} is not UTF-8; write the prompt in UTF-8"
+            f"prompt: byte 0x{byte:02x} at character {error.start} is not {encoding.upper()}; {remedy}"
         ) from None
 
 

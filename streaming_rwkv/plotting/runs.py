@@ -79,7 +79,7 @@ def read_run(path: str | Path) -> Run:
             rows.append(_parse_line(line))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if number < len(lines):  # the last line may be incomplete
-                raise PlotError(f"{file}: line {number} is no line of metrics: {line[:60]!r}") from None
+                raise PlotError(f"{file}: line {number} is no line of metrics: {line[:60]!r}; remove it") from None
     # Composer logs, with a step, the tokens before it.
     known = {row["step"] - 1: row["time/token"] for row in rows if row.get("time/token", -1) >= 0}
     if not known:

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -150,6 +151,8 @@ class Connection:
         from botocore.config import Config
 
         session = boto3.session.Session()
+        if not self.is_unsigned:
+            _check_credentials(session.get_credentials())
         config = Config(
             connect_timeout=min(_CONNECT_SECONDS, self.timeout_seconds / 4),
             read_timeout=self.timeout_seconds / 4,
@@ -175,6 +178,28 @@ class Connection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # sockets and locks cannot be pickled
+
+
+_CREDENTIALS = {
+    "access_key": "AWS_ACCESS_KEY_ID",
+    "secret_key": "AWS_SECRET_ACCESS_KEY",
+    "token": "AWS_SESSION_TOKEN",
+}
+
+
+def _check_credentials(credentials: Any) -> None:
+    """Refuse credentials with a line break or a space, which those of a mounted file may have at their end.
+
+    Raises:
+        StorageError: names the credential, without its value.
+    """
+    found = credentials.get_frozen_credentials() if credentials else None
+    for attribute, variable in _CREDENTIALS.items():
+        if re.search(r"[^!-~]", getattr(found, attribute, None) or ""):
+            raise StorageError(
+                f"{variable}: has a line break, a space or another character that no credential has (found in: "
+                f"{credentials.method}); set it without"
+            )
 
 
 def _add_requester_pays(params: dict[str, Any], **_: Any) -> None:
@@ -242,8 +267,12 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
             return _diagnose_answer(error, answered=answered, attempt=attempt)
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
             return _Problem(text=f"no credentials; {_KEYS_REMEDY}, or name it in S3_PUBLIC_BUCKETS if it is public")
-        case boto.ProfileNotFound() | boto.ParamValidationError() | boto.NoRegionError() | boto.InvalidRegionError():
-            return _Problem(text=str(error))
+        case boto.ProfileNotFound():
+            return _Problem(text=f"{error}; check AWS_PROFILE")
+        case boto.NoRegionError() | boto.InvalidRegionError():
+            return _Problem(text=f"{error}; set AWS_DEFAULT_REGION, as to us-east-1")
+        case boto.ParamValidationError():
+            return _Problem(text=f"{error}; check the location")
         case boto.ConfigNotFound() | boto.ConfigParseError() | boto.InvalidConfigError():
             return _Problem(text=f"{error}; check the file (AWS_CONFIG_FILE, AWS_SHARED_CREDENTIALS_FILE)")
         case boto.SSLError():

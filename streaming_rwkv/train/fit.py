@@ -118,7 +118,7 @@ def restore_progress(checkpoint: Checkpoint, trainer: Trainer, train_set: StepDa
         total_wct=timedelta(seconds=mark.seconds),
     )
     train_set.start_at(checkpoint.step)
-    callbacks.consumption.load(mark.consumed)
+    callbacks.consumption.load(mark.consumed, mark.not_logged)
     callbacks.clipping.load(skipped=mark.steps_skipped, norms=mark.gradient_norms or [])
 
 

@@ -63,7 +63,9 @@ def test_inspect_draws_searches_and_shows_ids(recipe, tmp_path, capsys):
     assert found[2].startswith("ids 0 ")
     assert len(found) == 3
     assert main(["inspect", str(tmp_path / "out"), "--grep", "nowhere"]) == 0
-    assert "no document has 'nowhere'" in capsys.readouterr().err
+    assert "no document with 'nowhere'" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "out"), "--skip", "100"]) == 0
+    assert "no document after the first 100" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_a_table(recipe, tmp_path, capsys):

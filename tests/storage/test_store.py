@@ -335,6 +335,32 @@ def test_wrong_credentials_are_an_error_at_once_that_shows_none(
     assert ACCESS_KEY not in shown
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_a_line_break_in_a_credential_is_an_error_at_once(
+    name: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "hidden\n")
+    stranger = open_store(store.location)
+    with pytest.raises(
+        StorageError, match=rf"^{name}: has a line break, .*\(found in: env\); set it without$"
+    ) as raised:
+        stranger.list()
+    stranger.close()
+    assert "hidden" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("AWS_PROFILE", "nope"), ("AWS_DEFAULT_REGION", "bad region!")])
+def test_a_wrong_variable_of_the_store_is_named(
+    name: str, value: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    stranger = open_store(store.location)
+    with pytest.raises(StorageError, match=name) as raised:
+        stranger.list()
+    stranger.close()
+    assert value in str(raised.value)
+
+
 def test_missing_credentials_are_named(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

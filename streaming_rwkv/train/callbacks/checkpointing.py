@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -101,6 +102,8 @@ class Checkpointer(Callback):
             steps_skipped=self.clipping.skipped,
             gradient_norms=self.clipping.gradient_norms,
             consumed=self.consumption.consumed(),
+            # A mark has no NaN: the sum of a stream whose loss is one begins anew.
+            not_logged={name: sums for name, sums in self.consumption.not_logged().items() if math.isfinite(sums[0])},
         )
         path = save_checkpoint(
             self.root,

@@ -19,12 +19,16 @@ class Consumption(Callback):
     def __init__(self, streams: Sequence[StreamRecord], *, interval_steps: int, last_step: int) -> None:
         self.names = [f"{stream.source}/{stream.bucket}" for stream in streams]
         self.interval_steps, self.last_step = interval_steps, last_step
-        self.before = torch.zeros(len(streams), dtype=torch.float64)  # of all ranks, before this start of the run
+        # Of all ranks, before this start of the run.
+        self.before = torch.zeros(len(streams), dtype=torch.float64)
+        self.window_before = torch.zeros(len(streams), 2, dtype=torch.float64)
         self.sums: dict[str, torch.Tensor] = {}  # of this rank, since this start
 
-    def load(self, consumed: dict[str, float]) -> None:
-        """Continue counting after a checkpoint's `consumed`."""
+    def load(self, consumed: dict[str, float], not_logged: dict[str, tuple[float, float]]) -> None:
+        """Continue counting after a checkpoint's `consumed` and `not_logged`."""
         self.before = torch.tensor([consumed.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        sums = [not_logged.get(name, (0.0, 0.0)) for name in self.names]
+        self.window_before = torch.tensor(sums, dtype=torch.float64)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         device = next(state.model.parameters()).device
@@ -44,6 +48,14 @@ class Consumption(Callback):
         total = self.before + all_reduce_sum(self.sums["targets"].clone()).cpu()
         return dict(zip(self.names, total.tolist(), strict=True))
 
+    def not_logged(self) -> dict[str, tuple[float, float]]:
+        """Return the sum of losses and the targets of each stream since they were last logged. Collective."""
+        window = torch.stack([self.sums["window_nll"], self.sums["window_targets"]], 1)
+        total = self.window_before + all_reduce_sum(window).cpu()
+        return {
+            name: (nll, targets) for name, (nll, targets) in zip(self.names, total.tolist(), strict=True) if targets
+        }
+
     def batch_end(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         if step % self.interval_steps and step != self.last_step:
@@ -51,9 +63,7 @@ class Consumption(Callback):
         consumed = self.consumed()
         total = sum(consumed.values())
         metrics = {f"share/{name}": value / total for name, value in consumed.items() if value}
-        window = torch.stack([self.sums["window_nll"], self.sums["window_targets"]])
-        nll, targets = all_reduce_sum(window).cpu().tolist()
-        metrics |= {f"loss/stream/{n}": a / b for n, a, b in zip(self.names, nll, targets, strict=True) if b}
-        self.sums["window_nll"].zero_()
-        self.sums["window_targets"].zero_()
+        metrics |= {f"loss/stream/{name}": nll / targets for name, (nll, targets) in self.not_logged().items()}
+        for window in (self.window_before, self.sums["window_nll"], self.sums["window_targets"]):
+            window.zero_()
         logger.log_metrics(metrics)

@@ -84,6 +84,8 @@ class Progress(Config):
     """Of the last steps, if `on_spike` is configured."""
     consumed: dict[str, NonNegativeFloat]
     """Targets trained on, by stream."""
+    not_logged: dict[str, tuple[float, NonNegativeFloat]] = Field(default={})
+    """The sum of losses and the targets of each stream since its loss was last logged."""
 
 
 class CompletionMark(MarkedFiles, Progress):
