@@ -6,6 +6,7 @@ import argparse
 import html
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
     what, remedy = "folder of the report", "name another with `--to FOLDER`"
-    if is_remote(out) or folder.resolve() != Path(out).resolve():
+    if is_remote(out) or os.path.realpath(folder) != os.path.realpath(out):
         check_outside(folder, what=what, remedy=remedy)
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
