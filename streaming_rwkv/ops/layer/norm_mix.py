@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streaming_rwkv.ops import launch
 from streaming_rwkv.ops.documents import check_bounds
-from streaming_rwkv.ops.layer.registration import as_vector, define_op, ready, sum_tiles, tiles_of
+from streaming_rwkv.ops.layer.registration import as_rows, as_vector, define_op, ready, sum_tiles, tiles_of
 
 
 def norm_mix(
@@ -25,7 +25,7 @@ def norm_mix(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Run the forward kernel with parameters as they are stored; see `_norm_mix_op` for what it returns."""
     last = None if last is None else last.float()
-    vectors = as_vector(weight), as_vector(bias), torch.stack([as_vector(mix) for mix in mixes])
+    vectors = as_vector(weight), as_vector(bias), as_rows(mixes)
     result: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.streaming_rwkv.norm_mix(
         x, branch, *vectors, last, cu_seqlens, eps, dtype
     )

@@ -12,7 +12,7 @@ from streaming_rwkv.ops import layer_reference as reference
 from streaming_rwkv.ops.documents import check_bounds
 from streaming_rwkv.ops.layer.dispatch import has_kernel
 from streaming_rwkv.ops.layer.norm_mix import norm_mix
-from streaming_rwkv.ops.layer.registration import as_vector, weight_gradient
+from streaming_rwkv.ops.layer.registration import as_rows, as_vector, weight_gradient
 
 
 def mixed_projections(
@@ -128,7 +128,7 @@ class _MixedProjections(torch.autograd.Function):
             stats,
             as_vector(weight),
             as_vector(bias),
-            torch.stack([as_vector(mix) for mix in mixes]),
+            as_rows(mixes),
             None if last is None else last.float(),
             cu_seqlens,
             dresidual,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,11 @@ def ready(x: Tensor | None) -> Tensor | None:
 def as_vector(x: Tensor) -> Tensor:
     """Return a parameter as kernels read it: flat, in float32."""
     return x.detach().reshape(-1).float()
+
+
+def as_rows(parameters: Sequence[Tensor]) -> Tensor:
+    """Return parameters of C numbers each as kernels read them: (len, C), in float32."""
+    return torch.stack(list(parameters)).detach().view(len(parameters), -1).float()
 
 
 def sum_tiles(partial: Tensor) -> Tensor:
