@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -170,8 +170,12 @@ def explained_writes(place: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{error.filename or place}: cannot be written ({error.strerror}); "
-            f"{limit_of(error) or 'fix that, or write to another place'}"
+            f"{_remedy(error, otherwise='write to another place')}"
         ) from error
+
+
+def _remedy(error: OSError, *, otherwise: str) -> str:
+    return limit_of(error) or f"{'make space' if is_disk_full(error) else 'fix that'}, or {otherwise}"
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -215,6 +219,21 @@ def _open_regular(path: Path, flags: int, *, remedy: str) -> int:
     if descriptor >= 0:
         os.close(descriptor)
     raise UserError(f"{path}: found {_kind(mode)}, expected {remedy}")
+
+
+def check_replaceable(path: Path, is_ours: Callable[[Path], bool], *, remedy: str) -> None:
+    """Refuse to replace a file whose content another program or the user wrote.
+
+    A link, a pipe and an empty file have no content to lose.
+
+    Args:
+        is_ours: tells whether this program has written the file.
+        remedy: where else to write, as in "name another with `--to FILE`".
+    Raises:
+        UserError: the file is not ours.
+    """
+    if path.is_file() and not path.is_symlink() and path.stat().st_size and not is_ours(path):
+        raise UserError(f"{path}: exists, and was not written by this command; move it away, or {remedy}")
 
 
 # Reading
@@ -302,7 +321,7 @@ def _explain_errors(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{folder}: this {what} cannot be made or written to ({error.strerror}); fix that, or {remedy}"
+            f"{folder}: this {what} cannot be made or written to ({error.strerror}); {_remedy(error, otherwise=remedy)}"
         ) from None
 
 
@@ -383,8 +402,9 @@ def _hold(lock: Path, place: Path, *, what: str, remedy: str) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, str(os.getpid()).encode())
+    with contextlib.suppress(OSError):  # a full disk holds no number; without it the holder is unknown, and holds
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 

@@ -18,9 +18,11 @@ if __name__ == "__main__":
     exit_if_missing("numpy", "matplotlib", extra="train")  # before imports that would end in a traceback
 
 from streaming_rwkv.console import run_command, shown
-from streaming_rwkv.filesystem import atomic_file, explained_writes, sole_writer, write_atomically
+from streaming_rwkv.filesystem import atomic_file, check_replaceable, explained_writes, sole_writer, write_atomically
 from streaming_rwkv.location import checked_local
-from streaming_rwkv.plotting.figure import write_picture
+from streaming_rwkv.outputs import check_outside
+from streaming_rwkv.pages import is_page
+from streaming_rwkv.plotting.figure import is_picture, write_picture
 from streaming_rwkv.plotting.page import plot_page
 from streaming_rwkv.plotting.panels import consecutive, overlaid
 from streaming_rwkv.plotting.runs import History, PlotError, read_run
@@ -28,6 +30,7 @@ from streaming_rwkv.plotting.tables import differences, last_validation, summary
 from streaming_rwkv.version import PROGRAM, __version__
 
 SUFFIXES = (".html", ".png")
+_REMEDY = "name another with `--to FILE`"
 
 
 def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = False) -> None:
@@ -40,17 +43,21 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     Raises:
         LocationError: a run or `to` that is not on this machine's disks.
         PlotError: see the class.
+        UserError: `to` cannot be written, is being written, or is a file that is no plot.
     """
     runs = [checked_local(run, remedy="copy its metrics.jsonl to this machine") for run in runs]
     to = Path(checked_local(to))
     if to.suffix not in SUFFIXES:
         raise PlotError(f"{to}: found suffix {to.suffix!r}, expected {' or '.join(SUFFIXES)}")
+    check_outside(to, what="plot", remedy=_REMEDY)
     history = History(runs=[read_run(run) for run in runs])
     plot = overlaid(history.runs) if overlay else consecutive(history)
-    writing = sole_writer(to, what="plot", remedy="name another with `--to FILE`", is_folder=False)
+    writing = sole_writer(to, what="plot", remedy=_REMEDY, is_folder=False)
     if to.suffix == ".png":
-        with writing, explained_writes(to), atomic_file(to) as temporary:
-            write_picture(plot, temporary)
+        with writing, explained_writes(to):
+            check_replaceable(to, is_picture, remedy=_REMEDY)
+            with atomic_file(to) as temporary:
+                write_picture(plot, temporary)
         return
     tables = [("Runs", summary(history))]
     if overlay and len(history.runs) > 1:
@@ -58,6 +65,7 @@ def write_plot(runs: Sequence[str | Path], *, to: str | Path, overlay: bool = Fa
     last = [(f"Last evaluation of {run.name}", rows) for run in history.runs if (rows := last_validation(run))]
     about = f"{', '.join(map(str, runs))} · plotted by {PROGRAM} {__version__}"
     with writing, explained_writes(to):
+        check_replaceable(to, is_page, remedy=_REMEDY)
         write_atomically(to, plot_page(plot, about=about, before=tables, after=last).encode())
 
 

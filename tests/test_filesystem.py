@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from streaming_rwkv.filesystem import (
     atomic_file,
     atomic_folder,
     check_can_be_made,
+    explained_writes,
     is_disk_full,
     is_temporary,
     lock_folder,
@@ -151,6 +155,39 @@ def test_a_shorter_process_number_leaves_nothing_of_a_longer_one(tmp_path: Path)
     lock = lock_folder(tmp_path, what="save folder", remedy="take another")
     assert (tmp_path / ".lock").read_text() == str(os.getpid())
     lock.release()
+
+
+@contextlib.contextmanager
+def without_space() -> Iterator[None]:
+    """Let no file grow, as on a full disk; `File too large` is the error, not `No space left on device`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_of_the_output_and_not_of_its_lock(tmp_path: Path) -> None:
+    def write() -> None:
+        with writing(tmp_path / "output"), explained_writes(tmp_path / "output"):
+            write_atomically(tmp_path / "output" / "file", b"content")
+
+    with without_space():
+        with pytest.raises(UserError, match=r"output: cannot be written \(File too large\)"):
+            write()
+        lock = lock_folder(tmp_path / "run", what="save folder", remedy="take another")
+        with pytest.raises(UserError, match=r"is in use \(by process unknown\)"):
+            lock_folder(tmp_path / "run", what="save folder", remedy="take another")
+        lock.release()
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_a_disk_without_space_needs_space() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError) as caught, explained_writes(Path("a")):
+        raise full
+    assert str(caught.value) == "a: cannot be written (No space left on device); make space, or write to another place"
 
 
 def test_a_file_system_without_locks_gets_a_warning(

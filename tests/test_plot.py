@@ -265,3 +265,15 @@ def test_one_process_draws_a_plot_at_a_time(tmp_path: Path, capsys: pytest.Captu
         assert main([str(run)]) == 1
     assert "plot.html: this plot is in use (by process " in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_a_file_that_is_no_plot_is_kept(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, to = write_run(tmp_path / "run", steps(3)), tmp_path / f"mine.{suffix}"
+    for _ in range(2):  # an earlier plot is replaced
+        assert main([str(run), "--to", str(to)]) == 0
+    to.write_text("mine")
+    assert main([str(run), "--to", str(to)]) == 1
+    assert f"{to}: exists, and was not written by this command; move it away, or name" in capsys.readouterr().err
+    assert to.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", to.name])

@@ -26,7 +26,15 @@ from prep.inputs.files import LINES_SUFFIXES, InputFile, Part
 from prep.inputs.readers import read_part
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown
-from streaming_rwkv.filesystem import atomic_file, explained_writes, make_folder, open_regular_file, sole_writer
+from streaming_rwkv.filesystem import (
+    atomic_file,
+    check_replaceable,
+    explained_writes,
+    make_folder,
+    open_regular_file,
+    sole_writer,
+)
+from streaming_rwkv.outputs import check_apart, check_outside
 
 _ROW_GROUP_CHARACTERS = 16 << 20
 _SCHEMA = pa.schema([("text", pa.large_string())])
@@ -63,8 +71,9 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     can be resumed.
 
     Raises:
-        UserError: nothing to convert, two files with one target, another process that converts into the same folder, a
-            broken file, or, at the end, no text in any file.
+        UserError: nothing to convert, two files with one target, `to` inside `folder` or around it, a file that is not
+            of a conversion in place of a target, another process that converts into the same folder, a broken file,
+            or, at the end, no text in any file.
     """
     files = [
         file
@@ -82,7 +91,12 @@ def convert(folder: str, to: str | Path, *, text: str = "text", workers: int = 1
     tasks = [(file, place, config) for file, place in places.items()]
     documents = 0
     rejected: Counter[str] = Counter()
+    check_apart(to, folder, remedy=_REMEDY)
+    check_outside(to, what=_WHAT, remedy=_REMEDY)
     with sole_writer(Path(to), what=_WHAT, remedy=_REMEDY):
+        with explained_writes(Path(to)):
+            for place in places.values():
+                check_replaceable(place, _is_converted, remedy=_REMEDY)
         for converted in _in_processes(tasks, workers):
             documents += converted.documents
             rejected.update(converted.rejected)
@@ -128,6 +142,15 @@ def _convert_file(task: _Task) -> ConvertedFile:
             writer.write_table(pa.table([pa.array(texts, pa.large_string())], schema=_SCHEMA))
         writer.add_key_value_metadata({_ORIGIN_KEY: json.dumps(origin), _REJECTED_KEY: json.dumps(rejected)})
     return ConvertedFile(name=file.name, documents=documents, rejected=dict(rejected))
+
+
+def _is_converted(place: Path) -> bool:
+    """Return whether a file was written by a conversion, of this source or another."""
+    try:
+        with open_regular_file(place) as opened:
+            return _ORIGIN_KEY.encode() in (pq.read_metadata(opened).metadata or {})
+    except (OSError, UserError, pa.ArrowException, ValueError):
+        return False
 
 
 def _converted(place: Path, file: InputFile, origin: dict[str, str | int]) -> ConvertedFile | None:

@@ -6,6 +6,7 @@ import argparse
 import html
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import explained_writes, make_folder, sole_writer, write_atomically
+from streaming_rwkv.filesystem import check_replaceable, explained_writes, make_folder, sole_writer, write_atomically
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.pages import render
+from streaming_rwkv.outputs import check_outside
+from streaming_rwkv.pages import is_page, render
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, bucket_bounds, bucket_name, read_small_file
 from streaming_rwkv.version import PROGRAM, __version__
 
@@ -42,12 +44,15 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
 
     Raises:
         DataError: no finished data set, or one without its statistics.
-        UserError: the folder cannot be created or written to, or another process writes a report there.
+        UserError: the folder cannot be created or written to, holds files of these names that are no report, or another
+            process writes a report there.
     """
     if to is None and is_remote(out):
         raise UserError(f"{out}: a report cannot be written to S3; name a local folder with `--to FOLDER`")
     folder = Path(to or out)
     what, remedy = "folder of the report", "name another with `--to FOLDER`"
+    if is_remote(out) or os.path.realpath(folder) != os.path.realpath(out):
+        check_outside(folder, what=what, remedy=remedy)
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
         statistics = _statistics(data_set, manifest)
@@ -55,12 +60,23 @@ def write_report(out: str | Path, *, to: str | Path | None = None) -> Path:
         figures = report_figures(manifest, statistics) | {"location": str(out)}
         samples = sample_pieces(data_set, manifest)
     content = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
-    page = folder / f"{REPORT_NAME}.html"
+    numbers, page = (folder / f"{REPORT_NAME}.{ending}" for ending in ("json", "html"))
     title = str(out).rstrip("/") if is_remote(out) else Path(out).resolve().name
     with sole_writer(folder, what=what, remedy=remedy), explained_writes(folder):
-        write_atomically(folder / f"{REPORT_NAME}.json", content.encode())
+        check_replaceable(numbers, _are_figures, remedy=remedy)
+        check_replaceable(page, is_page, remedy=remedy)
+        write_atomically(numbers, content.encode())
         write_atomically(page, report_page(figures, samples, title=title).encode())
     return page
+
+
+def _are_figures(path: Path) -> bool:
+    """Return whether a file has the numbers of a report."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"fingerprint", "tokenizer", "totals", "streams", "location"} <= found.keys()
 
 
 def _statistics(data_set: DataSet, manifest: Manifest) -> Statistics:

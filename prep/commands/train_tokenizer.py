@@ -17,6 +17,7 @@ from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
 from streaming_rwkv.config import UserError, load_config
 from streaming_rwkv.filesystem import atomic_folder, explained_writes, make_folder
+from streaming_rwkv.outputs import check_outside
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.tokenizers.definition import MOST_IDS
 
@@ -60,7 +61,9 @@ def train_tokenizer(
             f"{MOST_IDS:,}"
         )
     folder = Path(to).absolute()
-    make_folder(folder, what="folder of the tokenizer", remedy="name another with `--to FOLDER`")
+    what, remedy = "folder of the tokenizer", "name another with `--to FOLDER`"
+    check_outside(folder, what=what, remedy=remedy)
+    make_folder(folder, what=what, remedy=remedy)
     if any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; choose another `--to`, or remove the folder")
     trained = Trained(models.BPE())

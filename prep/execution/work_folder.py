@@ -25,6 +25,7 @@ from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import atomic_folder, write_atomically
 from streaming_rwkv.location import expand_user, is_remote
+from streaming_rwkv.outputs import check_outside
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,15 +40,15 @@ def check_folder_is_no_input(config: PrepConfig) -> None:
 
     Raises:
         WorkError: a source reads it.
+        UserError: the folder is in another data set, or in a checkpoint.
     """
+    remedy = f"choose another `{'work' if is_remote(config.out) else 'out'}=`"
+    check_outside(config.folder.absolute().parent, what="data set", remedy=remedy)
     for source, source_config in config.sources.items():
         for path in source_config.paths:
             folder = expand_user(path)
             if not is_remote(path) and folder.is_dir() and config.folder.resolve().is_relative_to(folder.resolve()):
-                key = "work" if is_remote(config.out) else "out"
-                raise WorkError(
-                    f"{config.folder}: is inside {path}, which sources.{source} reads; choose another `{key}=`"
-                )
+                raise WorkError(f"{config.folder}: is inside {path}, which sources.{source} reads; {remedy}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, context: BuildContext) -> None:

@@ -32,6 +32,7 @@ from streaming_rwkv.filesystem import (
 from streaming_rwkv.limits import limit_of
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.mds import check_index
+from streaming_rwkv.outputs import RUN_CHECKPOINTS, check_outside
 from streaming_rwkv.shards import (
     INDEX_NAME,
     LARGEST_FILE_BYTES,
@@ -101,7 +102,7 @@ def open_shard_set(
     Raises:
         DataError: there is no data set, or it is damaged.
         LocationError: the location is neither a local folder nor s3://bucket/prefix.
-        UserError: another run is using the cache.
+        UserError: another run is using the cache, or it is among the files of a data set or a run.
     """
     location = checked_location(location).rstrip("/")
     if not is_remote(location):
@@ -110,6 +111,7 @@ def open_shard_set(
     cache = Path(cache).resolve()
     lock = None
     if fetch:
+        check_cache(cache, names=names)
         lock = lock_folder(cache, what="data cache", remedy=f"give this run its own `{names.cache}`")
         remove_stale_shared_memory(cache)
         _remove_unfinished_files(cache)
@@ -136,6 +138,18 @@ def open_shard_set(
         with ThreadPoolExecutor(8) as executor:
             list(executor.map(check, records))
     return ShardSet(location=location, store=store, manifest=manifest, cache=folder, lock=lock)
+
+
+def check_cache(cache: str | Path, *, names: SettingNames = RUN_SETTINGS) -> None:
+    """Check that a cache is not in a data set or a checkpoint, and that it is a folder of its own in a run.
+
+    Raises:
+        UserError: files of the cache would be among theirs.
+    """
+    remedy = f"give another `{names.cache}`"
+    check_outside(cache, what="data cache", remedy=remedy)
+    if (Path(cache) / RUN_CHECKPOINTS).exists():
+        raise UserError(f"{cache}: is a run's save folder, expected a folder for the data cache alone; {remedy}")
 
 
 def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:

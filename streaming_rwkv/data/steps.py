@@ -20,7 +20,7 @@ from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, pack_loader, training_batches
 from streaming_rwkv.data.mixture import Plan, StageConfig, count_batch_packs, make_plan
 from streaming_rwkv.data.setting_names import ARGUMENTS
-from streaming_rwkv.data.shard_set import ShardSet, check_shards, least_cache_bytes, open_shard_set
+from streaming_rwkv.data.shard_set import ShardSet, check_cache, check_shards, least_cache_bytes, open_shard_set
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.quantities import ByteCount, LoaderWorkers, PositiveCount, PositiveInt, Seconds
 from streaming_rwkv.shards import Manifest, Split, StreamRecord
@@ -288,7 +288,8 @@ def _open_shards(arguments: _Arguments, resources: ExitStack) -> ShardSet:
     if arguments.cache is None:
         cache = Path(resources.enter_context(TemporaryDirectory(prefix="streaming-rwkv-", ignore_cleanup_errors=True)))
     else:
-        cache = Path(checked_local(arguments.cache)) / arguments.split
+        check_cache(checked_local(arguments.cache), names=ARGUMENTS)
+        cache = Path(arguments.cache) / arguments.split
         if ranks > 1 and not is_shared:
             cache = cache / f"rank-{rank}"
 

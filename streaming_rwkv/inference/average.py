@@ -22,7 +22,7 @@ from torch import Tensor
 from streaming_rwkv.console import shown, shown_bytes
 from streaming_rwkv.inference.export import (
     DTYPES,
-    check_overwrites_nothing,
+    check_out,
     export_bytes,
     how_to_load,
     local_out,
@@ -119,8 +119,7 @@ def newest_checkpoints(run: str, count: int) -> Iterator[list[Path]]:
 def run(options: argparse.Namespace) -> int:
     """Write the average, say which checkpoints are in it, and return the exit status."""
     out = local_out(options.out)
-    if not options.overwrite:
-        check_overwrites_nothing(out)
+    check_out(out, overwrite=options.overwrite)
     with newest_checkpoints(options.run, options.last) as folders:
         dtype = DTYPES[options.dtype]
         # float16's largest value is small: rounded when it is written, where what is too large is refused by name.

@@ -25,7 +25,7 @@ from streaming_rwkv.console import print_rich
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import LoaderOptions, PackDataset, data_spec, evaluation_batches
 from streaming_rwkv.data.setting_names import SettingNames
-from streaming_rwkv.data.shard_set import ShardSet, check_shards, open_shard_set
+from streaming_rwkv.data.shard_set import ShardSet, check_cache, check_shards, open_shard_set
 from streaming_rwkv.filesystem import make_folder
 from streaming_rwkv.inference.loading import find_device, find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -165,6 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Return the metrics of a checkpoint on a data set, after checking that they belong together."""
     device = find_device(options.device)
     if options.cache is not None:
+        check_cache(checked_local(options.cache), names=_ARGUMENTS)
         make_folder(Path(checked_local(options.cache)), what="data cache", remedy="name another with `--cache FOLDER`")
     with TemporaryDirectory(prefix="evaluate-") as temporary, local_checkpoint(options.checkpoint) as checkpoint:
         shard_set = open_shard_set(

@@ -26,7 +26,8 @@ from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.gguf import write_gguf
 from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.state import infer_config
-from streaming_rwkv.model.weights import Layout, read_state, write_huggingface, write_pth
+from streaming_rwkv.model.weights import WEIGHTS_NAME, Layout, is_of_rwkv7, read_state, write_huggingface, write_pth
+from streaming_rwkv.outputs import check_outside
 from streaming_rwkv.shards import MANIFEST_NAME
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
 from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
@@ -37,7 +38,6 @@ CARD_NAME = "README.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FILE_SUFFIXES = (".pth", ".gguf")
 _OTHER_FORMATS = (".safetensors", ".st", ".pt", ".bin", ".ckpt", ".onnx", ".txt", ".json")  # not a folder's name either
-_FOLDER_NAMES = ("model.safetensors", "config.json", CARD_NAME)
 _IMPORT_FLA = "import fla"  # registers the architecture
 _TRUSTS = ", trust_remote_code=True"  # for code that exports carry, these modules of this package
 _MODEL_CODE, _TOKENIZER_CODE, _WORLD_CODE = "modeling_rwkv7", "tokenization_rwkv7", "tokenization_rwkv_world"
@@ -67,10 +67,11 @@ def export(
 
     Args:
         self_contained: add the model's code to a folder; its layout must be fla's.
-        overwrite: replace an earlier export.
+        overwrite: replace an earlier export; other files are never replaced.
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
-        UserError: the place cannot be written, another process writes there, or an earlier export is there.
+        UserError: the place cannot be written, another process writes there, an earlier export is there, or the folder
+            holds other files.
     """
     state = read_state(checkpoint)
     write_export(
@@ -97,9 +98,14 @@ def write_export(
     """Write weights to a file or folder: see `export`."""
     is_folder = out.suffix not in FILE_SUFFIXES
     with sole_writer(out, what="export", remedy="name another place", is_folder=is_folder), explained_writes(out):
-        if not overwrite:
-            check_overwrites_nothing(out)  # again: another process may have written it before this one held it
-        _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
+        check_out(out, overwrite=overwrite)  # again: another process may have written it before this one held it
+        was_empty = is_folder and not visible_files(out)
+        try:
+            _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
+        except BaseException:
+            for file in visible_files(out) if was_empty else ():  # a half export would be in the way of the next
+                file.unlink()
+            raise
 
 
 def _write(
@@ -178,16 +184,31 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_overwrites_nothing(out: Path) -> None:
-    """Check that no earlier export is at `out`.
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Check that no earlier export is at `out`, unless it may be replaced, and that a folder has no other files.
+
+    Hidden files, such as those of git, are ignored.
 
     Raises:
         UserError: there is one.
     """
-    written = [out] if out.suffix in FILE_SUFFIXES else [out / name for name in _FOLDER_NAMES]
-    found = next((path for path in written if path.exists()), None)
-    if found is not None:
-        raise UserError(f"{found}: exists already; name another place, or replace it with --overwrite")
+    if out.suffix in FILE_SUFFIXES:
+        earlier = out
+    else:
+        earlier = out / WEIGHTS_NAME
+        if (files := visible_files(out)) and not (earlier.exists() and is_of_rwkv7(out)):
+            raise UserError(
+                f"{files[0]}: is in the folder to write to, which holds no earlier export; move it away, or name a new "
+                "or empty folder"
+            )
+    if earlier.exists() and not overwrite:
+        raise UserError(f"{earlier}: exists already; name another place, or replace it with --overwrite")
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return what is in a folder, without hidden files and links that lead nowhere; it need not exist."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.exists() and not file.name.startswith(".")]
 
 
 def how_to_load(out: Path, *, layout: Layout = "fla", self_contained: bool = False) -> str:
@@ -259,8 +280,7 @@ def _write_tokenizer_config(tokenizer: Tokenizer, folder: Path, *, self_containe
 def run(options: argparse.Namespace) -> int:
     """Export a checkpoint, say where it is and how it is loaded, and return the exit status."""
     out = local_out(options.out)
-    if not options.overwrite:
-        check_overwrites_nothing(out)
+    check_out(out, overwrite=options.overwrite)
     with local_checkpoint(options.checkpoint) as checkpoint:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint)
         export(
@@ -292,6 +312,7 @@ def local_out(name: str) -> Path:
         raise UserError(f"{out}: is a file; name NAME.pth, NAME.gguf, or a folder")
     if out.suffix in _OTHER_FORMATS and not out.is_dir():
         raise UserError(f"{out}: is no format of an export; name NAME.pth, NAME.gguf, or a folder")
+    check_outside(out.parent, what="export", remedy="name a folder of its own elsewhere")
     kinds = {CHECKPOINTS: "a training run", MARK_NAME: "a checkpoint", MANIFEST_NAME: "a data set"}
     for name, kind in kinds.items():
         if (out / name).exists():

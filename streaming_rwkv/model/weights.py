@@ -69,7 +69,7 @@ Layout = Literal["fla", "transformers"]
 
 _VECTOR = re.compile(r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav]0|k_[ka])|ffn\.x_k)")
 _CONFIG_NAME = "config.json"
-_SAFETENSORS_NAME = "model.safetensors"
+WEIGHTS_NAME = "model.safetensors"
 _SAFETENSORS_INDEX = "model.safetensors.index.json"
 _SAFETENSORS_SUFFIXES = (".safetensors", ".st")
 _WRAPPERS = ("state", "state_dict", "model", "module")  # of Composer, Lightning, plain trainers, DeepSpeed
@@ -123,6 +123,14 @@ def read_state(path: str | Path) -> State:
 def is_weights_folder(path: Path) -> bool:
     """Return True for a Hugging Face folder or a sharded checkpoint."""
     return (path / _CONFIG_NAME).is_file() or (path / INDEX_NAME).is_file()
+
+
+def is_of_rwkv7(folder: Path) -> bool:
+    """Return whether a folder's config.json is that of an RWKV-7 model."""
+    try:
+        return _read_json(folder / _CONFIG_NAME).get("model_type") == "rwkv7"
+    except CheckpointError:
+        return False
 
 
 def _read(path: Path) -> State:
@@ -312,7 +320,7 @@ def _read_huggingface(folder: Path) -> State:
             raise CheckpointError(f"{folder / _SAFETENSORS_INDEX}: has no weight_map of files; copy it again")
         files = sorted(set(weight_map.values()))
     else:
-        files = [_SAFETENSORS_NAME]
+        files = [WEIGHTS_NAME]
     state: State = {}
     layouts: dict[str, str] = {}  # a name that shows each
     for file in files:
@@ -457,9 +465,9 @@ def write_huggingface(
 
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], values: dict[str, Any]) -> None:
-    with atomic_file(folder / _SAFETENSORS_NAME) as temporary:
+    with atomic_file(folder / WEIGHTS_NAME) as temporary:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors replaces the file, with a mode of 0600
-        with _explained_saving(folder / _SAFETENSORS_NAME, temporary):
+        with _explained_saving(folder / WEIGHTS_NAME, temporary):
             safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
     write_atomically(folder / _CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streaming_rwkv.plotting.panels import Panel, Plot
+from streaming_rwkv.version import PROGRAM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LABEL_WIDTH = 0.0085  # of a bold character, as a share of the width of the axes beside a legend
+_MARK_WITHIN = 1024  # bytes: texts are the first of a PNG's chunks
 _DRAWING: Any = {
     "text.parse_math": False,  # a `$` in the name of a run or a source is a `$`
     "legend.frameon": False,
@@ -32,7 +34,13 @@ def write_picture(plot: Plot, to: Path) -> None:
 
     with rc_context(_DRAWING), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
-        draw(plot).savefig(to, format="png")
+        draw(plot).savefig(to, format="png", metadata={"Software": PROGRAM})
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a picture that this program wrote."""
+    with path.open("rb") as file:
+        return f"Software\0{PROGRAM}".encode() in file.read(_MARK_WITHIN)
 
 
 def draw(plot: Plot) -> Figure:

@@ -10,17 +10,19 @@ from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import local_world_size
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.model.marked_files import CheckpointError, check_exists
+from streaming_rwkv.outputs import check_outside
 from streaming_rwkv.shards import check_is_finished
 from streaming_rwkv.train.config import EvaluationConfig, RunConfig
 
 
 def check_paths(config: RunConfig) -> None:
-    """Refuse a run whose local data set, initial weights or tasks are missing on this machine.
+    """Refuse a run whose local data set, initial weights or tasks are missing here, or that is saved in a data set.
 
     Raises:
         UserError: names the setting and the path.
     """
     check_tasks(config.evaluation)
+    check_outside(config.save_folder, what="save folder", remedy="give this run another `save_folder`")
     check_is_finished(config.data.path, setting="data.path")
     if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
         return

@@ -255,6 +255,14 @@ def test_a_data_set_without_validation_packs_is_named(tmp_path: Path, write_data
         open_dataset(data, batch_packs=1, split="validation")
 
 
+def test_a_cache_among_the_files_of_a_data_set_or_a_run_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for cache, found in ((data, "which is a data set"), (tmp_path / "run", "is a run's save folder")):
+        with pytest.raises(UserError, match=f"{cache}: .*{found}.*; give another `cache`$"):
+            open_dataset(data, batch_packs=1, cache=cache)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
 @pytest.mark.slow
 def test_ranks_of_a_process_group_share_a_cache(data: Path, programs: ForkServer, tmp_path: Path) -> None:
     with open_dataset(data, batch_packs=4, workers=0) as dataset:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from streaming_rwkv.config import UserError
+from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.distributed import rank_environment
 from streaming_rwkv.inference.command_line import evaluate as main
 from streaming_rwkv.model.init import initialize
@@ -151,3 +153,28 @@ def test_loss_by_position_adds_up_to_the_total(
     assert mean == pytest.approx(metrics["validation/loss/all"], rel=1e-9)  # float64 sums in another order
     assert main([str(checkpoint), str(data)]) == 0
     assert "position 17-32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("below", "found"), [("set", "which is a data set"), ("set/cache", "which is a data set"), ("run", "a run's save")]
+)
+def test_a_cache_is_no_part_of_a_data_set_or_a_run(
+    data: Path, checkpoint: Path, tmp_path: Path, below: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "set" / "manifest.json").touch()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    before = set(tmp_path.rglob("*"))
+    assert main([str(checkpoint), str(data), "--cache", str(tmp_path / below)]) == 1
+    error = capsys.readouterr().err
+    assert found in error
+    assert error.endswith("; give another `--cache`\n")
+    with pytest.raises(UserError, match=found):
+        open_shard_set(data, cache=tmp_path / below, splits=["train"], timeout_seconds=9, fetch=True)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_cache_in_a_run_and_one_that_is_used_again_are_no_fault(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for _ in range(2):
+        assert main([str(checkpoint), str(data), "--cache", str(tmp_path / "run" / "cache")]) == 0

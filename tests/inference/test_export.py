@@ -219,3 +219,46 @@ def test_an_export_has_one_writer_and_replaces_nothing_that_was_written_meanwhil
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == {
         path: time for path, time in written.items() if path.is_file()
     }
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "record.json", "notes.txt"])
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_an_export_is_not_written_among_other_files(
+    folder: Path, tmp_path: Path, name: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"mine": 1}')
+    (out / ".gitattributes").touch()
+    assert command_line.export([str(folder), str(out), *options]) == 1
+    expected = f"error: {out / name}: is in the folder to write to, which holds no earlier export; move it away, or "
+    assert expected in capsys.readouterr().err
+    assert sorted(file.name for file in out.iterdir()) == sorted([".gitattributes", name])
+    assert (out / name).read_text() == '{"mine": 1}'
+    (out / name).unlink()
+    assert command_line.export([str(folder), str(out), *options]) == 0
+
+
+def test_an_export_that_fails_leaves_nothing_in_the_way_of_the_next(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))  # of the vocabulary, and not of the weights
+    try:
+        assert command_line.export([str(folder), str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model.safetensors: cannot be written" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert command_line.export([str(folder), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("name", ["hf", "m.pth"])
+def test_an_export_is_not_written_in_a_data_set(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "set" / MANIFEST_NAME).touch()
+    assert command_line.export([str(folder), str(tmp_path / "set" / name)]) == 1
+    assert "this export would be in " in capsys.readouterr().err
+    assert not (tmp_path / "set" / name).exists()

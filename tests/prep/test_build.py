@@ -370,6 +370,15 @@ def test_a_data_set_inside_its_own_input_is_refused(config, write_lines, tmp_pat
         build(config(out=str(tmp_path / "corpus" / "out")))
 
 
+def test_a_data_set_inside_another_is_refused(config, write_lines, tmp_path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
+    (tmp_path / "set" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "set" / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"this data set would be in .*/set, which is a data set; choose another `out="):
+        build(config(out=str(tmp_path / "set" / "out")))
+    assert not (tmp_path / "set" / "out").exists()
+
+
 def test_an_output_folder_that_cannot_be_made_is_refused(config, write_lines, tmp_path):
     write_lines(tmp_path / "corpus" / "a.jsonl", ["one"])
     (tmp_path / "file").write_text("")

@@ -128,6 +128,17 @@ def test_a_dry_run_refuses_what_a_run_would(config, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["save_folder", "data.cache"])
+def test_neither_a_run_nor_its_cache_is_put_into_the_data_set(config, tmp_path, capsys, setting):
+    data = tmp_path / "data"
+    before = set(data.rglob("*"))
+    assert main([str(config), "--dry-run", f"{setting}={data / 'below'}"]) == 1
+    error = capsys.readouterr().err
+    assert f" would be in {data}, which is a data set; " in error
+    assert setting in error
+    assert set(data.rglob("*")) == before
+
+
 def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, tmp_path, capsys):
     web = tmp_path / "data" / "train" / "web"
     first, *others = sorted(web.rglob("*.zstd"))

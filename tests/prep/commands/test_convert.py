@@ -59,19 +59,43 @@ def test_an_older_source_is_another_source(tmp_path, write_lines):
     assert pq.read_table(tmp_path / "out" / "a.parquet")["text"].to_pylist() == ["two"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 cut off"])
-def test_a_broken_target_is_converted_again(tmp_path, write_lines, content):
+def test_an_empty_target_is_converted_again(tmp_path, write_lines):
     write_lines(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a.parquet").write_bytes(content)
+    (tmp_path / "out" / "a.parquet").touch()
     assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
 
 
-def test_another_programs_parquet_is_replaced(tmp_path, write_lines):
-    write_lines(tmp_path / "a.jsonl", ["one"])
+@pytest.mark.parametrize("content", [None, b"PAR1 cut off"])
+def test_a_target_that_convert_did_not_write_is_kept(tmp_path, write_lines, content):
+    for name in "ab":
+        write_lines(tmp_path / "in" / f"{name}.jsonl", ["one"])
     (tmp_path / "out").mkdir()
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "out" / "a.parquet")
-    assert [file.existed for file in convert(str(tmp_path / "a.jsonl"), tmp_path / "out")] == [False]
+    target = tmp_path / "out" / "b.parquet"
+    if content is None:
+        pq.write_table(pa.table({"x": [1]}), target)
+    else:
+        target.write_bytes(content)
+    before = target.read_bytes()
+    with pytest.raises(UserError) as caught:
+        list(convert(str(tmp_path / "in"), tmp_path / "out"))
+    assert str(caught.value) == f"{target}: exists, and was not written by this command; move it away, or name another"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.parquet"]
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("to", "where"), [("in", "is the input"), ("in/out", "is inside .*/in"), (".", "contains .*/in"), ("set/x", "")]
+)
+def test_an_output_is_apart_from_the_input_and_from_data_sets(tmp_path, write_lines, to, where):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one"])
+    (tmp_path / "set" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "set" / "manifest.json").touch()
+    before = set(tmp_path.rglob("*"))
+    expected = f"{where}, expected a folder apart" if where else "would be in .*/set, which is a data set; name another"
+    with pytest.raises(UserError, match=expected):
+        list(convert(str(tmp_path / "in"), tmp_path / to))
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("notes", [{"origin": b"{"}, {}, {"rejected": b"[1]"}, {"rejected": b"[" * 100_000}])
@@ -95,8 +119,9 @@ def test_a_pipe_in_the_place_of_a_target_is_replaced(tmp_path, write_lines):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, write_lines):
     file = write_lines(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(UserError, match=r"a\.jsonl: this folder of the parquet files cannot be made or written to"):
-        list(convert(str(file), file))
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(UserError, match=r"b: this folder of the parquet files cannot be made or written to"):
+        list(convert(str(file), tmp_path / "b"))
 
 
 def test_files_of_a_killed_conversion_are_replaced(tmp_path, write_lines, monkeypatch):
@@ -146,7 +171,7 @@ def test_processes_give_the_same_files(tmp_path, write_lines):
 def test_a_broken_file_leaves_no_half_a_parquet(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-20])
     with pytest.raises(InputError, match=r"a\.jsonl\.gz: broken gzip"):
-        list(convert(str(tmp_path), tmp_path / "out"))
+        list(convert(str(tmp_path / "a.jsonl.gz"), tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
 
 

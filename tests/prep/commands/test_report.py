@@ -133,3 +133,24 @@ def test_one_process_writes_a_report_at_a_time(finished, tmp_path):
     ):
         write_report(tmp_path / "out", to=to)
     assert list(to.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_file_that_is_no_report_is_kept(finished, tmp_path, name):
+    to = tmp_path / "to"
+    for _ in range(2):  # what a report wrote is replaced
+        write_report(tmp_path / "out", to=to)
+    (to / name).write_text('{"mine": 1}')
+    before = {path: path.read_bytes() for path in to.iterdir()}
+    with pytest.raises(UserError) as caught:
+        write_report(tmp_path / "out", to=to)
+    assert str(caught.value) == (
+        f"{to / name}: exists, and was not written by this command; move it away, or name another with `--to FOLDER`"
+    )
+    assert {path: path.read_bytes() for path in to.iterdir()} == before
+
+
+def test_a_report_is_not_written_among_the_files_of_a_data_set(finished, tmp_path):
+    with pytest.raises(UserError, match=r"would be in .*/out, which is a data set; name another with `--to FOLDER`"):
+        write_report(tmp_path / "out", to=tmp_path / "out" / "train" / "report")
+    assert not (tmp_path / "out" / "train" / "report").exists()
