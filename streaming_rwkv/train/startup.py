@@ -187,7 +187,7 @@ def _ended_by_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def check_threads(count: int = 8) -> None:
