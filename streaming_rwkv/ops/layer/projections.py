@@ -134,8 +134,10 @@ class _MixedProjections(torch.autograd.Function):
             dresidual,
             dmixed_there,
             dafter,
-            ctx.has_branch,
+            ctx.has_branch and residual.dtype != ctx.dtype,
         )
+        if residual.dtype == ctx.dtype:
+            dbranch = dx  # the gradients of a sum
         dweights = [
             None if dproduct is None else weight_gradient(w, mixed[owner], dproduct)
             for owner, w, dproduct in zip(ctx.owners, weights, dproducts, strict=True)
