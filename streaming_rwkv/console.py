@@ -236,6 +236,7 @@ def log_to_terminal(level: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    logging.getLogger("botocore").setLevel(max(level, logging.WARNING))  # it would tell where it found credentials
 
 
 def print_rich(content: Table | str) -> None:
