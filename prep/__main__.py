@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
-from streaming_rwkv.arguments import CommandParser, add_version, parse_with_overrides
+from streaming_rwkv.arguments import CommandParser, add_version, at_least, parse_with_overrides
 from streaming_rwkv.extras import BASE, exit_if_missing
 from streaming_rwkv.processes import usable_cores
 
@@ -37,17 +36,6 @@ def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> i
 
     log_to_terminal(logging.INFO)
     return run_command(lambda: _run(options), interrupted="interrupted; run the same command again to resume")
-
-
-def _at_least(least: int, *, most: int = 2**63 - 1) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not re.fullmatch(r"\d{1,19}", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"found {text[:80]!r}, expected a whole number, at least {least} and at most {most:,}"
-            )
-        return int(text)
-
-    return number
 
 
 def _byte_count(text: str) -> int:
@@ -186,14 +174,14 @@ def _add_inspect(commands: _Commands) -> None:
     inspect.add_argument("--split", default="train", choices=["train", "validation"], help="the split to show")
     inspect.add_argument("--source", help="show only this source")
     inspect.add_argument("--bucket", help="show only this bucket, e.g. 1-256")
-    inspect.add_argument("--seed", type=_at_least(0), default=0, help="choose other documents at random (default: 0)")
+    inspect.add_argument("--seed", type=at_least(0), default=0, help="choose other documents at random (default: 0)")
     inspect.add_argument("--in-order", action="store_true", help="show documents as they are stored, not at random")
     inspect.add_argument("--grep", metavar="TEXT", help="search all documents for a text, in upper or lower case")
     inspect.add_argument("--ids", action="store_true", help="show the token ids, too")
     inspect.add_argument(
-        "--skip", type=_at_least(0), default=0, help="the number of pieces to skip (default: 0); in the stored order"
+        "--skip", type=at_least(0), default=0, help="the number of pieces to skip (default: 0); in the stored order"
     )
-    inspect.add_argument("--count", type=_at_least(0), default=10, help="the number of pieces to show (default: 10)")
+    inspect.add_argument("--count", type=at_least(0), default=10, help="the number of pieces to show (default: 10)")
 
 
 def _add_convert(commands: _Commands) -> None:
@@ -210,7 +198,7 @@ def _add_convert(commands: _Commands) -> None:
     convert.add_argument("--text", default="text", help="the key that holds the text")
     convert.add_argument(
         "--workers",
-        type=_at_least(1, most=1024),
+        type=at_least(1, most=1024),
         default=usable_cores(),
         help="the number of processes; by default one per core",
     )

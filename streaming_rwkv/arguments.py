@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from streaming_rwkv.console import end_in_one_line
@@ -78,6 +78,19 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
     )
+
+
+def at_least(least: int, *, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return a `type` of an argument that is a whole number in this range."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"\d{1,19}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"found {text[:80]!r}, expected a whole number, at least {least} and at most {most:,}"
+            )
+        return int(text)
+
+    return number
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

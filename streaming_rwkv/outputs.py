@@ -9,8 +9,10 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.location import expand_user, is_remote
 from streaming_rwkv.shards import MANIFEST_NAME, TOKENIZER_FOLDER
 
-RUN_CHECKPOINTS = "checkpoints"
-CHECKPOINT_MARK = "complete.json"
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, below its save folder and in object storage."""
+MARK_NAME = "complete.json"
+"""The completion mark of a checkpoint."""
 
 
 def check_outside(place: str | Path, *, what: str, remedy: str) -> None:
@@ -31,7 +33,7 @@ def check_outside(place: str | Path, *, what: str, remedy: str) -> None:
 
 
 def _kind(folder: Path) -> str | None:
-    if os.path.exists(folder / CHECKPOINT_MARK):
+    if os.path.exists(folder / MARK_NAME):
         return "a checkpoint"
     # The cache of shards has a manifest, too.
     is_data_set = os.path.exists(folder / MANIFEST_NAME) and os.path.isdir(folder / TOKENIZER_FOLDER)

@@ -32,7 +32,7 @@ from streaming_rwkv.filesystem import (
 from streaming_rwkv.limits import limit_of
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.mds import check_index
-from streaming_rwkv.outputs import RUN_CHECKPOINTS, check_outside
+from streaming_rwkv.outputs import CHECKPOINTS, check_outside
 from streaming_rwkv.shards import (
     INDEX_NAME,
     LARGEST_FILE_BYTES,
@@ -148,7 +148,7 @@ def check_cache(cache: str | Path, *, names: SettingNames = RUN_SETTINGS) -> Non
     """
     remedy = f"give another `{names.cache}`"
     check_outside(cache, what="data cache", remedy=remedy)
-    if (Path(cache) / RUN_CHECKPOINTS).exists():
+    if (Path(cache) / CHECKPOINTS).exists():
         raise UserError(f"{cache}: is a run's save folder, expected a folder for the data cache alone; {remedy}")
 
 

@@ -31,8 +31,9 @@ from streaming_rwkv.inference.export import (
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.model.marked_files import CheckpointError, unreadable
 from streaming_rwkv.model.sharded import ShardedWeights
+from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, step_name
+from streaming_rwkv.train.checkpoints.record import step_name
 from streaming_rwkv.train.checkpoints.restore import local_run
 
 Scheme = Literal["equal", "linear", "1-sqrt"]

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from streaming_rwkv.arguments import CommandParser
+from streaming_rwkv.arguments import CommandParser, at_least
 from streaming_rwkv.console import log_to_terminal, run_command
 from streaming_rwkv.distributed import forget_launcher
 from streaming_rwkv.extras import TRAIN, exit_if_missing
@@ -80,12 +80,14 @@ def evaluate_parser(program: str) -> CommandParser:
     tasks = parser.add_argument_group("standard tasks, instead of or beside a data set (extra: tasks)")
     tasks.add_argument("--tasks", metavar="NAMES", help="names of lm-evaluation-harness, such as lambada_openai,piqa")
     tasks.add_argument("--task-folder", metavar="DIR", help="folder with task YAMLs of your own")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    tasks.add_argument("--shots", type=int, metavar="N", help="examples before each question (default: the task's)")
+    tasks.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N documents of each task")
+    tasks.add_argument(
+        "--shots", type=at_least(0), metavar="N", help="examples before each question (default: the task's)"
+    )
     tasks.add_argument("--tokenizer", help="for tasks; default: the tokenizer stored with the checkpoint")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="the split to evaluate")
     parser.add_argument(
-        "--packs-per-stream", type=int, metavar="N", help="evaluate only the first N packs of each stream"
+        "--packs-per-stream", type=at_least(1), metavar="N", help="evaluate only the first N packs of each stream"
     )
     parser.add_argument("--cache", help="folder for downloaded and decompressed shards (default: a temporary one)")
     parser.add_argument("--device", help=_DEVICE)
@@ -97,10 +99,6 @@ def evaluate(arguments: Sequence[str] | None = None, *, program: str = "python -
     """Run the command that measures a checkpoint, and return its exit status."""
     parser = evaluate_parser(program)
     options = parser.parse_args(arguments)
-    for name, least in (("packs-per-stream", 1), ("limit", 1), ("shots", 0)):
-        number = getattr(options, name.replace("-", "_"))
-        if number is not None and number < least:
-            parser.error(f"--{name}: found {number}, expected {least} or more")
     if options.data is None and options.tasks is None:
         parser.error("give a data set, or --tasks")
     for_tasks = [name for name in ("task_folder", "limit", "shots", "tokenizer") if getattr(options, name) is not None]
@@ -182,7 +180,7 @@ def average_parser(program: str) -> CommandParser:
     )
     parser.add_argument("run", help="a training run's save folder, or its save_remote on s3://")
     parser.add_argument("out", help=_OUT)
-    parser.add_argument("--last", type=int, default=8, metavar="N", help="number of checkpoints")
+    parser.add_argument("--last", type=at_least(1), default=8, metavar="N", help="number of checkpoints")
     parser.add_argument(
         "--weights", choices=SCHEMES, default="equal",
         help="equal: as a linear decay of the learning rate; 1-sqrt: as a decay by 1 - √(progress), the oldest weighs "
@@ -197,8 +195,6 @@ def average(arguments: Sequence[str] | None = None, *, program: str = "python -m
     """Run the command that averages checkpoints, and return its exit status."""
     parser = average_parser(program)
     options = parser.parse_intermixed_args(arguments)
-    if options.last < 1:
-        parser.error(f"--last: found {options.last}, expected 1 or more")
 
     def run() -> int:
         checked_local(options.out, remedy="give a local path, and copy the export from there")

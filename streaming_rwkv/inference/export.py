@@ -24,13 +24,11 @@ from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.gguf import write_gguf
-from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.state import infer_config
 from streaming_rwkv.model.weights import WEIGHTS_NAME, Layout, is_of_rwkv7, read_state, write_huggingface, write_pth
-from streaming_rwkv.outputs import check_outside
+from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME, check_outside
 from streaming_rwkv.shards import MANIFEST_NAME
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.version import PROGRAM
 
@@ -103,8 +101,9 @@ def write_export(
         try:
             _write(state, out, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
         except BaseException:
-            for file in visible_files(out) if was_empty else ():  # a half export would be in the way of the next
-                file.unlink()
+            if was_empty:
+                for file in visible_files(out):  # a half export would be in the way of the next
+                    file.unlink()
             raise
 
 

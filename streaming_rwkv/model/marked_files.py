@@ -17,12 +17,11 @@ from pydantic import ConfigDict, Field, field_validator
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.filesystem import is_plain_name, read_regular_file
 from streaming_rwkv.location import is_remote
-from streaming_rwkv.outputs import CHECKPOINT_MARK
+from streaming_rwkv.outputs import MARK_NAME
 from streaming_rwkv.shards import sha256_of_file
 
 FORMAT = "streaming-rwkv-checkpoint/2"
 FORMATS = ("streaming-rwkv-checkpoint/1", FORMAT)
-MARK_NAME = CHECKPOINT_MARK
 LARGEST_MARK_BYTES = 1 << 26
 LARGEST_COUNT = 1 << 62
 _COPY_AGAIN = "copy the checkpoint again from its source, or use another"

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.torch_version import TorchVersion
 
 from streaming_rwkv.filesystem import is_plain_name
-from streaming_rwkv.model.marked_files import MARK_NAME, check_files, read_files
+from streaming_rwkv.model.marked_files import check_files, read_files
+from streaming_rwkv.outputs import MARK_NAME
 
 INDEX_NAME = ".metadata"
 

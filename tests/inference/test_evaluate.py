@@ -178,3 +178,24 @@ def test_a_cache_in_a_run_and_one_that_is_used_again_are_no_fault(data: Path, ch
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for _ in range(2):
         assert main([str(checkpoint), str(data), "--cache", str(tmp_path / "run" / "cache")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["data", "--packs-per-stream", "0"],
+            "argument --packs-per-stream: found '0', expected a whole number, at least 1",
+        ),
+        (["--tasks", "piqa", "--limit", "-3"], "argument --limit: found '-3', expected a whole number, at least 1"),
+        (["--tasks", "piqa", "--shots", "-1"], "argument --shots: found '-1', expected a whole number, at least 0"),
+        (["data", "--limit", "3"], "--limit is for tasks; name them with --tasks"),
+        ([], "give a data set, or --tasks"),
+    ],
+)
+def test_evaluate_refuses_arguments_that_say_nothing(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["model.pth", *arguments])
+    assert error in capsys.readouterr().err

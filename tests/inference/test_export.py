@@ -18,13 +18,12 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.filesystem import sole_writer
 from streaming_rwkv.inference import command_line
 from streaming_rwkv.inference.export import export, how_to_load, model_card
-from streaming_rwkv.model.marked_files import MARK_NAME
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
 from streaming_rwkv.model.weights import Layout, write_pth
+from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME
 from streaming_rwkv.shards import MANIFEST_NAME
 from streaming_rwkv.tokenizer import load_tokenizer
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS
 
 TEXTS = [
     "",

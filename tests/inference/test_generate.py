@@ -293,21 +293,3 @@ def test_an_impossible_argument_is_one_line(
 def test_fewer_than_no_tokens_are_refused() -> None:
     with pytest.raises(GenerationError, match="max_tokens -3: expected a whole number, at least 0"):
         next(sampling.generate_tokens(model_of(50), [1], max_tokens=-3))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["data", "--packs-per-stream", "0"], "--packs-per-stream: found 0, expected 1 or more"),
-        (["--tasks", "piqa", "--limit", "-3"], "--limit: found -3, expected 1 or more"),
-        (["--tasks", "piqa", "--shots", "-1"], "--shots: found -1, expected 0 or more"),
-        (["data", "--limit", "3"], "--limit is for tasks; name them with --tasks"),
-        ([], "give a data set, or --tasks"),
-    ],
-)
-def test_evaluate_refuses_arguments_that_say_nothing(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        command_line.evaluate(["model.pth", *arguments])
-    assert error in capsys.readouterr().err

@@ -13,9 +13,9 @@ import yaml
 from streaming_rwkv.distributed import all_gather_object, barrier, is_local_rank_zero, run_on_rank_zero
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.model.marked_files import CheckpointError
+from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints, find_problem
 from streaming_rwkv.train.checkpoints.record import (
-    CHECKPOINTS,
     Checkpoint,
     CompletionMark,
     read_mark,

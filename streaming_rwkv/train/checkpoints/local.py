@@ -43,9 +43,10 @@ from streaming_rwkv.distributed import (
     world_size,
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
-from streaming_rwkv.model.marked_files import MARK_NAME, CheckpointError, MarkedFile, find_file_problem, unreadable
+from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile, find_file_problem, unreadable
 from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
 from streaming_rwkv.model.sharding import release_weights
+from streaming_rwkv.outputs import MARK_NAME
 from streaming_rwkv.shards import sha256_of_file
 from streaming_rwkv.train.checkpoints.record import (
     Checkpoint,

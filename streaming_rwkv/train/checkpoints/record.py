@@ -19,18 +19,15 @@ from streaming_rwkv.config import Config
 from streaming_rwkv.model.marked_files import (
     FORMAT,
     LARGEST_COUNT,
-    MARK_NAME,
     CheckpointError,
     MarkedFile,
     MarkedFiles,
     parse_as,
     read_mark_bytes,
 )
-from streaming_rwkv.outputs import RUN_CHECKPOINTS
+from streaming_rwkv.outputs import MARK_NAME
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 
-CHECKPOINTS = RUN_CHECKPOINTS
-"""The folder of a run's checkpoints, below its save folder and in object storage."""
 LOGS = (
     "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip

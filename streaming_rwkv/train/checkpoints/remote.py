@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from streaming_rwkv.model.marked_files import LARGEST_MARK_BYTES, MARK_NAME, CheckpointError
+from streaming_rwkv.model.marked_files import LARGEST_MARK_BYTES, CheckpointError
+from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME
 from streaming_rwkv.storage import Store
 from streaming_rwkv.train.checkpoints.record import (
-    CHECKPOINTS,
     CompletionMark,
     check_step,
     parse_mark,

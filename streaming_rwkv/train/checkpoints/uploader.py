@@ -31,10 +31,11 @@ from typing import Literal
 from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import all_gather_object, broadcast_object, is_rank_zero, rank, run_on_rank_zero
 from streaming_rwkv.filesystem import is_temporary, read_regular_file
-from streaming_rwkv.model.marked_files import MARK_NAME, read_mark_bytes
+from streaming_rwkv.model.marked_files import read_mark_bytes
+from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME
 from streaming_rwkv.storage import ObjectMissing, Store
 from streaming_rwkv.train.checkpoints.local import wrote
-from streaming_rwkv.train.checkpoints.record import CHECKPOINTS, LARGEST_LOG_BYTES, LOGS, read_mark
+from streaming_rwkv.train.checkpoints.record import LARGEST_LOG_BYTES, LOGS, read_mark
 from streaming_rwkv.train.checkpoints.remote import UPLOADING, RemoteCheckpoints
 from streaming_rwkv.train.checkpoints.selection import prune
 
