@@ -4,7 +4,8 @@
     Stream._prepare_shard_part            shards are compared with their hashes in the cache too; Streaming would keep
                                           and use a file that was damaged there. Its S3 client has no deadline.
     StreamingDataset.prepare_shard        a shard that failed becomes 'remote' again; Streaming leaves it 'preparing',
-                                          and other workers wait for it indefinitely. Room in the cache is made before
+                                          and other workers wait for it indefinitely: none of its code for that is
+                                          called, since the state may change before it looks again. Room in the cache is made before
                                           and after a shard is fetched; Streaming makes it before only, so that
                                           processes that fetch at the same time exceed the limit together.
     StreamingDataset.get_item             a shard that was in the cache before this run is verified first.
@@ -42,7 +43,7 @@ import streaming
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN, TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.shared import SharedArray, SharedMemory, array, prefix
@@ -278,18 +279,25 @@ class VerifiedDataset(StreamingDataset):
         return bool(self._shard_states[shard] == _ShardState.LOCAL)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and verify a shard; after a failure its state is 'remote', so that no process waits for it."""
+        """Fetch and verify a shard, or wait for the process that fetches it; after a failure its state is 'remote'."""
         with FileLock(self._cache_filelock_path):
-            remote = self._shard_states[shard_id] == _ShardState.REMOTE
-            if remote:
-                self._shard_states[shard_id] = _ShardState.PREPARING
+            state = self._shard_states[shard_id]
+            ours = state == _ShardState.REMOTE or (state == _ShardState.LOCAL and not self._raw_file(shard_id).exists())
+            if ours:
+                self._shard_states[shard_id] = _ShardState.REMOTE  # also if making room fails
                 self._make_room(self.shards[shard_id].get_max_size())
-        if remote:
+                self._shard_states[shard_id] = _ShardState.PREPARING
+            self._shard_access_times[shard_id] = time.time_ns()
+        if ours:
             self._fetch(shard_id)
-        else:
-            super().prepare_shard(shard_id, blocking)
+        while blocking and self._shard_states[shard_id] == _ShardState.PREPARING:
+            time.sleep(TICK)
         if self._shard_states[shard_id] == _ShardState.LOCAL and not self._verified[shard_id]:
             self._verify(shard_id)
+
+    def _raw_file(self, shard: int) -> Path:
+        stream = self.streams[self.stream_per_shard[shard]]
+        return Path(stream.local, stream.split, self.shards[shard].raw_data.basename)
 
     def _fetch(self, shard: int) -> None:
         """Put a shard into the cache that this process has marked as 'preparing'."""

@@ -89,6 +89,33 @@ def test_prepare_shard_leaves_a_shard_that_failed_to_other_processes(opened):
     assert dataset._shard_states[0] == streaming_compat._ShardState.REMOTE
 
 
+def test_a_shard_that_fails_elsewhere_while_this_process_looks_is_left_to_others(opened, monkeypatch):
+    """Between two looks at the state, the process that was fetching the shard may have failed."""
+    dataset, shard_set = opened
+    for shard in Path(shard_set.location).rglob("*.zstd"):
+        shard.unlink()
+    dataset._shard_states[0] = streaming_compat._ShardState.PREPARING
+
+    class OtherFails(streaming_compat.FileLock):
+        def release(self, force=False):
+            dataset._shard_states[0] = streaming_compat._ShardState.REMOTE
+            super().release(force)
+
+    monkeypatch.setattr(streaming_compat, "FileLock", OtherFails)
+    dataset.prepare_shard(0, blocking=False)
+    assert dataset._shard_states[0] == streaming_compat._ShardState.REMOTE
+
+
+def test_a_shard_that_vanished_from_the_cache_and_its_source_is_left_to_others(opened):
+    dataset, shard_set = opened
+    dataset.prepare_shard(0)
+    for path in [*Path(shard_set.location).rglob("*.zstd"), *cached(shard_set)]:
+        path.unlink()
+    with pytest.raises(DataError):
+        dataset.prepare_shard(0)
+    assert dataset._shard_states[0] == streaming_compat._ShardState.REMOTE
+
+
 def test_shards_that_are_fetched_at_the_same_time_keep_to_the_limit(tmp_path, write_data_set, monkeypatch):
     data = write_data_set(tmp_path / "data", {("web", 1, 16): 240}, validation={})
     shard_set = open_shard_set(data, cache=tmp_path / "cache", splits=("train",), timeout_seconds=20, fetch=True)
