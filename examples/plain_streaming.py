@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from streaming import StreamingDataset
 
-from streaming_rwkv import UserError, load_tokenizer, read_manifest
+from streaming_rwkv import UserError, read_manifest
+from streaming_rwkv.tokenizer import load_tokenizer_of
 
 
 def read_documents(data: Path, *, source: str, split: str = "train") -> Iterator[str]:
@@ -27,12 +28,12 @@ def read_documents(data: Path, *, source: str, split: str = "train") -> Iterator
     Raises:
         UserError: no such data set, or no such source in it.
     """
-    records = read_manifest(data).streams
-    wanted = [stream for stream in records if (stream.source, stream.split) == (source, split)]
+    manifest = read_manifest(data)
+    wanted = [stream for stream in manifest.streams if (stream.source, stream.split) == (source, split)]
     if not wanted:
-        sources = sorted({stream.source for stream in records if stream.split == split})
+        sources = sorted({stream.source for stream in manifest.streams if stream.split == split})
         raise UserError(f"{data}: has no {split} packs of the source {source!r}; there are {', '.join(sources)}")
-    tokenizer = load_tokenizer(data / "tokenizer")
+    tokenizer = load_tokenizer_of(manifest, data / "tokenizer")
     for stream in wanted:
         with TemporaryDirectory() as cache:
             packs = StreamingDataset(remote=str(data / stream.path), local=cache, batch_size=1, shuffle=False)

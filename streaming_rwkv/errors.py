@@ -1,4 +1,7 @@
-"""The base of errors that a user can fix; nothing else is imported, so that every module may use it."""
+"""The base of errors that a user can fix; nothing else of ours is imported, so that every module may use it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -11,3 +14,18 @@ class UserError(ValueError):
 def is_panic(error: BaseException) -> bool:
     """Return True for a panic of a Rust library, which `except Exception` does not catch."""
     return type(error).__name__ == "PanicException"
+
+
+class LibraryPanic(RuntimeError):
+    """A panic of a Rust library, with its text."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise a panic in the block as an error that `except Exception` catches."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise LibraryPanic(str(error)) from error

@@ -42,8 +42,8 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "WorldTokenizer",
-    "check_tokenizer",
     "load_tokenizer",
+    "load_tokenizer_of",
 ]
 
 # The files that `Tokenizer.save` writes, by kind, for readers that cannot list a folder.
@@ -92,19 +92,24 @@ def load_tokenizer(
     return _load_from_hub(name, bos_token=bos_token, eos_token=eos_token)
 
 
-def check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, *, where: str) -> None:
-    """Compare the tokenizer of a data set, at `where`, with the one that made its tokens.
+def load_tokenizer_of(manifest: Manifest, folder: Path, *, where: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a data set, and compare it with the one that made the tokens.
 
+    Args:
+        where: the place that errors name, if `folder` is a copy.
     Raises:
+        TokenizerError: see `load_tokenizer`.
         DataError: a field of its record differs from the manifest's.
     """
+    tokenizer = load_tokenizer(folder)
     found, expected = tokenizer.record().model_dump(), manifest.tokenizer.model_dump()
     for field, value in expected.items():
         if found[field] != value:
             raise DataError(
-                f"{where}: {field} is {found[field]!r}, that of the tokenizer that made the tokens is {value!r}; "
-                f"restore it, or rebuild with `{PROGRAM} prepare`"
+                f"{where or folder}: {field} is {found[field]!r}, that of the tokenizer that made the tokens is "
+                f"{value!r}; restore it, or rebuild with `{PROGRAM} prepare`"
             )
+    return tokenizer
 
 
 def _load_folder(folder: Path, *, bos_token: str | None, eos_token: str | None) -> Tokenizer:

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,28 @@ def test_a_text_that_a_library_cannot_encode_is_an_error_of_the_text(tmp_path):
     tokenizer = load_tokenizer(save(made, tmp_path, eos_token="[SEP]"))
     with pytest.raises(TextError, match=r"a text cannot be encoded: .*\[UNK\]"):
         tokenizer.encode_batch(["b"])
+
+
+@pytest.mark.parametrize("text", ["", "b", "one two"])
+def test_a_panic_while_a_text_is_encoded_is_an_error_of_the_text(tmp_path, text):
+    made = byte_level()
+    made.normalizer = normalizers.Replace("", "aa")  # tokenizers slices outside of the text
+    tokenizer = load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_reference([text])):
+        with suppress(TextError):  # nothing else is raised, of whatever base
+            encode(text)
+
+
+def test_a_limit_that_is_reached_while_a_text_is_encoded_is_not_the_texts_fault(tmp_path):
+    tokenizer = load_tokenizer(save(byte_level(), tmp_path, eos_token="<|endoftext|>"))
+
+    class Reference:
+        def encode_batch_fast(self, texts, *, add_special_tokens):
+            raise MemoryError
+
+    tokenizer._reference = Reference()
+    with pytest.raises(MemoryError):
+        tokenizer.encode("one")
 
 
 def test_a_tokenizer_that_no_library_can_make_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from streaming_rwkv.shards import (
     sha256_of_file,
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
-from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer_of
 from streaming_rwkv.version import PROGRAM
 
 _FETCHED_AHEAD = 8
@@ -90,7 +90,7 @@ class LocalDataSet:
         return read_manifest(self.location)
 
     def tokenizer(self, manifest: Manifest) -> Tokenizer:
-        return load_tokenizer(Path(self.location) / TOKENIZER_FOLDER)
+        return load_tokenizer_of(manifest, Path(self.location) / TOKENIZER_FOLDER)
 
     def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
         for name, sha256 in wanted:
@@ -140,7 +140,7 @@ class RemoteDataSet:
         folder.mkdir(exist_ok=True)
         for name in SAVED_FILES[manifest.tokenizer.kind]:
             self.store.get_file(f"{TOKENIZER_FOLDER}/{name}", folder / name, most=LARGEST_FILE_BYTES)
-        return load_tokenizer(folder)
+        return load_tokenizer_of(manifest, folder, where=self.store.url(TOKENIZER_FOLDER))
 
     def files(self, wanted: Iterable[tuple[str, str | None]]) -> Iterator[Path]:
         """Yield the files, fetching some of them ahead."""

@@ -24,6 +24,7 @@ from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
 from streaming_rwkv.config import UserError
 from streaming_rwkv.location import checked_local, is_remote
+from streaming_rwkv.remote_outputs import check_outside_in_store
 from streaming_rwkv.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -127,13 +128,14 @@ def check_free(store: Store) -> None:
     """Check before the work that a data set can be written to a store, and abort uploads that a killed run left.
 
     Raises:
-        WorkError: the store holds other objects.
+        UserError: the store holds other objects, or is in another data set or a checkpoint.
         StorageError: there is no such bucket, writing is not allowed, or the server fails.
     """
     if unexpected := unexpected_objects(store):
         raise WorkError(
             f"{store.location}: holds other objects ({', '.join(unexpected[:3])}); choose a location without objects"
         )
+    check_outside_in_store(store, what="data set", remedy="choose a location of its own")
     store.check_writable()
     if aborted := store.abort_unfinished():
         logger.info("%s: aborted %d unfinished uploads of an earlier run", store.location, aborted)

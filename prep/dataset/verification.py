@@ -18,7 +18,7 @@ from streaming_rwkv.shards import (
     read_manifest,
     read_small_file,
 )
-from streaming_rwkv.tokenizer import check_tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import load_tokenizer_of
 
 
 def verify(out: str | Path) -> Manifest:
@@ -35,7 +35,7 @@ def verify(out: str | Path) -> Manifest:
     """
     with open_data_set(out) as data_set:
         manifest = data_set.manifest()
-        check_tokenizer(data_set.tokenizer(manifest), manifest, where=f"{data_set.location}/{TOKENIZER_FOLDER}")
+        data_set.tokenizer(manifest)  # raises if it is another
         for stream in manifest.streams:
             _verify_stream(data_set, stream, manifest)
     return manifest
@@ -49,7 +49,7 @@ def verify_hashes(out: str | Path, *, observer: Observer) -> Manifest:
     """
     out = Path(out)
     manifest = read_manifest(out)
-    check_tokenizer(load_tokenizer(out / TOKENIZER_FOLDER), manifest, where=str(out / TOKENIZER_FOLDER))
+    load_tokenizer_of(manifest, out / TOKENIZER_FOLDER)  # raises if it is another
     for stream in manifest.streams:
         check_file(out / stream.path / INDEX_NAME, stream.index_sha256)
     shards = [(stream, shard) for stream in manifest.streams for shard in stream.shards]

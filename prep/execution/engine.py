@@ -23,7 +23,7 @@ from prep.execution.context import BuildContext
 from prep.execution.tasks import Run, Task
 from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.errors import is_panic
+from streaming_rwkv.errors import panics_as_errors
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.limits import LIMIT_ERRORS
 from streaming_rwkv.processes import die_with_parent
@@ -54,13 +54,8 @@ def start(context: BuildContext, *, on_report: Callable[[Any], None], fork: bool
 
 
 def _do(task: Task, context: BuildContext, item: Any, on_report: Callable[[Any], None]) -> Any:
-    """Do a task; a panic of a Rust library is raised as an error that `except Exception` catches."""
-    try:
+    with panics_as_errors():
         return task(context, item, on_report)
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise RuntimeError(str(error)) from error
 
 
 # --- processes ---

@@ -46,7 +46,7 @@ from streaming_rwkv.shards import (
     sha256_of_file,
 )
 from streaming_rwkv.storage import ObjectMissing, Store, open_store
-from streaming_rwkv.tokenizer import SAVED_FILES, check_tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import SAVED_FILES, Tokenizer, load_tokenizer_of
 from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
@@ -200,8 +200,8 @@ def _sizes(location: str, folder: str) -> dict[str, int]:
         raise DataError(f"{location}/{folder}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
-    """Copy the data set's tokenizer to a run, so that its checkpoints can be used without the data set.
+def copy_tokenizer(shard_set: ShardSet, folder: Path) -> Tokenizer:
+    """Copy the data set's tokenizer to a run, so that its checkpoints can be used without the data set; return it.
 
     Raises:
         DataError: the stored tokenizer is not the one that the manifest names.
@@ -209,7 +209,7 @@ def copy_tokenizer(shard_set: ShardSet, folder: Path) -> None:
     source = f"{shard_set.location}/{TOKENIZER_FOLDER}"
     for name in SAVED_FILES[shard_set.manifest.tokenizer.kind]:
         _fetch(shard_set.location, shard_set.store, f"{TOKENIZER_FOLDER}/{name}", to=folder.parent, timeout_seconds=60)
-    check_tokenizer(load_tokenizer(folder), shard_set.manifest, where=source)
+    return load_tokenizer_of(shard_set.manifest, folder, where=source)
 
 
 def _fetch(

@@ -4,8 +4,8 @@
     Stream._prepare_shard_part            shards are compared with their hashes in the cache too; Streaming would keep
                                           and use a file that was damaged there. Its S3 client has no deadline.
     StreamingDataset.prepare_shard        a shard that failed becomes 'remote' again; Streaming leaves it 'preparing',
-                                          and other workers wait for it indefinitely: none of its code for that is
-                                          called, since the state may change before it looks again. Room in the cache is made before
+                                          and other workers wait for it indefinitely. None of its method is called:
+                                          the state may change before it looks again. Room in the cache is made before
                                           and after a shard is fetched; Streaming makes it before only, so that
                                           processes that fetch at the same time exceed the limit together.
     StreamingDataset.get_item             a shard that was in the cache before this run is verified first.

@@ -23,7 +23,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
@@ -143,6 +143,12 @@ class Store:
 
     def url(self, name: str = "") -> str:
         return f"s3://{self.bucket}/{self._key(name)}"
+
+    def with_parents(self) -> Iterator[Store]:
+        """Yield this store, then that of each prefix above it, up to its whole bucket."""
+        parts = self.prefix.split("/") if self.prefix else []
+        for length in range(len(parts), -1, -1):
+            yield replace(self, prefix="/".join(parts[:length]))
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return the size in bytes, by name, of all objects whose names begin with `prefix`, sorted."""

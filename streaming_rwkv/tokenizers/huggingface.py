@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from streaming_rwkv.errors import is_panic
+from streaming_rwkv.errors import LibraryPanic, panics_as_errors
 from streaming_rwkv.filesystem import write_atomically
+from streaming_rwkv.limits import limit_of
 from streaming_rwkv.tokenizers.base import (
     TextError,
     TokenBatch,
@@ -92,10 +94,9 @@ class HuggingFaceTokenizer(Tokenizer):
         import fastokens
 
         try:
-            return fastokens.Tokenizer.from_json_str(self._content.decode())
-        except BaseException as error:
-            if not isinstance(error, ValueError) and not is_panic(error):
-                raise
+            with panics_as_errors():
+                return fastokens.Tokenizer.from_json_str(self._content.decode())
+        except (ValueError, LibraryPanic) as error:
             logger.warning(
                 "tokenizer %s: fastokens does not support it (%s); using Hugging Face's own, some twenty times slower",
                 self.name,
@@ -108,10 +109,9 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            reference = tokenizers.Tokenizer.from_str(self._content.decode())
-        except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
+            with panics_as_errors():
+                reference = tokenizers.Tokenizer.from_str(self._content.decode())
+        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
             raise TokenizerError(
                 f"{self._where}: Hugging Face tokenizers {tokenizers.__version__} cannot read it ({first_line(error)})"
             ) from None
@@ -140,11 +140,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
         if self._fast_is_wrong or self._fast is None:
             return TokenBatch.of(self.encode_reference(texts))
-        self._check_bytes(texts)
-        try:
+        with self._text_errors():
+            self._check_bytes(texts)
             ids, offsets = self._fast.encode_batch_flat(list(texts), False, True)
-        except ValueError as error:
-            raise self._no_ids(first_line(error)) from None
         return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
     def encode(self, text: str) -> NDArray[np.uint32]:
@@ -153,11 +151,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         reference = self._reference
-        self._check_bytes(texts)
-        try:
+        with self._text_errors():
+            self._check_bytes(texts)
             encodings = reference.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
-            raise self._no_ids(first_line(error)) from None
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _check_bytes(self, texts: Sequence[str]) -> None:
@@ -169,6 +165,19 @@ class HuggingFaceTokenizer(Tokenizer):
             text = normalizer.normalize_str(text) if normalizer is not None else text
             if lacking := self._missing_bytes.intersection(text.encode()):
                 raise self._no_ids(f"byte 0x{min(lacking):02x} has no token")
+
+    @contextmanager
+    def _text_errors(self) -> Iterator[None]:
+        """Raise what a library raises for a text as TextError; a limit that it reaches is not the text's fault."""
+        try:
+            with panics_as_errors():
+                yield
+        except TextError:
+            raise
+        except Exception as error:
+            if limit_of(error) is not None:
+                raise
+            raise self._no_ids(first_line(error)) from None
 
     def _no_ids(self, reason: str) -> TextError:
         return TextError(f"tokenizer {self.name}: a text cannot be encoded: {reason}; choose another tokenizer", reason)
@@ -208,9 +217,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
         if self._byte_level:
             return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
-        text: str = self._reference.decode(
-            [int(index) for index in ids if index not in (self.bos_id, self.eos_id)], skip_special_tokens=False
-        )
+        with_text = [int(index) for index in ids if index not in (self.bos_id, self.eos_id)]
+        try:
+            with panics_as_errors():
+                text: str = self._reference.decode(with_text, skip_special_tokens=False)
+        except LibraryPanic as error:
+            raise TokenizerError(
+                f"tokenizer {self.name}: its decoder fails ({first_line(error)}); choose another tokenizer"
+            ) from None
         return text
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

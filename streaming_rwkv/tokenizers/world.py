@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming_rwkv.errors import is_panic
+from streaming_rwkv.errors import panics_as_errors
 from streaming_rwkv.filesystem import write_atomically
 from streaming_rwkv.shards import offsets_of
 from streaming_rwkv.tokenizers.base import (
@@ -108,10 +108,9 @@ class WorldTokenizer(Tokenizer):
 
         self._text_bytes  # noqa: B018  # checks the file, since the Rust constructor panics on a malformed one
         try:
-            return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
-        except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
+            with panics_as_errors():
+                return pyrwkv_tokenizer.WorldTokenizer(str(self._vocabulary))
+        except Exception as error:  # noqa: BLE001  # the binding raises nothing narrower
             raise TokenizerError(
                 f"{self._vocabulary}: pyrwkv_tokenizer cannot read it ({first_line(error)}); write tokens as in "
                 "BlinkDL's file: 'text' for text, b'\\x..' for bytes that are not text"

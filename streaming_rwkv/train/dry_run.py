@@ -15,9 +15,10 @@ from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.loader import data_spec
 from streaming_rwkv.data.shard_set import copy_tokenizer
 from streaming_rwkv.filesystem import make_folder
+from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
-from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.tokenizer import Tokenizer
 from streaming_rwkv.train.callbacks.tasks import load_tasks
 from streaming_rwkv.train.checkpoints.branch import branch_mark
 from streaming_rwkv.train.checkpoints.local import newest_checkpoint
@@ -40,7 +41,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     check_device(config.device)
     load_tasks(config.evaluation)
     make_folder(Path(config.save_folder), what="save folder", remedy="give this run another `save_folder`")
-    root = Path(config.save_folder) / "checkpoints"
+    root = Path(config.save_folder) / CHECKPOINTS
     store = open_store(config.save_remote) if config.save_remote is not None else None
     with contextlib.closing(store) if store else contextlib.nullcontext():
         mark = newest_mark(root, store)
@@ -76,11 +77,10 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
 
 def _read(prepared: PreparedRun, step: int) -> tuple[Batch, Tokenizer]:
     """Return the global batch of `step`, for any number of processes, and the data set's tokenizer."""
-    folder = prepared.shard_set.cache / TOKENIZER_FOLDER
-    copy_tokenizer(prepared.shard_set, folder)
+    tokenizer = copy_tokenizer(prepared.shard_set, prepared.shard_set.cache / TOKENIZER_FOLDER)
     dataset = open_training_packs(prepared)
     dataset.start_at(step)
     spec = data_spec(dataset, workers=0, timeout_seconds=prepared.config.data.timeout_seconds)
     batch = next(iter(spec.dataloader))
     dataset.close()
-    return batch, load_tokenizer(folder)
+    return batch, tokenizer

@@ -10,7 +10,7 @@ from streaming_rwkv.config import ConfigError
 from streaming_rwkv.distributed import local_world_size
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.model.marked_files import CheckpointError, check_exists
-from streaming_rwkv.outputs import check_outside
+from streaming_rwkv.outputs import CHECKPOINTS, check_outside
 from streaming_rwkv.shards import check_is_finished
 from streaming_rwkv.train.config import EvaluationConfig, RunConfig
 
@@ -67,7 +67,7 @@ def check_tasks(evaluation: EvaluationConfig) -> None:
 
 def may_resume(config: RunConfig) -> bool:
     """Return True if there may be a checkpoint of this run, which then needs its initial weights no longer."""
-    return config.save_remote is not None or (Path(config.save_folder) / "checkpoints").exists()
+    return config.save_remote is not None or (Path(config.save_folder) / CHECKPOINTS).exists()
 
 
 def is_one_of_many_nodes() -> bool:

@@ -34,7 +34,9 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
 from streaming_rwkv.model.marked_files import CheckpointError
+from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.processes import usable_cores
+from streaming_rwkv.remote_outputs import check_outside_in_store
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.callbacks.tasks import load_tasks
@@ -98,7 +100,7 @@ def start_up(config: RunConfig) -> CheckedRun | None:
     store = None
     if config.save_remote is not None:
         store = open_store(config.save_remote, timeout_seconds=config.checkpoint.upload_timeout_seconds)
-    own = result_of_rank_zero(lambda: newest_mark(save_folder / "checkpoints", store))
+    own = result_of_rank_zero(lambda: newest_mark(save_folder / CHECKPOINTS, store))
     parent = None
     if own is None and config.branch_from is not None:
         parent = fetch_branch(config.branch_from, save_folder, save_remote=config.save_remote)
@@ -249,7 +251,12 @@ def newest_mark(root: Path, store: Store | None) -> CompletionMark | None:
     """Return the completion mark of the checkpoint that the run will resume from, on disk or in object storage.
 
     Damaged checkpoints are left out here; `restore` reports them.
+
+    Raises:
+        UserError: the store is in a data set or a checkpoint, or fails.
     """
+    if store is not None:
+        check_outside_in_store(store, what="run", remedy="give it another `save_remote`")
     found: list[CompletionMark] = []
     with contextlib.suppress(CheckpointError):
         if (here := newest_checkpoint(root)) is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from prep.__main__ import main
 from prep.build import build
 from prep.commands.dry_run import count
 from prep.dataset.shard_reader import read_shard
@@ -665,6 +666,17 @@ def test_verify_finds_a_manifest_that_does_not_match(finished, change, message):
     (out / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(DataError, match=message):
         verify(out)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "report"])
+def test_no_command_reads_tokens_by_another_tokenizer(finished, command, capsys):
+    out, _ = finished
+    shutil.rmtree(out / "tokenizer")
+    load_tokenizer("rwkv-world").save(out / "tokenizer")
+    assert main([command, str(out)]) == 1
+    assert re.search(
+        r"out/tokenizer: \w+ is .*, that of the tokenizer that made the tokens is ", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["index.json", "shard.00000.mds.zstd"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.flops import parameter_count
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
 from streaming_rwkv.train.prepare import prepare
@@ -137,6 +139,14 @@ def test_neither_a_run_nor_its_cache_is_put_into_the_data_set(config, tmp_path, 
     assert f" would be in {data}, which is a data set; " in error
     assert setting in error
     assert set(data.rglob("*")) == before
+
+
+def test_checkpoints_are_not_put_into_a_data_set_in_object_storage(config, s3_place, capsys):
+    with contextlib.closing(open_store(s3_place)) as store:
+        for name in ("manifest.json", "tokenizer/record.json"):
+            store.put_bytes(b"{}", name)
+    assert main([str(config), "--dry-run", f"save_remote={s3_place}"]) == 1
+    assert f"{s3_place}: this run would be in {s3_place}, which is a data set; give it" in capsys.readouterr().err
 
 
 def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from composer.core import Callback
 
 from streaming_rwkv.model.flops import flops_per_token
+from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
@@ -58,7 +59,7 @@ def build_callbacks(
         skip_steps=config.data.skip_steps,
     )
     checkpointer = Checkpointer(
-        save_folder / "checkpoints",
+        save_folder / CHECKPOINTS,
         interval_steps=config.checkpoint.interval_steps,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,

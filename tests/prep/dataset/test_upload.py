@@ -20,7 +20,7 @@ from prep.dataset.upload import upload
 from prep.dataset.verification import verify
 from prep.execution.observer import Observer
 from prep.execution.task_store import WorkError
-from streaming_rwkv.config import ConfigError, validate
+from streaming_rwkv.config import ConfigError, UserError, validate
 from streaming_rwkv.shards import SPLITS, DataError
 from streaming_rwkv.storage import StorageError, Store, open_store
 from tests.fault_proxy import Fault, FaultProxy
@@ -209,6 +209,17 @@ def test_other_objects_are_left_alone(remote, store, name):
     with pytest.raises(WorkError, match=rf"s3://.*: holds other objects \({name}\); choose a location without objects"):
         build(remote())
     assert list(store.list()) == [name]
+
+
+def test_a_data_set_inside_another_is_refused(remote, local, store):
+    upload(local, store.location)
+    before = objects_of(store)
+    message = rf"this data set would be in {store.location}, which is a data set; choose a location of its own"
+    with pytest.raises(UserError, match=message):
+        upload(local, f"{store.location}/other")
+    with pytest.raises(UserError, match=message):
+        build(remote(out=f"{store.location}/other"))
+    assert objects_of(store) == before
 
 
 def test_a_missing_bucket_is_noticed_before_the_work(remote, tmp_path):
