@@ -4,6 +4,7 @@
 
 A sample is a pack. Its `tokens` are those of its pieces, one after another; `lengths` are the tokens of each piece.
 docs/contract.md has all columns. Nothing here is verified or resumed: `streaming_rwkv.open_dataset` does that.
+Streaming leaves a lock file in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from streaming import StreamingDataset
@@ -35,7 +36,7 @@ def read_documents(data: Path, *, source: str, split: str = "train") -> Iterator
         raise UserError(f"{data}: has no {split} packs of the source {source!r}; there are {', '.join(sources)}")
     tokenizer = load_tokenizer_of(manifest, data / "tokenizer")
     for stream in wanted:
-        with TemporaryDirectory() as cache:
+        with tempfile.TemporaryDirectory() as cache:
             packs = StreamingDataset(remote=str(data / stream.path), local=cache, batch_size=1, shuffle=False)
             for number in range(packs.num_samples):
                 pack = packs[number]

@@ -207,16 +207,34 @@ def _apply(config: Any, override: str, config_type: type[Config]) -> None:
     """Apply one override; merging all at once cannot reach into lists (data.stages.0.tokens=…)."""
     key, _, text = override.partition("=")
     place = without_credentials(_short(override))
+    if (problem := _beside_lists(config, key)) is not None:
+        raise ConfigError(f"command line: {place} leads nowhere in the file: {problem}")
     try:
         OmegaConf.update(config, key, _read_value(text, _types_at(config_type, key)), merge=True)
     except YAMLError as error:
         raise ConfigError(f"command line: {place}: the value is not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"command line: {place}: the value is not valid YAML: nested too deeply") from None
-    except (OmegaConfBaseException, TypeError, IndexError) as error:  # a list's index that is none, or too large
-        raise ConfigError(f"command line: {place} leads nowhere in the file: {error}") from error
+    except (OmegaConfBaseException, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"command line: {place} leads nowhere in the file: {reason}") from error
     except ValueError as error:  # Python refuses to read integers of more than 4,300 digits
         raise ConfigError(f"command line: {place}: the value is not valid YAML: {error}") from None
+
+
+def _beside_lists(config: Any, key: str) -> str | None:
+    """Describe the list that an override's key leads to without naming one of its entries; None if there is none."""
+    at, above = OmegaConf.to_container(config, resolve=False), ""
+    for part in re.split(r"[.\[\]]+", key.rstrip("]")):
+        if isinstance(at, list):
+            if re.fullmatch(r"-?\d{1,9}", part) is None or not -len(at) <= int(part) < len(at):
+                entries = f"has {len(at)}, `{above}.0`" + (f" to `{above}.{len(at) - 1}`" if len(at) > 1 else "")
+                return f"{above} is a list, which {entries if at else 'is empty'}; set it whole: `{above}=[…]`"
+            at = at[int(part)]
+        else:
+            at = at.get(part) if isinstance(at, dict) else None
+        above = f"{above}.{part}" if above else part
+    return None
 
 
 _NULLS = ("", "~", "null", "Null", "NULL")

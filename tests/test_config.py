@@ -156,9 +156,15 @@ def test_a_malformed_override_is_refused(path: Path, override: str) -> None:
     assert errors(path, override) == [f"command line: {override!r} is not an override; write key=value, e.g. seed=17"]
 
 
-@pytest.mark.parametrize("override", ["data.streams.7.path=x", "data.streams.first.path=x"])
-def test_an_override_that_leads_nowhere_is_refused(path: Path, override: str) -> None:
-    assert errors(path, override)[0].startswith(f"command line: {override!r} leads nowhere in the file: ")
+@pytest.mark.parametrize(
+    "key", ["data.streams.7.path", "data.streams.first.path", "data.streams.7", "data.streams.", "data.streams[2].path"]
+)
+def test_an_override_that_leads_nowhere_is_refused(path: Path, key: str) -> None:
+    (line,) = errors(path, f"{key}=x")
+    assert line == (
+        f"command line: '{key}=x' leads nowhere in the file: data.streams is a list, which has 2, `data.streams.0` to "
+        "`data.streams.1`; set it whole: `data.streams=[…]`"
+    )
 
 
 def test_an_override_that_is_not_yaml_is_refused(path: Path) -> None:

@@ -137,8 +137,9 @@ def _receive(connection: Connection, item: Any) -> Any:
 
 def _died(where: str = "") -> WorkerError:
     return WorkerError(
-        f"a worker process died{where}, most likely killed for want of memory (`dmesg` tells); run the same command "
-        "again with fewer workers: finished work is kept. If one dies there again, download the file again"
+        f"a worker process died{where}, most likely killed for want of memory (`dmesg` tells), unless a hook ended it "
+        "(os._exit); run the same command again with fewer workers: finished work is kept. If one dies there again, "
+        "download the file again"
     )
 
 

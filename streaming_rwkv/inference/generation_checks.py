@@ -15,8 +15,10 @@ def check_prompt(prompt: str) -> None:
     """Refuse a prompt that cannot be encoded.
 
     Raises:
-        GenerationError: it has a surrogate, as which Python keeps a byte that is not UTF-8.
+        GenerationError: it is no text, or has a surrogate, as which Python keeps a byte that is not UTF-8.
     """
+    if not isinstance(prompt, str):
+        raise GenerationError(f"prompt: found {type(prompt).__name__}, expected text, a str")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -204,11 +204,13 @@ class RWKV7(nn.Module):
             Without targets the logits (B, T, V); with targets their negative log-likelihood (B, T) in float32, 0
             where there is none. Its gradient includes L2Wrap; `head.head_cross_entropy` says what it costs.
         Raises:
-            ValueError: cu_seqlens with more than one row, or of another type.
+            ValueError: cu_seqlens with more than one row, or of another type; tokens of another shape, or, on the CPU,
+                outside of the vocabulary.
         """
-        x, branch, v_first = self.emb(tokens), None, None
+        x, branch, v_first = self._embedded(tokens), None, None
         for block in self.blocks:
             x, branch, v_first, _ = block(x, branch, v_first, cu_seqlens)
+        assert branch is not None
         x = self.ln_out(x + branch)
         return self.head(x.to(compute_dtype(x)), targets)
 
@@ -221,7 +223,7 @@ class RWKV7(nn.Module):
         Returns:
             logits (B, V) of the token to come; the state after these tokens.
         """
-        x, branch, v_first = self.emb(tokens), None, None
+        x, branch, v_first = self._embedded(tokens), None, None
         after = []
         for index, block in enumerate(self.blocks):
             before = None if state is None else state[index]
@@ -230,3 +232,15 @@ class RWKV7(nn.Module):
         assert branch is not None
         x = self.ln_out(x[:, -1:] + branch[:, -1:])
         return self.head(x.to(compute_dtype(x))).squeeze(1), after
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens: found the shape {tuple(tokens.shape)}, expected (B, T) with T of at least 1")
+        try:
+            x: Tensor = self.emb(tokens)
+        except IndexError:  # of the CPU alone; on a GPU the check would have to wait for the device
+            least, most = tokens.aminmax()
+            raise ValueError(
+                f"tokens: found ids from {least} to {most}, expected 0 to {self.config.vocab_size - 1}"
+            ) from None
+        return x

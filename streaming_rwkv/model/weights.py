@@ -64,6 +64,7 @@ from streaming_rwkv.model.transformers_layout import (
     transformers_values,
 )
 from streaming_rwkv.shards import LARGEST_FILE_BYTES
+from streaming_rwkv.version import PROGRAM
 
 Layout = Literal["fla", "transformers"]
 
@@ -200,6 +201,11 @@ def _check_storage(state: State, path: Path) -> None:
 def _read_torch_file(path: Path) -> Any:
     with open(path, "rb") as file:
         beginning = file.read(64)
+    if beginning.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{path}: is a GGUF file, which llama.cpp reads, and `{PROGRAM} export` only writes; give the .pth or the "
+            "folder that it was made from"
+        )
     if not beginning.startswith(_TORCH_FILES):
         what = beginning.decode(errors="replace").partition("\n")[0]
         raise ValueError(f"not a torch file: it begins with {what!r}")

@@ -11,11 +11,13 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CPP_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILER_SECONDS = 600.0  # far more than any of our sources needs, on a busy machine too
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded")  # what compilers and linkers print
 _OWN_FOLDER = "set XDG_CACHE_HOME to a folder of your own"
 
 
@@ -220,6 +223,11 @@ def _run(command: list[str], *, doing: str) -> str:
                 f"  {shlex.join(command)}\nrun it by hand to see why it does not end, or choose a compiler with CXX"
             ) from None
     if process.returncode:
+        if _DISK_FULL.search(errors):
+            raise KernelError(
+                f"{command[0]}: no space is left where it writes while {doing}; make space in {cache_folder()} and "
+                f"{tempfile.gettempdir()}, or set XDG_CACHE_HOME or TMPDIR to a folder on another disk"
+            )
         raise KernelError(
             f"{command[0]}: failed while {doing}; the command was\n  {shlex.join(command)}\n{errors.strip()}\n"
             "GCC 9 or newer and Clang 12 or newer are known to work; choose one with CXX"

@@ -25,8 +25,9 @@ from streaming_rwkv.train.checkpoints.local import newest_checkpoint
 from streaming_rwkv.train.checkpoints.restore import check_same_settings, plan_from
 from streaming_rwkv.train.config import RunConfig
 from streaming_rwkv.train.datasets import open_training_packs
+from streaming_rwkv.train.memory import check_memory
 from streaming_rwkv.train.prepare import PreparedRun, prepare
-from streaming_rwkv.train.preview import batch_table, check_network_fits, mixture_table, summary_table
+from streaming_rwkv.train.preview import batch_table, mixture_table, summary_table
 from streaming_rwkv.train.startup import check_device, newest_mark
 from streaming_rwkv.train.trackers import check_trackers
 
@@ -51,12 +52,7 @@ def dry_run(config: RunConfig, *, processes: int) -> int:
     if branching:
         mark = branch_mark(str(config.branch_from))
     prepared = prepare(config, world_size=processes, fetch=True, shape=mark.run.model if mark else None)
-    check_network_fits(
-        prepared.model,
-        shards=processes // config.parallel.replicas,
-        device=config.device or "gpu",
-        is_planned=True,
-    )
+    check_memory(prepared, processes=processes, device=config.device or "gpu", is_planned=True)
     step = 0
     if mark is not None:
         step, where = mark.step, str(config.branch_from) if branching else config.save_folder

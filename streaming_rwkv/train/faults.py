@@ -73,7 +73,7 @@ def explain_fault(error: BaseException, save_folder: Path) -> UserError | None:
             return explained
         if isinstance(link, RuntimeError) and (dead := explain_dead_worker(link)):
             return dead
-        if reason := explain_limit(link, otherwise="set `data.workers` lower"):
+        if reason := explain_limit(link, otherwise="set `data.workers` (or, for memory, `microbatch_packs`) lower"):
             return MachineFault(f"{reason}; {_RESUME}")
     if any("unexpected pos" in str(link) for link in chain):  # torch's message for a write that was cut short
         or_limit = f", or raise the limit: {limit}" if (limit := file_size_limit()) else ""

@@ -9,28 +9,19 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from streaming_rwkv.config import ConfigError
 from streaming_rwkv.console import shown_bytes, shown_duration
 from streaming_rwkv.data.batch import Batch
 from streaming_rwkv.data.mixture import Plan
-from streaming_rwkv.limits import memory_limit
-from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.flops import flops_per_token, parameter_count, peak_flops
-from streaming_rwkv.ops import cpp, cuda, cuda_chunked
 from streaming_rwkv.ops.layer_reference import IGNORED
-from streaming_rwkv.ops.time_mixing import HEAD_SIZE
 from streaming_rwkv.tokenizer import Tokenizer
+from streaming_rwkv.train.memory import memory_need
 from streaming_rwkv.train.prepare import PreparedRun
 
-# Bytes that autograd saves of a layer for each token and channel, counted by its hooks (tests/train/test_preview.py),
-# without the states that the kernel saves.
-SAVED_BYTES = {"fp32": 79, "amp_bf16": 47}
-INPUT_BYTES = {"fp32": 8, "amp_bf16": 6}  # the block's inputs, all that activation checkpointing keeps
 # Shares of the peak that runs have reached: the fused kernels on a GPU, small models on a CPU.
 UTILIZATION = {"gpu": 0.35, "cpu": 0.3}
 SHOWN_DOCUMENTS = 8
 EDGE_TOKENS = 4
-LARGEST_GPU_BYTES = 1 << 40  # more than any GPU has
 
 
 def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
@@ -71,63 +62,6 @@ def mixture_table(plan: Plan, *, max_repeats: float) -> Table:
     return table
 
 
-def state_bytes(config: RWKV7Config, *, shards: int) -> int:
-    """Return the bytes of one shard of weights, gradients and AdamW's two moments, float32."""
-    return 16 * parameter_count(config) // shards
-
-
-def check_network_fits(config: RWKV7Config, *, shards: int, device: str, is_planned: bool) -> None:
-    """Refuse a network that cannot be in memory.
-
-    Args:
-        device: "cpu" or "gpu".
-        is_planned: the run is planned here for another machine, whose memory is not known, unless it is on the CPU.
-    Raises:
-        ConfigError: names the number of parameters, and the memory.
-    """
-    state = state_bytes(config, shards=shards)
-    weights = 4 * parameter_count(config)  # every process builds the whole network before it is sharded
-    checks = [(weights if device == "gpu" else max(state, weights), *memory_limit())]
-    if device == "gpu":
-        checks = [(state, LARGEST_GPU_BYTES, "more than any GPU has"), *([] if is_planned else checks)]
-    for least, limit, name in checks:
-        if least > limit:
-            raise ConfigError(
-                f"model: {parameter_count(config):,} parameters ({config.num_layers} layers of {config.hidden_size}, "
-                f"vocabulary {config.vocab_size:,}) need at least {shown_bytes(least)} in each process, but there are "
-                f"only {shown_bytes(limit)} ({name}); make the model smaller, or use more processes"
-            )
-
-
-def activation_bytes(config: RWKV7Config, *, tokens: int, precision: str, processes: int, device: str) -> int:
-    """Estimate the bytes of activations of a microbatch of `tokens` at the end of its forward pass.
-
-        layers   T·C·79 B in float32, 47 B with bf16 autocast, and the kernel's states, 4 B on the CPU, on a GPU 16 B in
-                 float32; in bf16 they take the place of 4 B among the 47; with autocast their weights in bf16; with
-                 checkpointing T·C·8 B or 6 B for each and one layer's in full
-        head     a buffer of chunk·V in the products' type, its weight's gradient of V·C, and 8 B·T·C round it
-        gathered with FSDP, embedding, head and one layer whole, float32
-
-    Fragmentation, communication buffers and the CUDA context are not included.
-    """
-    row = tokens * config.hidden_size
-    match device, precision:
-        case "cpu", _:
-            states = 4 * HEAD_SIZE // cpp.SAVED_EVERY
-        case _, "fp32":
-            states = 4 * HEAD_SIZE // cuda.SAVED_EVERY
-        case _:  # halves, and no `removed`, which SAVED_BYTES counts with 4
-            states = 2 * HEAD_SIZE // cuda_chunked.SAVED_EVERY - 4
-    saved, layers = SAVED_BYTES[precision] + states, config.num_layers
-    words = config.vocab_size * config.hidden_size
-    per_layer = (parameter_count(config) - 2 * words) // layers
-    layer = row * saved + (2 * per_layer if precision == "amp_bf16" else 0)
-    kept = layers * row * INPUT_BYTES[precision] + layer if config.activation_checkpointing else layers * layer
-    element = 2 if precision == "amp_bf16" else 4
-    head = element * min(config.loss_chunk_tokens, tokens) * config.vocab_size + 4 * words + 8 * row
-    return kept + head + (4 * (2 * words + per_layer) if processes > 1 else 0)
-
-
 def checkpoint_steps(*, steps: int, interval: int, first: int = 0) -> list[int]:
     """Return the steps after which a checkpoint is written: every `interval` steps, and the last."""
     return sorted(
@@ -139,16 +73,10 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
     """Return a table of steps, tokens, parameters, FLOPs, memory per process, and remaining checkpoints."""
     config, plan, model = prepared.config, prepared.plan, prepared.model
     per_process = plan.batch_packs // processes
-    given = config.microbatch_packs
-    microbatch = min(given, per_process) if isinstance(given, int) else per_process  # for `auto` an upper bound
     device = config.device or "gpu"  # a run is often planned on a machine without a GPU
-    precision = config.precision or ("fp32" if device == "cpu" else "amp_bf16")
-    micro_tokens = microbatch * prepared.shard_set.manifest.pack_tokens
-    replicas = config.parallel.replicas
-    shards = processes // replicas
-    state = state_bytes(model, shards=shards)
+    need = memory_need(prepared, processes=processes, device=device)
+    shards, replicas = processes // config.parallel.replicas, config.parallel.replicas
     divided = f" (one of {shards} shards{f', {replicas} replicas' if replicas > 1 else ''})" if processes > 1 else ""
-    activations = activation_bytes(model, tokens=micro_tokens, precision=precision, processes=processes, device=device)
     flops = flops_per_token(model)
     steps = checkpoint_steps(steps=plan.steps, interval=config.checkpoint.interval_steps, first=first_step)
     shown = ", ".join(map(str, steps if len(steps) <= 6 else [*steps[:3], "…", *steps[-2:]]))
@@ -169,13 +97,13 @@ def summary_table(prepared: PreparedRun, *, processes: int, first_step: int) -> 
         "steps": f"{plan.steps:,}, each of {counted(plan.batch_packs, 'pack')}, about "
         f"{prepared.total_tokens // plan.steps:,} tokens",
         "tokens": f"{prepared.total_tokens:,}",
-        "processes": f"{processes}, each with {counted(per_process, 'pack')} of a step, {microbatch} in a microbatch",
+        "processes": f"{processes}, each with {counted(per_process, 'pack')} of a step, {need.packs} in a microbatch",
         "parameters": f"{parameter_count(model):,} ({model.num_layers} layers of {model.hidden_size}, "
         f"vocabulary {model.vocab_size:,})",
         "FLOPs": f"{engineering(flops)} per token, {engineering(flops * prepared.total_tokens)} in all",
-        "memory, each": f"{shown_bytes(state + activations)} on {on}; weights, gradients, moments in float32 "
-        f"{shown_bytes(state)}{divided}, activations of {micro_tokens:,} tokens in {precision} about "
-        f"{shown_bytes(activations)} (estimated)",
+        "memory, each": f"{shown_bytes(need.state + need.activations)} on {on}; weights, gradients, moments in float32 "
+        f"{shown_bytes(need.state)}{divided}, activations of {need.tokens:,} tokens in {need.precision} about "
+        f"{shown_bytes(need.activations)} (estimated)",
         "time": _time(
             flops * prepared.total_tokens * (1 - first_step / plan.steps), device=device, processes=processes
         ),

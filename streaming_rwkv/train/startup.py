@@ -47,8 +47,9 @@ from streaming_rwkv.train.checkpoints.remote import newest_remote
 from streaming_rwkv.train.checkpoints.restore import check_place, check_same_run, node_checkpoint, plan_from, restore
 from streaming_rwkv.train.checkpoints.uploader import Mirror
 from streaming_rwkv.train.config import RunConfig
+from streaming_rwkv.train.memory import check_memory
 from streaming_rwkv.train.prepare import PreparedRun, prepare, read_shape
-from streaming_rwkv.train.preview import check_network_fits, mixture_table
+from streaming_rwkv.train.preview import mixture_table
 from streaming_rwkv.train.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -142,13 +143,12 @@ def start_up(config: RunConfig) -> CheckedRun | None:
 
 
 def check_fits(prepared: PreparedRun, *, device: str) -> PreparedRun:
-    """Return the run if its network fits into memory here.
+    """Return the run if it fits into memory here.
 
     Raises:
-        UserError: see `check_network_fits`.
+        UserError: see `check_memory`.
     """
-    shards = world_size() // prepared.config.parallel.replicas
-    check_network_fits(prepared.model, shards=shards, device=device, is_planned=False)
+    check_memory(prepared, processes=world_size(), device=device, is_planned=False)
     return prepared
 
 

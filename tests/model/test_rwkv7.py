@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 
 Build = Callable[..., RWKV7]
@@ -168,3 +169,19 @@ def test_every_parameter_is_trained(random_model: Build) -> None:
 
 def test_blocks_are_marked_for_sharding(random_model: Build) -> None:
     assert all(block._fsdp_wrap for block in random_model().blocks)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), r"found the shape \(1, 0\), expected \(B, T\) with T of at least 1"),
+        (torch.zeros(3, dtype=torch.int64), r"found the shape \(3,\), expected"),
+        (torch.tensor([[3, 97]]), "found ids from 3 to 97, expected 0 to 96"),
+        (torch.tensor([[-1, 5]]), "found ids from -1 to 5, expected 0 to 96"),
+    ],
+)
+def test_tokens_that_cannot_be_read_are_refused(tokens: torch.Tensor, message: str) -> None:
+    network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1))
+    for read in (network, network.step):
+        with pytest.raises(ValueError, match=f"tokens: {message}"):
+            read(tokens)

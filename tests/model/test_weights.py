@@ -278,6 +278,7 @@ def test_a_malicious_composer_file_is_refused_and_runs_nothing(random_model: Bui
         ("x.pth", b"", "not a torch file: it begins with ''"),
         ("x.pth", b"\x80\x02h\x05.", "damaged or no checkpoint"),
         ("x.pth", b"\x80\x02garbage", r"damaged or no checkpoint \("),
+        ("x.gguf", b"GGUF\3\0\0\0", "is a GGUF file, which llama.cpp reads, and .* export. only writes; give the .pth"),
         ("x.safetensors", b"\x10\0\0\0\0\0\0\0{}", "damaged or no checkpoint"),
     ],
 )

@@ -113,6 +113,19 @@ def test_cxx_chooses_the_compiler(source: Path, monkeypatch: pytest.MonkeyPatch)
     assert answer(build_cpp(source)) == 7
 
 
+def test_a_full_disk_is_not_the_compilers_fault(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(
+        "#!/bin/sh\ncase $* in *--version*) echo 1;; *) echo 'error: No space left on device' >&2; exit 1; esac\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(
+        KernelError, match=r"no space is left where it writes .*; make space in .*, or set XDG_CACHE_HOME"
+    ):
+        build_cpp(source)
+
+
 def test_source_that_does_not_compile_shows_command_and_message(source: Path) -> None:
     source.write_text("int f() { return missing; }\n")
     with pytest.raises(KernelError, match=r"failed while compiling .*answer\.cpp(?s:.*)-O3(?s:.*)missing"):

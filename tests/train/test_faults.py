@@ -33,8 +33,14 @@ from streaming_rwkv.train.faults import explained_faults
             "^/runs/a/x: another kind of file than a run writes there",
         ),
         (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n"),
-        (RuntimeError("can't start new thread"), "limit of processes and threads .*, or set `data.workers` lower; the"),
-        (MemoryError(), "^no memory is left, of .*; give the job more, or set `data.workers` lower; the same command"),
+        (
+            RuntimeError("can't start new thread"),
+            "limit of processes and threads .*, or set `data.workers` .* lower;",
+        ),
+        (
+            MemoryError(),
+            "^no memory is left, of .*; give the job more, or set .*`microbatch_packs`.* lower; the same",
+        ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             "loader process 7 was ended by signal",

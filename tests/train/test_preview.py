@@ -21,14 +21,12 @@ from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.storage import open_store
 from streaming_rwkv.train.__main__ import main
 from streaming_rwkv.train.config import CheckpointConfig, RunConfig
+from streaming_rwkv.train.memory import activation_bytes, check_network_fits, state_bytes
 from streaming_rwkv.train.prepare import prepare
 from streaming_rwkv.train.preview import (
-    activation_bytes,
     batch_table,
-    check_network_fits,
     checkpoint_steps,
     shown_bytes,
-    state_bytes,
 )
 
 CONFIG = """
@@ -121,6 +119,7 @@ def test_a_dry_run_leaves_nothing_but_the_cache(config, tmp_path, capsys):
         (["data.cache_limit=lots"], "data.cache_limit: found 'lots'; expected a number of bytes"),
         (["data.cache_limit=1kb"], "data.cache_limit: found 1,024 bytes, but at least"),
         (["checkpoint.allow_changed=[batch_size]"], "checkpoint.allow_changed"),
+        (["data.batch_packs=1_000_000", "model.hidden_size=1024"], "data: a microbatch of 1,000,000 packs ("),
         (["save_folder=/proc/run"], "/proc/run: this save folder cannot be made or written to (No such file or"),
         (["data.cache=/dev/null/cache"], "/dev/null/cache: this data cache cannot be made or written to (Not a"),
     ],
