@@ -15,8 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -38,6 +40,28 @@ def die_with_parent(parent: int | None = None) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def listen_to_stop_signals(ask_to_stop: Callable[[int], None]) -> dict[signal.Signals, Any]:
+    """Call `ask_to_stop` with the number of each signal that asks a run to stop; return the handlers before.
+
+    SIGHUP of a terminal that is closed is one, unless `nohup` has it ignored. Nothing is then written to that terminal
+    any more, which would be an error.
+    """
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+        ask_to_stop(number)
+
+    is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {
+        number: signal.signal(number, on_signal) for number in STOP_SIGNALS if not (number == signal.SIGHUP and is_kept)
+    }
 
 
 def wait_for_launcher(seconds: float = 60.0) -> None:

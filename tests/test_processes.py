@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -151,6 +153,42 @@ def test_processes_end_while_gloo_is_still_busy() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+HUNG_UP = """
+import fcntl, os, signal, sys, termios
+from pathlib import Path
+from streaming_rwkv.processes import listen_to_stop_signals
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.{before})
+asked = []
+listen_to_stop_signals(asked.append)
+os.write(2, b"x")
+while not asked:
+    signal.pause()
+print("nobody reads this", flush=True)
+Path(sys.argv[1]).write_text(str(asked))
+"""
+
+
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
+def test_a_closed_terminal_asks_to_stop_and_is_written_to_no_more_unless_it_is_ignored(
+    before: str, tmp_path: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", HUNG_UP.format(before=before), str(tmp_path / "asked")]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True)
+    os.close(theirs)
+    assert process.stderr is not None
+    with process.stderr as pipe:
+        assert pipe.read(1) == b"x"
+        os.close(ours)
+    if before == "SIG_IGN":
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.kill()
+    assert process.wait(timeout=250) == (-signal.SIGKILL if before == "SIG_IGN" else 0)
+    assert (tmp_path / "asked").exists() == (before == "SIG_DFL")
 
 
 def test_garbage_collection_is_paused_and_continues_after_an_error() -> None:

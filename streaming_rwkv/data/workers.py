@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.limits import limit_of
-from streaming_rwkv.processes import die_with_parent
+from streaming_rwkv.processes import STOP_SIGNALS, die_with_parent
 from streaming_rwkv.shards import DataError
 
 _WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
@@ -39,13 +39,10 @@ def _kill_remembered() -> None:
     kill_workers(_WORKERS)
 
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
     """Hold back stop signals until the block ends; processes forked in the block hold them back until they unblock."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -60,9 +57,9 @@ def init_worker(worker: int) -> None:
     # Launchers and terminals signal a rank's whole process group, systemd and schedulers all processes of a job. The
     # rank then finishes its step and writes a checkpoint, for which it needs its workers; they end with it.
     os.setpgid(0, 0)
-    for number in _STOP_SIGNALS:  # blocked since the fork: a signal that has arrived is dropped
+    for number in STOP_SIGNALS:  # blocked since the fork: a signal that has arrived is dropped
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def explain_resource(error: BaseException, *, names: SettingNames = RUN_SETTINGS) -> str | None:

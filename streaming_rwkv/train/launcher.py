@@ -18,11 +18,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryFile
-from types import FrameType
 from typing import IO
 
 from streaming_rwkv.distributed import rank_environment
 from streaming_rwkv.errors import UserError
+from streaming_rwkv.processes import listen_to_stop_signals
 
 STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
 POLL_SECONDS = 0.1
@@ -31,16 +31,16 @@ SHOWN_BYTES = 1 << 14  # of the end of a failed rank's output
 
 
 class Ranks:
-    """The processes of one run on this machine; a request to stop (Ctrl-C, SIGTERM) is passed on to all of them.
+    """The processes of one run on this machine; a request to stop (Ctrl-C, SIGTERM, SIGHUP) is passed on to all.
 
-    Ranks get SIGTERM for both: a terminal sends Ctrl-C to them too, and they take the second for "at once".
+    Ranks get SIGTERM for each: a terminal sends Ctrl-C to them too, and they take the second for "at once".
     """
 
     def __init__(self, command: Sequence[str], count: int) -> None:
         self.asked_to_stop = False
         self._outputs: list[IO[bytes] | None] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = listen_to_stop_signals(self._ask_to_stop)
         port = free_port()
         try:
             for local_rank in range(count):
@@ -60,7 +60,7 @@ class Ranks:
             subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT if output else None)
         )
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _ask_to_stop(self, number: int) -> None:
         self.asked_to_stop = True
         self._terminate()
 

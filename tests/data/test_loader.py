@@ -36,6 +36,7 @@ from streaming_rwkv.data.mixture import StageConfig, make_plan
 from streaming_rwkv.data.setting_names import RUN_SETTINGS
 from streaming_rwkv.data.shard_set import open_shard_set
 from streaming_rwkv.mds import check_index
+from streaming_rwkv.processes import STOP_SIGNALS
 from streaming_rwkv.shards import MANIFEST_NAME, DataError, read_manifest
 from tests.data.streams import stream
 from tests.fork_server import ROOT
@@ -139,8 +140,8 @@ def test_workers_continue_when_a_whole_job_is_asked_to_stop_and_end_with_the_loa
 
 def test_signals_while_workers_start_stop_none_of_them_and_reach_the_one_that_starts_them(data, tmp_path, monkeypatch):
     def signalled(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
 
     def start(worker):
         signalled()
@@ -150,15 +151,14 @@ def test_signals_while_workers_start_stop_none_of_them_and_reach_the_one_that_st
     dataset, plan, _ = open_dataset(data, tmp_path / "cache")
     monkeypatch.setattr(BaseProcess, "start", start)
     monkeypatch.setattr("streaming_rwkv.data.workers.die_with_parent", signalled)  # the first that a worker calls
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: taken.update([number])) for number in numbers]
+    before = [signal.signal(number, lambda number, _: taken.update([number])) for number in STOP_SIGNALS]
     try:
         assert len(read(dataset, workers=2)) == plan.steps
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
-    assert taken.keys() == set(numbers)
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(numbers)
+    assert taken.keys() == set(STOP_SIGNALS)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
 
 
 def test_a_process_that_fails_in_mid_iteration_does_not_wait_for_its_workers(data, tmp_path, programs):

@@ -105,14 +105,16 @@ SAVES = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_stop_reaches_every_rank_and_nothing_else_is_said(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = tmp_path / "ready"
     os.mkfifo(ready)
     monkeypatch.setenv("READY", str(ready))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started by
     process = launcher(SAVES, processes=2)
+    signal.signal(signal.SIGHUP, before)
     with open(ready, "rb") as pipe:
         assert pipe.read(1) == b"x"
         while pipe.read(1) != b"x":  # the other rank may open it a moment later

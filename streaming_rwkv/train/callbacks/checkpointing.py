@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from streaming_rwkv.distributed import all_reduce_sum, is_rank_zero
+from streaming_rwkv.processes import listen_to_stop_signals
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
 from streaming_rwkv.train.checkpoints.local import save_checkpoint
@@ -28,7 +28,7 @@ STOPPING = b"stopping: finishing this step and writing a checkpoint; press Ctrl-
 
 
 class Checkpointer(Callback):
-    """Save checkpoints at their interval, after the last step, and when the run is asked to stop (SIGTERM, Ctrl-C)."""
+    """Save checkpoints at their interval, after the last step, and when the run is asked to stop."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Checkpointer(Callback):
         self.stopping = False
 
     def listen(self) -> None:
-        """Handle SIGTERM and the first Ctrl-C as requests to stop at the end of the step."""
+        """Handle SIGTERM, SIGHUP and the first Ctrl-C as requests to stop at the end of the step."""
         interrupted, announces = False, is_rank_zero()
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
+        def ask_to_stop(number: int) -> None:
             nonlocal interrupted
             # SIGTERMs are not counted: one Ctrl-C causes a SIGINT from the terminal and a SIGTERM from the launcher, in
             # either order.
@@ -73,8 +73,7 @@ class Checkpointer(Callback):
                     os.write(STDERR, STOPPING)  # `print` may be what the signal interrupts, and cannot be re-entered
             self.asked_to_stop = True
 
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+        listen_to_stop_signals(ask_to_stop)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)

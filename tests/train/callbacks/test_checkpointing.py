@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from streaming_rwkv.processes import STOP_SIGNALS
 from streaming_rwkv.train.callbacks.checkpointing import Checkpointer
 from streaming_rwkv.train.callbacks.clipping import ClipGradient
 from streaming_rwkv.train.callbacks.consumption import Consumption
@@ -17,16 +18,17 @@ from tests.train.callbacks.run_state import STREAMS
 
 @pytest.fixture
 def signals_restored() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("signals_restored")
-@pytest.mark.parametrize("asked", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize("others", [[], [signal.SIGTERM], [signal.SIGHUP]])
+@pytest.mark.parametrize("comes_first", [True, False])
 def test_one_ctrl_c_asks_to_stop_with_any_signal_of_the_launcher_and_a_second_one_stops(
-    asked: list[signal.Signals], tmp_path: Path
+    others: list[signal.Signals], comes_first: bool, tmp_path: Path
 ) -> None:
     checkpointer = Checkpointer(
         tmp_path,
@@ -40,7 +42,7 @@ def test_one_ctrl_c_asks_to_stop_with_any_signal_of_the_launcher_and_a_second_on
     )
     checkpointer.listen()
     assert not checkpointer.asked_to_stop
-    for number in asked:
+    for number in [signal.SIGINT, *others] if comes_first else [*others, signal.SIGINT]:
         os.kill(os.getpid(), number)
     assert checkpointer.asked_to_stop
     with pytest.raises(KeyboardInterrupt):
