@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
@@ -67,8 +68,28 @@ class OutputError(UserError):
         self.is_unread = isinstance(error, BrokenPipeError)
 
 
+def leave_closed_terminals() -> bool:
+    """Have what this process writes to a terminal that was closed go nowhere; return True if there was one."""
+    closed = []
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:  # of a file or a pipe, ENOTTY
+            if error.args[0] == errno.EIO:
+                closed.append(descriptor)
+    if closed:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in closed:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+    return bool(closed)
+
+
 class _Output:
-    """A stream whose errors name standard output: those of the system name no file, as those of a full disk do not."""
+    """A stream whose errors name standard output: those of the system name no file, as those of a full disk do not.
+
+    A terminal that was closed is no error: the program goes on, until SIGHUP ends it.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -80,12 +101,16 @@ class _Output:
         try:
             return self._stream.write(text)
         except OSError as error:
+            if leave_closed_terminals():
+                return len(text)
             raise OutputError(error) from error
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
+            if leave_closed_terminals():
+                return
             raise OutputError(error) from error
 
 

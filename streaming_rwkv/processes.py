@@ -1,6 +1,6 @@
 """Processes that end with their parent and with their own work.
 
-Only the standard library is imported: `die_with_parent` must be called before any slow import.
+Only the standard library and `console` are imported: `die_with_parent` must be called before any slow import.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
+
+from streaming_rwkv.console import leave_closed_terminals
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -45,17 +47,11 @@ def die_with_parent(parent: int | None = None) -> None:
 def listen_to_stop_signals(ask_to_stop: Callable[[int], None]) -> dict[signal.Signals, Any]:
     """Call `ask_to_stop` with the number of each signal that asks a run to stop; return the handlers before.
 
-    SIGHUP of a terminal that is closed is one, unless `nohup` has it ignored. Nothing is then written to that terminal
-    any more, which would be an error.
+    That of a terminal that is closed, SIGHUP, is one, unless `nohup` has it ignored.
     """
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and terminals:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+        leave_closed_terminals()
         ask_to_stop(number)
 
     is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
