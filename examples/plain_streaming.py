@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from streaming import StreamingDataset
@@ -36,7 +36,7 @@ def read_documents(data: Path, *, source: str, split: str = "train") -> Iterator
         raise UserError(f"{data}: has no {split} packs of the source {source!r}; there are {', '.join(sources)}")
     tokenizer = load_tokenizer_of(manifest, data / "tokenizer")
     for stream in wanted:
-        with tempfile.TemporaryDirectory() as cache:
+        with TemporaryDirectory() as cache:
             packs = StreamingDataset(remote=str(data / stream.path), local=cache, batch_size=1, shuffle=False)
             for number in range(packs.num_samples):
                 pack = packs[number]

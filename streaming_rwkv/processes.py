@@ -54,10 +54,9 @@ def listen_to_stop_signals(ask_to_stop: Callable[[int], None]) -> dict[signal.Si
         leave_closed_terminals()
         ask_to_stop(number)
 
-    is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return {
-        number: signal.signal(number, on_signal) for number in STOP_SIGNALS if not (number == signal.SIGHUP and is_kept)
-    }
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored]
+    return {number: signal.signal(number, on_signal) for number in heeded}
 
 
 def wait_for_launcher(seconds: float = 60.0) -> None:
