@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext, suppress
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.outputs import MARK_NAME
+from streaming_rwkv.outputs import CHECKPOINTS, LOGS, MARK_NAME, RUN_FOLDERS, WRITER
 from streaming_rwkv.shards import MANIFEST_NAME, TOKENIZER_FOLDER
 from streaming_rwkv.storage import StorageError, Store
 
 
+def check_run_in_store(store: Store) -> None:
+    """Check that a run may write its objects to a store: a new or its earlier one, or one with other objects.
+
+    Raises:
+        UserError: it is in a data set, a checkpoint or another run, or has objects of other programs that the run would
+            replace.
+        StorageError: the server fails.
+    """
+    remedy = "give this run another `save_remote`"
+    check_outside_in_store(store, what="run", remedy=remedy)
+    if store.find(WRITER) or _has(store, CHECKPOINTS):
+        return
+    if replaced := [name for name in LOGS if store.find(name) or _has(store, name)]:
+        raise UserError(
+            f"{store.location}: has {', '.join(replaced)}, but not from a run, which would write objects of these "
+            f"names; {remedy}, or move them away"
+        )
+
+
+def _has(store: Store, folder: str) -> bool:
+    return any(True for _ in store.walk(f"{folder}/"))
+
+
 def check_outside_in_store(store: Store, *, what: str, remedy: str) -> None:
-    """Check that the objects of an output are not in a data set or a checkpoint in object storage.
+    """Check that the objects of an output are not in a data set, a checkpoint or a folder of a run in object storage.
 
     Prefixes above the output's that may not be read are not looked at.
 
@@ -30,5 +54,8 @@ def check_outside_in_store(store: Store, *, what: str, remedy: str) -> None:
 def _kind_in_store(store: Store) -> str | None:
     if store.find(MARK_NAME):
         return "a checkpoint"
-    is_data_set = store.find(MANIFEST_NAME) and any(True for _ in store.walk(f"{TOKENIZER_FOLDER}/"))
-    return "a data set" if is_data_set else None
+    if store.find(MANIFEST_NAME) and _has(store, TOKENIZER_FOLDER):
+        return "a data set"
+    above = list(itertools.islice(store.with_parents(), 1, 2))
+    is_part = store.prefix.rpartition("/")[2] in RUN_FOLDERS and above and above[0].find(WRITER)
+    return f"part of the run in {above[0].location}" if is_part else None

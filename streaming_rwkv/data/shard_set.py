@@ -21,6 +21,7 @@ from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.data.streaming_compat import VerifiedStream, copy_file, remove_stale_shared_memory
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import (
+    LOCK_NAME,
     TEMPORARY_SUFFIX,
     FolderLock,
     atomic_file,
@@ -112,6 +113,7 @@ def open_shard_set(
     lock = None
     if fetch:
         check_cache(cache, names=names)
+        _check_free(cache, names=names)
         lock = lock_folder(cache, what="data cache", remedy=f"give this run its own `{names.cache}`")
         remove_stale_shared_memory(cache)
         _remove_unfinished_files(cache)
@@ -150,6 +152,21 @@ def check_cache(cache: str | Path, *, names: SettingNames = RUN_SETTINGS) -> Non
     check_outside(cache, what="data cache", remedy=remedy)
     if (Path(cache) / CHECKPOINTS).exists():
         raise UserError(f"{cache}: is a run's save folder, expected a folder for the data cache alone; {remedy}")
+
+
+def _check_free(cache: Path, *, names: SettingNames) -> None:
+    """Check that a cache is new or an earlier cache, which has a lock.
+
+    Raises:
+        UserError: it has other files.
+    """
+    if (cache / LOCK_NAME).exists() or not cache.is_dir():
+        return
+    if found := sorted(entry.name for entry in cache.iterdir() if not entry.name.startswith(".")):
+        raise UserError(
+            f"{cache}: has other files ({', '.join(found[:3])}), expected a new folder, or an earlier data cache; give "
+            f"another `{names.cache}`"
+        )
 
 
 def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:

@@ -34,9 +34,9 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import FolderLock, lock_folder, write_atomically
 from streaming_rwkv.model.marked_files import CheckpointError
-from streaming_rwkv.outputs import CHECKPOINTS
+from streaming_rwkv.outputs import CHECKPOINTS, CONFIG_NAME
 from streaming_rwkv.processes import usable_cores
-from streaming_rwkv.remote_outputs import check_outside_in_store
+from streaming_rwkv.remote_outputs import check_run_in_store
 from streaming_rwkv.shards import TOKENIZER_FOLDER
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.callbacks.tasks import load_tasks
@@ -253,10 +253,10 @@ def newest_mark(root: Path, store: Store | None) -> CompletionMark | None:
     Damaged checkpoints are left out here; `restore` reports them.
 
     Raises:
-        UserError: the store is in a data set or a checkpoint, or fails.
+        UserError: see `check_run_in_store`.
     """
     if store is not None:
-        check_outside_in_store(store, what="run", remedy="give it another `save_remote`")
+        check_run_in_store(store)
     found: list[CompletionMark] = []
     with contextlib.suppress(CheckpointError):
         if (here := newest_checkpoint(root)) is not None:
@@ -306,7 +306,7 @@ def record_start(prepared: PreparedRun, checkpoint: Checkpoint | None, *, is_bra
     run_on_rank_zero(lambda: copy_tokenizer(prepared.shard_set, save_folder / TOKENIZER_FOLDER))
     if not is_rank_zero():
         return
-    write_atomically(save_folder / "config.yaml", config.to_yaml().encode())
+    write_atomically(save_folder / CONFIG_NAME, config.to_yaml().encode())
     print_rich(mixture_table(plan, max_repeats=config.data.max_repeats))
     where = f"resuming from {checkpoint.path}" if checkpoint else "starting at step 0"
     if is_branch and checkpoint:

@@ -255,6 +255,17 @@ def test_a_data_set_without_validation_packs_is_named(tmp_path: Path, write_data
         open_dataset(data, batch_packs=1, split="validation")
 
 
+def test_a_cache_with_other_files_is_refused_and_an_earlier_one_is_not(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "mine"
+    (cache / "train").mkdir(parents=True)
+    (cache / "train" / "manifest.json").write_text("mine")
+    with pytest.raises(UserError, match=r"mine/train: has other files \(manifest\.json\), expected a new folder,"):
+        open_dataset(data, batch_packs=1, cache=cache)
+    assert os.listdir(cache / "train") == ["manifest.json"]
+    for _ in range(2):
+        open_dataset(data, batch_packs=1, cache=tmp_path / "cache").close()
+
+
 def test_a_cache_among_the_files_of_a_data_set_or_a_run_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for cache, found in ((data, "which is a data set"), (tmp_path / "run", "is a run's save folder")):

@@ -7,8 +7,8 @@ import contextlib
 import pytest
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME
-from streaming_rwkv.remote_outputs import check_outside_in_store
+from streaming_rwkv.outputs import CHECKPOINTS, MARK_NAME, WRITER
+from streaming_rwkv.remote_outputs import check_outside_in_store, check_run_in_store
 from streaming_rwkv.shards import MANIFEST_NAME, TOKENIZER_FOLDER
 from streaming_rwkv.storage import open_store
 
@@ -30,6 +30,30 @@ def test_a_place_in_a_data_set_is_refused(s3_place: str, below: str) -> None:
         check(f"{s3_place}/data{below}")
     for free in (s3_place, f"{s3_place}/dat", f"{s3_place}/data2", "s3://tests"):
         check(free)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "tokenizer/tokenizer.json"])
+def test_objects_of_other_programs_are_not_replaced_by_a_run(s3_place: str, name: str) -> None:
+    with contextlib.closing(open_store(s3_place)) as store:
+        store.put_bytes(b"mine", name)
+        with pytest.raises(
+            UserError, match=rf"{s3_place}: has {name.partition('/')[0]}, but not from a run, .*; give "
+        ):
+            check_run_in_store(store)
+        store.put_bytes(b"{}", WRITER)
+        check_run_in_store(store)
+
+
+@pytest.mark.parametrize("below", ["checkpoints", "checkpoints/mine", "tokenizer", "tensorboard/x"])
+def test_a_place_that_a_run_keeps_for_itself_is_refused(s3_place: str, below: str) -> None:
+    check(f"{s3_place}/{below}")
+    with contextlib.closing(open_store(s3_place)) as store:
+        store.put_bytes(b"{}", WRITER)
+    check(f"{s3_place}/other")
+    with pytest.raises(
+        UserError, match=f"this run would be in {s3_place}/{below.partition('/')[0]}, which is part of the"
+    ):
+        check(f"{s3_place}/{below}")
 
 
 def test_a_place_in_a_checkpoint_is_refused(s3_place: str) -> None:

@@ -145,7 +145,10 @@ def test_checkpoints_are_not_put_into_a_data_set_in_object_storage(config, s3_pl
         for name in ("manifest.json", "tokenizer/record.json"):
             store.put_bytes(b"{}", name)
     assert main([str(config), "--dry-run", f"save_remote={s3_place}"]) == 1
-    assert f"{s3_place}: this run would be in {s3_place}, which is a data set; give it" in capsys.readouterr().err
+    assert (
+        f"{s3_place}: this run would be in {s3_place}, which is a data set; give this run another"
+        in capsys.readouterr().err
+    )
 
 
 def test_shards_that_are_missing_or_cut_are_found_before_the_first_step(config, tmp_path, capsys):

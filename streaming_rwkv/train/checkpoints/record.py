@@ -26,12 +26,7 @@ from streaming_rwkv.model.marked_files import (
     read_mark_bytes,
 )
 from streaming_rwkv.outputs import MARK_NAME
-from streaming_rwkv.shards import TOKENIZER_FOLDER
 
-LOGS = (
-    "config.yaml", "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
-)  # fmt: skip
-"""The files and folders of a save folder, beside its checkpoints, that object storage has too."""
 LARGEST_LOG_BYTES = 1 << 33
 _NAME = re.compile(r"step-(\d{8,})")
 

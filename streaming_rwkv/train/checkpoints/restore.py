@@ -28,13 +28,12 @@ from streaming_rwkv.filesystem import fsync, temporary_path
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, check_exists
 from streaming_rwkv.model.weights import is_weights_folder
-from streaming_rwkv.outputs import CHECKPOINTS
+from streaming_rwkv.outputs import CHECKPOINTS, LOGS
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, install, newest_checkpoint, replaced_path
 from streaming_rwkv.train.checkpoints.record import (
     LARGEST_LOG_BYTES,
-    LOGS,
     Checkpoint,
     CompletionMark,
     read_mark,

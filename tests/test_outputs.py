@@ -1,0 +1,43 @@
+"""Outputs stay apart from what others have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streaming_rwkv.config import UserError
+from streaming_rwkv.outputs import LOGS, RUN_FOLDERS, check_save_folder
+
+
+@pytest.mark.parametrize("name", sorted({*LOGS, *RUN_FOLDERS} - {"checkpoints"}))
+def test_files_of_other_programs_are_not_replaced_by_a_run(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    check_save_folder(folder)  # a new one
+    folder.mkdir()
+    (folder / "train.yaml").touch()
+    check_save_folder(folder)
+    (folder / name).touch()
+    with pytest.raises(UserError, match=rf"project: has {name}, but not from a run, .*; give .* or move them away"):
+        check_save_folder(folder)
+    (folder / ".lock").touch()  # as a run that has ended before its first checkpoint
+    check_save_folder(folder)
+
+
+@pytest.mark.parametrize("marks", [["checkpoints/step-00000001"], [".lock", "config.yaml"]])
+@pytest.mark.parametrize("below", [*RUN_FOLDERS, "checkpoints/mine"])
+def test_a_run_is_not_saved_in_what_another_keeps_for_itself(marks: list[str], below: str, tmp_path: Path) -> None:
+    for name in marks:
+        (tmp_path / name).mkdir(parents=True)
+    check_save_folder(tmp_path)
+    check_save_folder(tmp_path / "other")
+    folder = below.partition("/")[0]
+    with pytest.raises(UserError, match=rf"this save folder would be in .*/{folder}, which is part of the run in "):
+        check_save_folder(tmp_path / below)
+
+
+def test_a_run_is_not_saved_in_a_data_cache(tmp_path: Path) -> None:
+    for name in (".lock", "manifest.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"has a manifest\.json, as a data set or a data cache; give this run another"):
+        check_save_folder(tmp_path)
