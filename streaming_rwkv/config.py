@@ -227,7 +227,7 @@ def _beside_lists(config: Any, key: str) -> str | None:
     at, above = OmegaConf.to_container(config, resolve=False), ""
     for part in re.split(r"[.\[\]]+", key.rstrip("]")):
         if isinstance(at, list):
-            if re.fullmatch(r"-?\d{1,9}", part) is None or not -len(at) <= int(part) < len(at):
+            if re.fullmatch(r"\d{1,9}", part) is None or int(part) >= len(at):
                 entries = f"has {len(at)}, `{above}.0`" + (f" to `{above}.{len(at) - 1}`" if len(at) > 1 else "")
                 return f"{above} is a list, which {entries if at else 'is empty'}; set it whole: `{above}=[…]`"
             at = at[int(part)]
@@ -429,9 +429,8 @@ def _explain(config_type: type[Config], location: tuple[int | str, ...], key: st
             found = problem["input"]
             hint = "; YAML reads yes, no, on and off as true and false, if they have no quotes"
             is_truth_value = isinstance(found, bool) or found in ("true", "false")
-            return (
-                f"{key}: found {without_credentials(_short(found))}; {problem['msg']}{hint if is_truth_value else ''}"
-            )
+            name = f"{key}: " if key else ""
+            return f"{name}found {without_credentials(_short(found))}; {problem['msg']}{hint if is_truth_value else ''}"
 
 
 def _valid_keys(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:

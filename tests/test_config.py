@@ -157,7 +157,15 @@ def test_a_malformed_override_is_refused(path: Path, override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["data.streams.7.path", "data.streams.first.path", "data.streams.7", "data.streams.", "data.streams[2].path"]
+    "key",
+    [
+        "data.streams.7.path",
+        "data.streams.-1.path",
+        "data.streams.first.path",
+        "data.streams.7",
+        "data.streams.",
+        "data.streams[2].path",
+    ],
 )
 def test_an_override_that_leads_nowhere_is_refused(path: Path, key: str) -> None:
     (line,) = errors(path, f"{key}=x")

@@ -386,6 +386,30 @@ def test_a_panic_while_a_text_is_encoded_is_an_error_of_the_text(tmp_path, text)
             encode(text)
 
 
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Replace("e", "e" * 100_000),
+        normalizers.Prepend("x" * 100_000),
+        normalizers.Sequence([normalizers.Sequence([normalizers.Replace("e", "ee")] * 7)]),
+    ],
+    ids=["replace", "prepend", "many"],
+)
+def test_a_tokenizer_that_makes_a_text_endlessly_long_is_refused(tmp_path, normalizer):
+    made = byte_level()
+    made.normalizer = normalizer
+    with pytest.raises(TokenizerError, match=r"normalizer: its \w+ makes a text up to [\d,]+ times as long"):
+        load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
+
+
+@pytest.mark.parametrize("ids", [[10**6], [5, -1], np.array([1 << 31])])
+def test_ids_outside_of_the_vocabulary_have_no_text(hugging_face, ids):
+    for tokenizer in (hugging_face, load_tokenizer("rwkv-world")):
+        with pytest.raises(TokenizerError, match=r"found ids from .* to .*, expected 0 to \d+"):
+            tokenizer.decode(ids)
+    assert hugging_face.decode([]) == ""
+
+
 def test_a_limit_that_is_reached_while_a_text_is_encoded_is_not_the_texts_fault(tmp_path):
     tokenizer = load_tokenizer(save(byte_level(), tmp_path, eos_token="<|endoftext|>"))
 

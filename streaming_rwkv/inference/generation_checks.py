@@ -36,8 +36,8 @@ def check_seed(seed: int | None, *, name: str = "seed") -> None:
     Raises:
         GenerationError: it has more than 64 bits.
     """
-    if seed is not None and not -(1 << 63) <= seed < 1 << 64:
-        raise GenerationError(f"{name} {seed}: expected a whole number of 64 bits, such as 17")
+    if seed is not None and not (isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64):
+        raise GenerationError(f"{name} {seed!r}: expected a whole number of 64 bits, such as 17")
 
 
 def check_max_tokens(max_tokens: int, *, name: str = "max_tokens") -> None:
@@ -46,5 +46,5 @@ def check_max_tokens(max_tokens: int, *, name: str = "max_tokens") -> None:
     Raises:
         GenerationError: it is below 0.
     """
-    if max_tokens < 0:
-        raise GenerationError(f"{name} {max_tokens}: expected a whole number, at least 0")
+    if not isinstance(max_tokens, int) or max_tokens < 0:
+        raise GenerationError(f"{name} {max_tokens!r}: expected a whole number, at least 0")

@@ -46,8 +46,11 @@ def generate_tokens(
     """
     if len(tokens) == 0:
         raise GenerationError("prompt: is empty; begin with the tokenizer's bos token")
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise GenerationError(f"temperature {temperature}, top_p {top_p}: expected temperature ≥ 0 and 0 < top_p ≤ 1")
+    is_number = all(isinstance(value, int | float) for value in (temperature, top_p))
+    if not is_number or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise GenerationError(
+            f"temperature {temperature!r}, top_p {top_p!r}: expected temperature ≥ 0 and 0 < top_p ≤ 1"
+        )
     check_max_tokens(max_tokens)
     device = model.emb.weight.device
     unread, state = list(tokens), None

@@ -231,8 +231,11 @@ class Tasks:
             option: where the names are given, for error messages.
             folder_option: where the folder is given.
         Raises:
-            TaskError: a task does not exist, its data cannot be read, or it needs more than a language model.
+            TaskError: a task or the folder does not exist, data cannot be read, or a task needs more than a language
+                model.
         """
+        if folder is not None and not folder.is_dir():
+            raise TaskError(f"{folder_option} {folder}: no such folder; expected one with task YAMLs")
         self.limit = limit
         manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
         if folder and not set(names) <= set(manager.all_subtasks):  # reading all of the harness's takes seconds

@@ -39,6 +39,8 @@ def generate(
         GenerationError: a tokenizer with more ids than the model, a setting that is out of range, a prompt that is not
             Unicode text, or logits that are not finite.
     """
+    if not isinstance(tokenizer, Tokenizer):
+        raise GenerationError(f"tokenizer: found {tokenizer!r}, expected one, such as load_tokenizer({tokenizer!r})")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise GenerationError(
             f"generate: the model has {model.config.vocab_size} tokens, the tokenizer {tokenizer.name!r} has "

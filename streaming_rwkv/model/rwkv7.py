@@ -207,6 +207,10 @@ class RWKV7(nn.Module):
             ValueError: cu_seqlens with more than one row, or of another type; tokens of another shape, or, on the CPU,
                 outside of the vocabulary.
         """
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: found the shape {tuple(targets.shape)}, expected {tuple(tokens.shape)} as tokens"
+            )
         x, branch, v_first = self._embedded(tokens), None, None
         for block in self.blocks:
             x, branch, v_first, _ = block(x, branch, v_first, cu_seqlens)

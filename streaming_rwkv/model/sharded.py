@@ -168,11 +168,23 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             load(tensors, storage_reader=SafeReader(folder), no_dist=True)
         except CheckpointException as error:  # a BaseException of torch
-            reason = next(iter(error.failures.values()), (error, None))[0]
-            if isinstance(reason, PermissionError):
-                raise reason from None
-            raise ValueError(f"{type(reason).__name__}: {reason}") from None
+            cause, reason = cause_of(error)
+            if isinstance(cause, PermissionError):
+                raise cause from None
+            raise ValueError(reason) from None
     return tensors
+
+
+def cause_of(error: CheckpointException) -> tuple[BaseException, str]:
+    """Return the first failure of those that torch has collected, and its name and text."""
+    cause = next(iter(error.failures.values()), (error, None))[0]
+    return cause, f"{type(cause).__name__}: {without_advice(str(cause))}"
+
+
+def without_advice(text: str) -> str:
+    """Return the first line of the problem in torch's text, without its advice to run the code that a file brings."""
+    line = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+    return "its content is no pickle of weights" if "weights_only" in line else line
 
 
 def _check_hashes(folder: Path) -> None:

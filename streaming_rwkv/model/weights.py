@@ -46,7 +46,7 @@ from streaming_rwkv.model.huggingface_names import (
 from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
 from streaming_rwkv.model.marked_files import unreadable
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded
+from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded, without_advice
 from streaming_rwkv.model.state import (
     UNUSED,
     State,
@@ -247,7 +247,7 @@ def _guarded(read: Callable[[Path], Any], path: Path) -> Any:
         # torch's text advises to disable the protection; only the global or the problem that it names is kept.
         asks_for = re.search(r"(?:it asks for|GLOBAL) ([\w.]+)", str(error))
         if asks_for is None:
-            raise _damaged(path, str(error).rpartition("WeightsUnpickler error: ")[2]) from None
+            raise _damaged(path, without_advice(str(error))) from None
         raise CheckpointError(
             f"{path}: refused, since reading it whole would run code that it brings (it asks for {asks_for[1]}). Only "
             "weights are read here; to make one, where you trust the file: torch.save(model.state_dict(), …)"

@@ -111,7 +111,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
-        """Return the text of `ids`. bos and eos have no text; a character that is cut at an end becomes U+FFFD."""
+        """Return the text of `ids`. bos and eos have no text; a character that is cut at an end becomes U+FFFD.
+
+        Raises:
+            TokenizerError: an id is outside of the vocabulary.
+        """
 
     @abstractmethod
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
@@ -123,6 +127,13 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Encode one text, without bos and eos."""
         return self.encode_batch([text]).ids
+
+    def _check_ids(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> None:
+        least, most = min(map(int, ids), default=0), max(map(int, ids), default=0)
+        if least < 0 or most >= self.vocab_size:
+            raise TokenizerError(
+                f"tokenizer {self.name}: found ids from {least} to {most}, expected 0 to {self.vocab_size - 1}"
+            )
 
     def use_reference(self) -> None:
         """Make `encode_batch` use the reference from now on, because the fast library's ids differ."""

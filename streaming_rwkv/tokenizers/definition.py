@@ -8,6 +8,7 @@ from typing import Any
 from streaming_rwkv.tokenizers.base import TokenizerError
 
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
+MOST_GROWTH = 64  # of a text by replacements; those in use replace a few characters by as many
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -19,13 +20,29 @@ def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
         TokenizerError: a field is wrong; the error names the file and the field.
     """
     if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
-        raise TokenizerError(f"{where}: no Hugging Face tokenizer: it has no 'model'")
+        raise TokenizerError(f"{where}: no Hugging Face tokenizer: it has no 'model'; save it again")
     ids = _Ids(where)
     _check_vocabulary(definition["model"].get("vocab", {}), ids)
     _check_merges(definition["model"].get("merges"), where)
     _check_added_tokens(definition.get("added_tokens", []), ids)
     _check_decoder(definition.get("decoder"), where)
+    _check_growth(definition, where)
     return definition
+
+
+def _check_growth(definition: dict[str, Any], where: str) -> None:
+    """Refuse steps that make a text so long that it ends in want of memory: they multiply if there are several."""
+    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    for part, members in parts.items():
+        growth = 1
+        for step in steps_of(definition, part, members):
+            added = {"Replace": step.get("content"), "Prepend": step.get("prepend")}.get(str(step.get("type")))
+            growth *= max(1, len(str(added or "")))
+            if growth > MOST_GROWTH:
+                raise TokenizerError(
+                    f"{where}: {part}: its {step['type']} makes a text up to {growth:,} times as long, expected at "
+                    f"most {MOST_GROWTH}; choose another tokenizer"
+                )
 
 
 class _Ids:
@@ -117,11 +134,17 @@ def _check_decoder(decoder: Any, where: str) -> None:
 
 def steps_of(definition: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
     """Return the normalizers, pre-tokenizers or decoders of a definition; the members of a `Sequence` are listed."""
-    step = definition.get(part)
-    if not isinstance(step, dict):
-        return []
-    below = step.get(members)
-    return [step] if not isinstance(below, list) else [one for one in below if isinstance(one, dict)]
+    found: list[dict[str, Any]] = []
+    waiting = [definition.get(part)]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            below = step.get(members)
+            if isinstance(below, list):
+                waiting += reversed(below)
+            else:
+                found.append(step)
+    return found
 
 
 def missing_bytes(definition: dict[str, Any]) -> frozenset[int]:

@@ -215,6 +215,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return lengths
 
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
+        self._check_ids(ids)
         if self._byte_level:
             return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
         with_text = [int(index) for index in ids if index not in (self.bos_id, self.eos_id)]

@@ -152,6 +152,7 @@ class WorldTokenizer(Tokenizer):
         return [np.array(self._greedy(text.encode()), np.uint32) for text in texts]
 
     def decode(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> str:
+        self._check_ids(ids)
         return b"".join(map(self._text_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

@@ -91,6 +91,8 @@ def _parse(arguments: list[str] | None, program: str) -> argparse.Namespace:
             options = parser.parse_intermixed_args(arguments)  # options may be between settings
             for override in [text for text in options.overrides if text.startswith("processes=")]:
                 options.overrides.remove(override)
+                if options.processes not in (None, override.partition("=")[2]):
+                    parser.error(f"{override}: --processes is {options.processes}; give one of them")
                 options.processes = override.partition("=")[2]
             options.processes = _count(parser, options.processes or "1")
             if options.processes > 1 and has_launcher() and not options.dry_run:

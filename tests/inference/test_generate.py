@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from streaming_rwkv.inference.generate import stream_text
 from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.inference.sampling import choose
+from streaming_rwkv.inference.text import generate
 from streaming_rwkv.model.init import initialize
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
 from streaming_rwkv.model.state import model_state
@@ -140,11 +142,27 @@ def test_generating_leaves_gradients_on_for_the_caller() -> None:
         ({"tokens": [1], "top_p": 0.0}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
         ({"tokens": [1], "temperature": -1.0}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
         ({"tokens": [1], "temperature": math.nan}, "expected temperature ≥ 0 and 0 < top_p ≤ 1"),
+        ({"tokens": [1], "temperature": "hot"}, "temperature 'hot', top_p 1.0: expected temperature ≥ 0"),
+        ({"tokens": [1], "max_tokens": 1.5}, "max_tokens 1.5: expected a whole number, at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict[str, object], error: str) -> None:
     with pytest.raises(GenerationError, match=error):
-        next(sampling.generate_tokens(model_of(50), max_tokens=1, **arguments))  # type: ignore[arg-type]
+        next(sampling.generate_tokens(model_of(50), **({"max_tokens": 1} | arguments)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"tokenizer": "rwkv-world"}, "tokenizer: found 'rwkv-world', expected one, such as load_tokenizer"),
+        ({"prompt": None}, "prompt: found NoneType, expected text"),
+        ({"seed": "hot"}, "seed 'hot': expected a whole number of 64 bits"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(world: Tokenizer, arguments: dict[str, Any], error: str) -> None:
+    model = model_of(world.vocab_size)
+    with pytest.raises(GenerationError, match=error):
+        generate(model, **({"tokenizer": world, "prompt": "x"} | arguments))
 
 
 def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:

@@ -185,3 +185,17 @@ def test_tokens_that_cannot_be_read_are_refused(tokens: torch.Tensor, message: s
     for read in (network, network.step):
         with pytest.raises(ValueError, match=f"tokens: {message}"):
             read(tokens)
+
+
+@pytest.mark.parametrize("cu_seqlens", [torch.tensor([[0, 4]], dtype=torch.int32), torch.tensor([]).int()])
+def test_boundaries_that_are_no_row_of_numbers_are_refused(cu_seqlens: Tensor) -> None:
+    network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1))
+    with pytest.raises(ValueError, match=r"cu_seqlens has the shape .*, expected \(num_documents \+ 1,\)"):
+        network(torch.zeros(1, 4, dtype=torch.int64), cu_seqlens=cu_seqlens)
+
+
+def test_targets_of_another_shape_are_refused() -> None:
+    network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1))
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"targets: found the shape \(1, 3\), expected \(1, 4\) as tokens"):
+        network(tokens, targets=tokens[:, 1:])

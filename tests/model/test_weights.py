@@ -21,6 +21,7 @@ from torch import Tensor
 
 from streaming_rwkv.model.huggingface_names import from_huggingface_name, to_huggingface_name
 from streaming_rwkv.model.rwkv7 import RWKV7, RWKV7Config
+from streaming_rwkv.model.sharded import without_advice
 from streaming_rwkv.model.state import infer_config, load_state, model_state
 from streaming_rwkv.model.weights import CheckpointError, read_model, read_state, write_huggingface, write_pth
 from tests.fork_server import ForkServer
@@ -268,6 +269,14 @@ def test_a_malicious_composer_file_is_refused_and_runs_nothing(random_model: Bui
     with pytest.raises(CheckpointError, match="refused"):
         read_model(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x95\x01garbage", b"\x80\x02cos\nsystem\n.", bytes(range(256))])
+def test_torchs_advice_to_run_the_code_of_a_file_is_left_out(content: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(io.BytesIO(content), weights_only=True)
+    assert "weights_only" in str(caught.value)
+    assert "weights_only" not in without_advice(str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,13 @@ def test_every_setting_that_a_checkpoint_is_compared_by_can_be_allowed_to_change
     prepared.shard_set.lock.release()
 
 
+def test_two_numbers_of_processes_are_refused(config, capsys):
+    with pytest.raises(SystemExit):
+        main([str(config), "--dry-run", "processes=2", "--processes", "4"])
+    assert "processes=2: --processes is 4; give one of them" in capsys.readouterr().err
+    assert main([str(config), "--dry-run", "processes=2", "--processes", "2"]) == 0
+
+
 def test_processes_must_be_positive(config, capsys):
     with pytest.raises(SystemExit):
         main([str(config), "--dry-run", "--processes", "0"])

@@ -44,7 +44,7 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
 from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile, find_file_problem, unreadable
-from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader
+from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader, cause_of
 from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.outputs import MARK_NAME
 from streaming_rwkv.shards import sha256_of_file
@@ -212,10 +212,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: torc
         with _quiet_torch():
             load_sharded(state, storage_reader=reader, no_dist=not is_distributed())
     except CheckpointException as error:  # a BaseException of torch
-        reason = next(iter(error.failures.values()), (error, None))[0]
         raise CheckpointError(
-            f"{checkpoint.path}: damaged ({type(reason).__name__}: {str(reason).partition(chr(10))[0]}); delete it to "
-            "resume from the one before"
+            f"{checkpoint.path}: damaged ({cause_of(error)[1]}); delete it to resume from the one before"
         ) from None
     # The weights were filled in place, but the moments may be new tensors made by `_tensors`.
     for name, parameter in model.named_parameters():
