@@ -155,17 +155,17 @@ def check_cache(cache: str | Path, *, names: SettingNames = RUN_SETTINGS) -> Non
 
 
 def _check_free(cache: Path, *, names: SettingNames) -> None:
-    """Check that a cache is new or an earlier cache, which has a lock.
+    """Check that a folder without the lock of an earlier cache has no file that a cache would replace.
 
     Raises:
-        UserError: it has other files.
+        UserError: it has a manifest of something else, or would look like a data set.
     """
-    if (cache / LOCK_NAME).exists() or not cache.is_dir():
+    if (cache / LOCK_NAME).exists():
         return
-    if found := sorted(entry.name for entry in cache.iterdir() if not entry.name.startswith(".")):
+    if found := [name for name in (MANIFEST_NAME, TOKENIZER_FOLDER) if (cache / name).exists()]:
         raise UserError(
-            f"{cache}: has other files ({', '.join(found[:3])}), expected a new folder, or an earlier data cache; give "
-            f"another `{names.cache}`"
+            f"{cache}: has {' and '.join(found)}, but is no earlier data cache; give another `{names.cache}`, or move "
+            "them away"
         )
 
 

@@ -259,7 +259,7 @@ def test_a_cache_with_other_files_is_refused_and_an_earlier_one_is_not(data: Pat
     cache = tmp_path / "mine"
     (cache / "train").mkdir(parents=True)
     (cache / "train" / "manifest.json").write_text("mine")
-    with pytest.raises(UserError, match=r"mine/train: has other files \(manifest\.json\), expected a new folder,"):
+    with pytest.raises(UserError, match=r"mine/train: has manifest\.json, but is no earlier data cache; give another"):
         open_dataset(data, batch_packs=1, cache=cache)
     assert os.listdir(cache / "train") == ["manifest.json"]
     for _ in range(2):

@@ -231,7 +231,6 @@ def test_only_unfinished_files_of_the_cache_are_removed_from_its_folder(tmp_path
     (tmp_path / "cache" / "thesis" / "chapter.tmp").write_text("kept")
     (tmp_path / "cache" / "folder.tmp").mkdir()
     (tmp_path / "cache" / ".manifest.json.tmp").write_text("half of it")
-    (tmp_path / "cache" / ".lock").touch()  # of an earlier run
     shard_set = open_shard_set(data, cache=tmp_path / "cache", splits=("train",), timeout_seconds=20, fetch=True)
     shard_set.lock.release()
     assert (tmp_path / "cache" / "thesis" / "chapter.tmp").read_text() == "kept"
