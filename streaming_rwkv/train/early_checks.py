@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from streaming_rwkv.config import ConfigError
-from streaming_rwkv.distributed import is_rank_zero, local_world_size
+from streaming_rwkv.distributed import local_world_size
 from streaming_rwkv.extras import install_command
 from streaming_rwkv.model.marked_files import CheckpointError, check_exists
 from streaming_rwkv.outputs import CHECKPOINTS, check_save_folder
@@ -22,7 +22,7 @@ def check_paths(config: RunConfig) -> None:
         UserError: names the setting and the path.
     """
     check_tasks(config.evaluation)
-    if is_rank_zero():  # the only one that writes there, perhaps already
+    if os.environ.get("RANK", "0") == "0":  # the only one that writes there, perhaps already
         check_save_folder(config.save_folder)
     check_is_finished(config.data.path, setting="data.path")
     if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
