@@ -22,7 +22,7 @@ def check_paths(config: RunConfig) -> None:
         UserError: names the setting and the path.
     """
     check_tasks(config.evaluation)
-    if os.environ.get("RANK", "0") == "0":  # the only one that writes there, perhaps already
+    if (os.environ.get("RANK") or "0") == "0":  # the only one that writes there, perhaps already
         check_save_folder(config.save_folder)
     check_is_finished(config.data.path, setting="data.path")
     if config.model.init_from is None or may_resume(config) or is_one_of_many_nodes():
