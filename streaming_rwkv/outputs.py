@@ -22,6 +22,7 @@ LOGS = (
 """The files and folders of a save folder, beside its checkpoints, that object storage has too."""
 WRITER = "writer.json"
 """The claim of the run that writes to a place in object storage."""
+LARGEST_WRITER_BYTES = 1 << 12
 RUN_FOLDERS = (CHECKPOINTS, TOKENIZER_FOLDER, "tensorboard", "profile", "init_from", "branch_from")
 """The folders of a save folder that are a run's alone."""
 

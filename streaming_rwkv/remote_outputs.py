@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 from contextlib import nullcontext, suppress
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.outputs import CHECKPOINTS, LOGS, MARK_NAME, RUN_FOLDERS, WRITER
+from streaming_rwkv.outputs import CHECKPOINTS, LARGEST_WRITER_BYTES, LOGS, MARK_NAME, RUN_FOLDERS, WRITER
 from streaming_rwkv.shards import MANIFEST_NAME, TOKENIZER_FOLDER
 from streaming_rwkv.storage import StorageError, Store
 
@@ -21,13 +22,27 @@ def check_run_in_store(store: Store) -> None:
     """
     remedy = "give this run another `save_remote`"
     check_outside_in_store(store, what="run", remedy=remedy)
-    if store.find(WRITER) or _has(store, CHECKPOINTS):
+    claims = store.find(WRITER) is not None
+    if claims and _is_claim(store):
         return
-    if replaced := [name for name in LOGS if store.find(name) or _has(store, name)]:
+    replaced = [WRITER] if claims else []
+    if not _has(store, CHECKPOINTS):
+        replaced += [name for name in LOGS if store.find(name) or _has(store, name)]
+    if replaced:
         raise UserError(
             f"{store.location}: has {', '.join(replaced)}, but not from a run, which would write objects of these "
             f"names; {remedy}, or move them away"
         )
+
+
+def _is_claim(store: Store) -> bool:
+    """Return True if the claim in a store is that of a run, not a file of the same name."""
+    content = store.get_bytes(WRITER, most=LARGEST_WRITER_BYTES)
+    try:
+        claim = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(claim, dict) and {"run", "host"} <= claim.keys()
 
 
 def _has(store: Store, folder: str) -> bool:

@@ -40,7 +40,10 @@ def test_objects_of_other_programs_are_not_replaced_by_a_run(s3_place: str, name
             UserError, match=rf"{s3_place}: has {name.partition('/')[0]}, but not from a run, .*; give "
         ):
             check_run_in_store(store)
-        store.put_bytes(b"{}", WRITER)
+        store.put_bytes(b"mine", WRITER)
+        with pytest.raises(UserError, match=rf"{s3_place}: has writer.json, .*, but not from a run"):
+            check_run_in_store(store)
+        store.put_bytes(b'{"run": "77aa", "host": "a"}', WRITER)
         check_run_in_store(store)
 
 

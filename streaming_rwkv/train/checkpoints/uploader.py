@@ -32,14 +32,13 @@ from streaming_rwkv.config import UserError
 from streaming_rwkv.distributed import all_gather_object, broadcast_object, is_rank_zero, rank, run_on_rank_zero
 from streaming_rwkv.filesystem import is_temporary, read_regular_file
 from streaming_rwkv.model.marked_files import read_mark_bytes
-from streaming_rwkv.outputs import CHECKPOINTS, LOGS, MARK_NAME, WRITER
+from streaming_rwkv.outputs import CHECKPOINTS, LARGEST_WRITER_BYTES, LOGS, MARK_NAME, WRITER
 from streaming_rwkv.storage import ObjectMissing, Store
 from streaming_rwkv.train.checkpoints.local import wrote
 from streaming_rwkv.train.checkpoints.record import LARGEST_LOG_BYTES, read_mark
 from streaming_rwkv.train.checkpoints.remote import UPLOADING, RemoteCheckpoints
 from streaming_rwkv.train.checkpoints.selection import prune
 
-LARGEST_WRITER_BYTES = 1 << 12
 POLL_SECONDS = 0.1
 
 
