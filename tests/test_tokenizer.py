@@ -392,13 +392,21 @@ def test_a_panic_while_a_text_is_encoded_is_an_error_of_the_text(tmp_path, text)
         normalizers.Replace("e", "e" * 100_000),
         normalizers.Prepend("x" * 100_000),
         normalizers.Sequence([normalizers.Sequence([normalizers.Replace("e", "ee")] * 7)]),
+        normalizers.Sequence([normalizers.ByteLevel()] * 30),
     ],
-    ids=["replace", "prepend", "many"],
+    ids=["replace", "prepend", "many", "bytes"],
 )
 def test_a_tokenizer_that_makes_a_text_endlessly_long_is_refused(tmp_path, normalizer):
     made = byte_level()
     made.normalizer = normalizer
     with pytest.raises(TokenizerError, match=r"normalizer: its \w+ makes a text up to [\d,]+ times as long"):
+        load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
+
+
+def test_a_tokenizer_of_thousands_of_steps_is_refused(tmp_path):
+    made = byte_level()
+    made.normalizer = normalizers.Sequence([normalizers.NFKD()] * 3000)
+    with pytest.raises(TokenizerError, match="normalizer: has 3,000 steps, expected at most 100; choose another"):
         load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
 
 

@@ -139,7 +139,7 @@ def _died(where: str = "") -> WorkerError:
     return WorkerError(
         f"a worker process died{where}, most likely killed for want of memory (`dmesg` tells), unless a hook ended it "
         "(os._exit); run the same command again with fewer workers: finished work is kept. If one dies there again, "
-        "download the file again"
+        "download the file again, or choose another tokenizer"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from streaming_rwkv.tokenizers.base import TokenizerError
 
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
+MOST_STEPS = 100  # of a normalizer, pre-tokenizer or decoder; those in use have up to twenty
 MOST_GROWTH = 64  # of a text by replacements; those in use replace a few characters by as many
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -31,12 +32,20 @@ def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
 
 
 def _check_growth(definition: dict[str, Any], where: str) -> None:
-    """Refuse steps that make a text so long that it ends in want of memory: they multiply if there are several."""
+    """Refuse steps that make a text so long that it ends in want of memory, or that are too many to ever end.
+
+    Their effects multiply. A `ByteLevel` makes two bytes of most bytes.
+    """
     parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
     for part, members in parts.items():
-        growth = 1
-        for step in steps_of(definition, part, members):
-            added = {"Replace": step.get("content"), "Prepend": step.get("prepend")}.get(str(step.get("type")))
+        growth, steps = 1, steps_of(definition, part, members)
+        if len(steps) > MOST_STEPS:
+            raise TokenizerError(
+                f"{where}: {part}: has {len(steps):,} steps, expected at most {MOST_STEPS}; choose another tokenizer"
+            )
+        for step in steps:
+            texts = {"Replace": step.get("content"), "Prepend": step.get("prepend"), "ByteLevel": "xx"}
+            added = texts.get(str(step.get("type")))
             growth *= max(1, len(str(added or "")))
             if growth > MOST_GROWTH:
                 raise TokenizerError(
