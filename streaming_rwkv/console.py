@@ -88,7 +88,7 @@ def leave_closed_terminals() -> bool:
 class _Output:
     """A stream whose errors name standard output: those of the system name no file, as those of a full disk do not.
 
-    A terminal that was closed is no error: the program goes on, until SIGHUP ends it.
+    A terminal that was closed is no error: the program continues until SIGHUP ends it.
     """
 
     def __init__(self, stream: TextIO) -> None:

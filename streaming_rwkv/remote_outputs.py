@@ -71,6 +71,7 @@ def _kind_in_store(store: Store) -> str | None:
         return "a checkpoint"
     if store.find(MANIFEST_NAME) and _has(store, TOKENIZER_FOLDER):
         return "a data set"
-    above = list(itertools.islice(store.with_parents(), 1, 2))
-    is_part = store.prefix.rpartition("/")[2] in RUN_FOLDERS and above and above[0].find(WRITER)
-    return f"part of the run in {above[0].location}" if is_part else None
+    above = next(itertools.islice(store.with_parents(), 1, None), None)
+    if above is not None and store.prefix.rpartition("/")[2] in RUN_FOLDERS and above.find(WRITER):
+        return f"part of the run in {above.location}"
+    return None
