@@ -4,8 +4,8 @@
     .venv-clean/bin/python examples/clean.py corpus/web cleaned/web --kind en --workers 8
 
 Reads the JSON lines (plain, .gz, .zst) or the parquet files of a folder, and writes `texts/` for the recipe of `prep`,
-`removed/` with what was left out and why, and `work/`, which may be deleted afterwards. The same command resumes, file
-by file. Nothing is downloaded. Exact duplicates and evaluation texts are left to `prep`.
+`removed/` with what was left out and why, and `work/` with the logs, which may be deleted afterwards. The same command
+resumes, file by file. Nothing is downloaded. Exact duplicates and evaluation texts are left to `prep`.
 
 --kind selects what judges a text, since word-based filters misjudge other languages and code:
 
@@ -20,14 +20,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+
+def stop(number: int, _: object) -> None:
+    """End the program at a signal; its worker processes end with it."""
+    print("\nstopped; the same command resumes", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+elif __name__ == "__mp_main__":  # a worker process, to which a terminal sends Ctrl-C too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
     import orjson
     from datatrove.data import Document
@@ -41,12 +60,15 @@ try:
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
     from datatrove.utils.word_tokenizers import SpaCyTokenizer, WhitespaceTokenizer
+    from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install requirements/clean.txt, as the head of {__file__} says")
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 COMPRESSED = ("", ".gz", ".zst")
 KINDS = ("en", "zh", "code", "any")
+
+LONGEST_LINE = 1 << 28  # bytes, as for `prep`
 
 MANDARIN = "cmn_Hani"  # for "zh" datatrove splits at spaces
 # Of FineWeb 2, configs/cmn_Hani.yml.
@@ -55,6 +77,16 @@ MANDARIN_STOP_WORDS = list("的年在月是和日了於·為有被人中为他�
 
 class Counting:
     """A reader that counts the documents it reads, and those without a text, which datatrove leaves out silently."""
+
+    def documents_of(self, filepath: str) -> Iterator[Document]:
+        raise NotImplementedError
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        try:
+            yield from self.documents_of(filepath)
+        except Exception as error:  # noqa: BLE001 - as the library of its format reports a damaged file
+            path = self.data_folder.resolve_paths(filepath)  # type: ignore[attr-defined]
+            sys.exit(f"error: {path}: {one_line(error)}; repair the file or remove it from the folder")
 
     def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int) -> Document | None:
         self.stat_update("read")  # type: ignore[attr-defined]
@@ -68,13 +100,18 @@ class Counting:
 class CountingParquetReader(Counting, ParquetReader):  # type: ignore[misc]
     """Parquet, with the documents counted."""
 
+    def documents_of(self, filepath: str) -> Iterator[Document]:
+        yield from ParquetReader.read_file(self, filepath)
+
 
 class CountingJsonlReader(Counting, JsonlReader):  # type: ignore[misc]
     """JSON lines; a broken line is counted, where datatrove would leave out the rest of the file after a bad byte."""
 
-    def read_file(self, filepath: str) -> Iterator[Document]:
+    def documents_of(self, filepath: str) -> Iterator[Document]:
         with self.data_folder.open(filepath, "rb", compression=self.compression) as lines:
-            for number, line in enumerate(lines):
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b"")):
+                if len(line) == LONGEST_LINE:
+                    raise ValueError(f"line {number + 1} has {LONGEST_LINE >> 20} MiB or more")
                 record = None
                 with contextlib.suppress(orjson.JSONDecodeError):
                     record = orjson.loads(line)
@@ -133,30 +170,95 @@ def quality_filters(kind: str, removed: Path) -> list[PipelineStep]:
     return [CodeFilter(exclusion_writer=to("code"))] if kind == "code" else []
 
 
-def find_reader(folder: Path, *, text: str) -> tuple[PipelineStep, int]:
-    """Return the reader of a folder, and the number of its files.
+def find_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files, at any depth, which all have the same ending.
 
     Raises:
-        SystemExit: no files that can be read, or both JSON lines and parquet.
+        SystemExit: no files that can be read, both JSON lines and parquet, or something that is not a file.
     """
-    names = [path.name.lower() for path in folder.rglob("*") if path.is_file()]
-    endings = {f"{line}{compressed}" for line in LINES for compressed in COMPRESSED}
-    found = Counter(ending for name in names for ending in {*endings, ".parquet"} if name.endswith(ending))
+    endings = sorted({f"{line}{compressed}" for line in LINES for compressed in COMPRESSED} | {".parquet"})
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*")):
+        for ending in endings:
+            if path.name.lower().endswith(ending) and not path.is_dir():
+                if not path.is_file() or len(path.name.splitlines()) > 1 or path.name != path.name.strip():
+                    raise SystemExit(
+                        f"error: {str(path)!r}: found a name with spaces at its ends or line breaks, or what is not a "
+                        "file (a pipe, a device, a link to nothing); remove or rename it"
+                    )
+                found.setdefault(ending, []).append(path.relative_to(folder).as_posix())
     if len(found) != 1:
+        counts = {ending: len(names) for ending, names in found.items()}
         raise SystemExit(
-            f"error: {folder}: found {dict(found) or 'no files that can be read'}; give a folder with files of one "
-            f"ending of {', '.join(sorted(endings))}, .parquet"
+            f"error: {folder}: found {counts or 'no files that can be read'}; give a folder with files of one ending "
+            f"of {', '.join(endings)}"
         )
-    ((ending, count),) = found.items()
-    kind = CountingParquetReader if ending == ".parquet" else CountingJsonlReader
-    reader = kind(str(folder), glob_pattern=f"**/*{ending}", text_key=text)
-    reader.add_file_path = False  # which the parquet reader has no argument for
-    return reader, count
+    (names,) = found.values()
+    return names
 
 
 def text_and_id(writer: PipelineStep, document: Document) -> dict[str, Any]:
     """Return the columns of parquet files, whose other columns would have to be the same in all documents."""
     return {"text": document.text, "id": document.id}
+
+
+class Workers:
+    """Processes for the tasks of all steps, which end with the program, however it ends.
+
+    datatrove's executor leaves its processes behind when it is killed, and waits for ever when one of them is.
+    """
+
+    def __init__(self, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        alive, self._alive = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(alive,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self._alive.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, step: str, executor: LocalPipelineExecutor) -> None:
+        """Run the tasks of a step that are not complete.
+
+        Raises:
+            SystemExit: a task failed, or a process was killed.
+        """
+        tasks = {self._pool.submit(executor._run_for_rank, rank): rank for rank in executor.get_incomplete_ranks()}
+        for done, task in enumerate(as_completed(tasks), 1):
+            try:
+                task.result()
+            except BrokenProcessPool:
+                sys.exit(
+                    f"error: {step}: a worker process was killed, perhaps since memory was short; give fewer "
+                    "--workers; the same command resumes"
+                )
+            except Exception as error:  # noqa: BLE001 - of any library
+                log = executor.logging_dir.resolve_paths(f"logs/task_{tasks[task]:05d}.log")
+                sys.exit(f"error: {step}: {one_line(error)}; the log is {log}; the same command resumes")
+            print(f"\r{step}: {done} of {len(tasks)} tasks", end="", file=sys.stderr, flush=True)
+        if tasks:
+            print(file=sys.stderr)
+
+
+def start_worker(alive: Connection) -> None:
+    """Make a worker process end when the other end of `alive` is closed, and leave its messages to the tasks' logs."""
+
+    def end_with_program() -> None:
+        alive.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=end_with_program, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which would be reported as left behind
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says, which for those of libraries may be many lines."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def clean(
@@ -167,10 +269,14 @@ def clean(
     Raises:
         SystemExit: the folder cannot be read, or `out` holds a corpus that was cleaned with other settings.
     """
-    reader, files = find_reader(folder, text=text)
-    settings = {"folder": str(folder.resolve()), "files": files, "kind": kind, "text": text, "output": output}
-    check_same(out / "work" / "settings.json", settings)
-    work, removed = out / "work", out / "removed"
+    names = find_files(folder)
+    files, work, removed = len(names), out / "work", out / "removed"
+    settings = {"folder": str(folder.resolve()), "kind": kind, "text": text, "output": output, "files": names}
+    lock = claim(out, settings)
+    (work / "files.txt").write_text("".join(f"{name}\n" for name in names))
+    kind_of_reader = CountingParquetReader if names[0].lower().endswith(".parquet") else CountingJsonlReader
+    reader = kind_of_reader(str(folder), paths_file=str(work / "files.txt"), text_key=text)
+    reader.add_file_path = False  # which the parquet reader has no argument for
     minhash = MinhashConfig()  # 14 bands of 8 hashes of 5 words: a similarity of about 0.72
     # Of its own: the one that filters share has loaded jieba by then, and could not be copied with the pipeline.
     words = SpaCyTokenizer(kind) if kind in ("en", "zh") else WhitespaceTokenizer()
@@ -199,23 +305,42 @@ def clean(
             files,
         ),
     }  # fmt: skip
-    for name, (pipeline, tasks) in steps.items():
-        logs = work / "logs" / name
-        LocalPipelineExecutor(
-            pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs), start_method="spawn"
-        ).run()
-        if not any((work / "kept").glob("*")):
-            break  # nothing is left to compare
+    with Workers(min(workers, max(tasks for _, tasks in steps.values()))) as processes:
+        for name, (pipeline, tasks) in steps.items():
+            processes.run(name, LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=str(work / "logs" / name)))
+            if not any((work / "kept").glob("*")):
+                break  # nothing is left to compare
+    lock.close()
     return counts(work / "logs")
 
 
-def check_same(file: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or compare them with those of the corpus that is there."""
-    if file.exists() and (before := json.loads(file.read_bytes())) != settings:
-        raise SystemExit(f"error: {file}: found {before}, expected {settings}; give another folder for the result")
+def claim(out: Path, settings: dict[str, Any]) -> IO[str]:
+    """Check that `out` is for this result, and return its lock, which is held while it is open.
+
+    Raises:
+        SystemExit: `out` holds something else, or another process writes to it.
+    """
+    file, corpus = out / "work" / "settings.json", Path(settings["folder"])
+    if corpus in (out.resolve(), *out.resolve().parents):
+        sys.exit(f"error: {out}: is within the corpus, {corpus}; give another folder")
+    if out.exists() and not file.parent.exists() and any(out.iterdir()):
+        sys.exit(f"error: {out}: expected an empty folder or a result of this command; give another folder")
     file.parent.mkdir(parents=True, exist_ok=True)
+    lock = (file.parent / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {out}: another process writes to it; wait until it ends, or give another folder")
+    if file.exists():
+        try:
+            before = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError):
+            sys.exit(f"error: {file}: is damaged; remove {out}")
+        if changed := [key for key, value in settings.items() if before.get(key) != value]:
+            sys.exit(f"error: {out}: holds the result for another {', '.join(changed)} ({file}); give another folder")
     file.with_suffix(".new").write_text(json.dumps(settings))
     file.with_suffix(".new").replace(file)  # a kill leaves all of it or none
+    return lock
 
 
 def counts(logs: Path) -> dict[str, int]:
@@ -257,7 +382,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers: found {options.workers}, expected 1 or more")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and end the worker processes
     try:
         found = clean(
             options.folder, options.out, kind=options.kind, text=options.text, workers=options.workers,

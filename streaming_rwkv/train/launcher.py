@@ -22,9 +22,10 @@ from typing import IO
 
 from streaming_rwkv.distributed import rank_environment
 from streaming_rwkv.errors import UserError
-from streaming_rwkv.processes import listen_to_stop_signals
+from streaming_rwkv.processes import STOP_SIGNALS, listen_to_stop_signals
 
 STOP_SECONDS = 30.0  # between SIGTERM and SIGKILL, for a rank to end its step and to write a checkpoint
+STOPPED = {128 + number for number in STOP_SIGNALS}  # exit statuses of ranks that were asked to stop
 POLL_SECONDS = 0.1
 MOST_PROCESSES = 1024  # on one machine
 SHOWN_BYTES = 1 << 14  # of the end of a failed rank's output
@@ -76,8 +77,8 @@ class Ranks:
             if failed is None:
                 return 0
             self._terminate()
-            # Asked to stop, they are writing a checkpoint together.
-            self._end_all(seconds=None if self.asked_to_stop else STOP_SECONDS)
+            # After a request to stop they have written a checkpoint together, and rank 0 may still be uploading it.
+            self._end_all(seconds=None if self._has_stopped(failed) else STOP_SECONDS)
             return self._status(failed)
         finally:
             self._close()
@@ -101,6 +102,11 @@ class Ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._processes[statuses.index(None)].wait(timeout=POLL_SECONDS)
 
+    def _has_stopped(self, failed: int) -> bool:
+        """Return True if a rank ended because it was asked to, not for a failure."""
+        status = self._processes[failed].returncode
+        return self.asked_to_stop and (128 - status if status < 0 else status) in STOPPED
+
     def _end_all(self, *, seconds: float | None) -> None:
         """Wait for all ranks, and after this time kill those that are left."""
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -114,7 +120,7 @@ class Ranks:
     def _status(self, failed: int) -> int:
         """Return the run's exit status, after saying why it ended if rank 0 could not."""
         status, output = self._processes[failed].returncode, self._outputs[failed]
-        if self.asked_to_stop:
+        if self._has_stopped(failed):
             if self._processes[0].returncode < 0:  # before it listened to signals
                 print("stopped before training began; the same command starts it again", file=sys.stderr, flush=True)
         elif output is not None:
@@ -123,7 +129,7 @@ class Ranks:
             text = output.read().decode(errors="replace").rstrip()
             if text or status > 0:
                 print(f"rank {failed} ended with status {status}:\n{text}", file=sys.stderr, flush=True)
-        if status < 0 and not self.asked_to_stop:
+        if status < 0 and not self._has_stopped(failed):
             print(f"rank {failed} was ended by {_signal(status)}", file=sys.stderr, flush=True)
         return 128 - status if status < 0 else status
 

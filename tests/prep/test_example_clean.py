@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,3 +121,51 @@ def test_other_texts_are_judged_by_their_kind(tmp_path: Path, kind: str, kept: s
     }  # fmt: skip
     (written,) = (tmp_path / "out" / "texts").iterdir()
     assert pq.read_table(written)["text"].to_pylist() == [kept]
+
+
+@pytest.mark.slow
+def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
+    def error_of(folder: Path, out: Path) -> str:
+        counts, error = clean(folder, out, "--kind", "any")
+        assert not counts
+        return error
+
+    lines, damaged, pipe, mine = (tmp_path / name for name in ("lines", "damaged", "pipe", "mine"))
+    for folder in (lines, damaged, pipe, mine):
+        folder.mkdir()
+    (lines / "0.jsonl").write_text(json.dumps({"text": RIVER}) + "\n")
+    (damaged / "0.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": RIVER}).encode())[:-9])
+    os.mkfifo(pipe / "0.jsonl")
+    (mine / "notes.txt").write_text("mine")
+    error = error_of(damaged, tmp_path / "out-1")
+    assert f"error: {damaged}/0.jsonl.gz: EOFError" in error
+    assert "Traceback" not in error
+    assert "not a file (a pipe" in error_of(pipe, tmp_path / "out-2")
+    assert "expected an empty folder" in error_of(lines, mine)
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    assert "is within the corpus" in error_of(lines, lines / "cleaned")
+    assert clean(lines, tmp_path / "out-3", "--kind", "any")[0]["written"] == 1
+    (lines / "1.jsonl").write_text(json.dumps({"text": BREAD}) + "\n")
+    assert "holds the result for another files" in error_of(lines, tmp_path / "out-3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["worker", "program"])
+def test_after_a_kill_no_process_is_left_and_the_same_command_resumes(tmp_path: Path, killed: str) -> None:
+    """The pipe of the killed process is closed when the last process that has it ends."""
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    corpus.mkdir()
+    for number in range(2):
+        (corpus / f"{number}.jsonl").write_text(f"{json.dumps({'text': RIVER})}\n" * 20_000)
+    command = [PYTHON, FOLDER / "clean.py", corpus, out, "--kind", "any", "--workers", "2"]
+    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    logs = out / "work" / "logs" / "1-filter" / "logs"
+    while len(list(logs.glob("*"))) < 2:
+        assert program.poll() is None
+    process = psutil.Process(program.pid)
+    workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    (workers[0] if killed == "worker" else process).kill()
+    error = program.communicate()[1]
+    assert "error: 1-filter: a worker process was killed" in error if killed == "worker" else not program.poll() == 1
+    psutil.wait_procs(workers)
+    assert clean(corpus, out, "--kind", "any")[0]["written"] == 1

@@ -124,6 +124,33 @@ def test_a_request_to_stop_reaches_every_rank_and_nothing_else_is_said(
     assert ended(process) == (143, "stopped at step 3\n", "")
 
 
+def test_a_rank_that_stands_still_does_not_keep_a_run_that_was_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others fail, since it does not answer; it is killed."""
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    monkeypatch.setattr("streaming_rwkv.train.launcher.STOP_SECONDS", 0.5)
+    program = f"""
+        import os, signal, sys
+        fail = lambda *_: sys.exit("error: another rank does not answer")
+        signal.signal(signal.SIGTERM, fail if os.environ["RANK"] == "0" else signal.SIG_IGN)
+        own = os.open({str(ready)!r}, os.O_WRONLY)
+        os.write(own, b"x")
+        while True:
+            signal.pause()
+    """
+    ranks = Ranks([sys.executable, "-c", textwrap.dedent(program)], 2)
+    with open(ready, "rb") as pipe:
+        assert pipe.read(1) == b"x"
+        while pipe.read(1) != b"x":  # the other rank may open it a moment later
+            continue
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ranks.wait() == 1
+    assert ranks._processes[1].returncode == -signal.SIGKILL
+    assert capfd.readouterr().err == "error: another rank does not answer\n"
+
+
 def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = tmp_path / "ready"
     os.mkfifo(ready)
