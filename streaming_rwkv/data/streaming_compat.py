@@ -16,8 +16,10 @@
     SharedMemory                          its pages are allocated when it is made: where /dev/shm is full, Streaming's
                                           first write is SIGBUS. It is closed with the dataset: Streaming keeps it, and
                                           that of other datasets which it met, until the process ends.
-    get_shm_prefix                        runs that start at the same time on one machine wait for each other; with
-                                          Streaming's, all but one of them fail.
+    get_shm_prefix                        the names of shared memory begin with a number of the cache, which one run
+                                          uses at a time. Streaming takes the first number of which no name exists:
+                                          runs that start at the same time take the same one, and so does a run that
+                                          starts while another ends, whose arrays it would then write to.
     World.detect, maybe_init_dist, dist   a process that reads on its own is a world of one: Streaming takes the ranks
                                           from the launcher's environment, and waits for all of them.
 
@@ -33,7 +35,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ from streaming.base.world import World
 from streaming_rwkv.config import UserError
 from streaming_rwkv.data.setting_names import RUN_SETTINGS, SettingNames
 from streaming_rwkv.distributed import barrier
-from streaming_rwkv.filesystem import atomic_file, has_flock, is_disk_full, read_regular_file, wait_for_lock
+from streaming_rwkv.filesystem import atomic_file, has_flock, is_disk_full, read_regular_file
 from streaming_rwkv.limits import limit_of
 from streaming_rwkv.mds import Counts, check_shard, check_totals, expand
 from streaming_rwkv.shards import DataError, Manifest, StreamRecord, sha256_of_file
@@ -65,7 +67,6 @@ logger = logging.getLogger(__name__)
 SUPPORTED_VERSION = "0.13.0"
 VERIFIED = "verified"  # name of the shared array that says which shards were compared with their hashes and checked
 COUNTS = "counts"  # name of the shared array of what the checked shards hold
-START_SECONDS = 30
 _LARGEST_LOCALS_BYTES = 1 << 26
 
 
@@ -221,7 +222,7 @@ class VerifiedDataset(StreamingDataset):
             names: of the settings, for errors.
         """
         alone = as_rank is not None
-        take_prefix = _take_prefix_alone if alone else _take_prefix
+        take_prefix = _take_prefix(_shared_memory_number(lock), alone=alone)
         with (
             _recorded_shared_memory() as opened,
             _replaced(streaming_dataset, "get_shm_prefix", take_prefix),
@@ -440,22 +441,34 @@ def _no_shared_memory(error: OSError) -> UserError:
     )
 
 
-def _take_prefix(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
-    """Call Streaming's `get_shm_prefix` while no other run may.
+def _shared_memory_number(lock: Path) -> int:
+    """Return the number of a cache's shared memory, which no other cache of this machine has, in a container or not."""
+    status = lock.parent.stat()
+    place = f"{os.path.realpath(lock)}\0{status.st_dev}\0{status.st_ino}"
+    return int.from_bytes(hashlib.sha256(os.fsencode(place)).digest()[:6], "little")
 
-    Every rank looks for a free name, then local rank 0 takes it.
+
+def _take_prefix(number: int, *, alone: bool) -> Callable[..., tuple[int, SharedMemory]]:
+    """Return what replaces Streaming's `get_shm_prefix`: local rank 0 makes the first array, the others open it.
+
+    Args:
+        alone: do not wait for other ranks.
     """
-    world: World = arguments[2]
-    names = _shared_memory_folder()
-    with wait_for_lock(names, timeout_seconds=START_SECONDS) if world.is_local_leader else nullcontext():
-        barrier()
-        return prefix.get_shm_prefix(*arguments, **options)
 
+    def take(
+        streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 0
+    ) -> tuple[int, SharedMemory]:
+        name = prefix._get_path(number, LOCALS)
+        if world.is_local_leader:
+            _remove_shared_memory(prefix._get_path(number, ""))  # that a killed run left
+            content = prefix._pack_locals(streams_local, number)
+            memory: SharedMemory = prefix.SharedMemory(name, True, len(content))
+            memory.buf[: len(content)] = content
+        if not alone:
+            barrier()
+        return number, memory if world.is_local_leader else prefix.SharedMemory(name, False)
 
-def _take_prefix_alone(*arguments: Any, **options: Any) -> tuple[int, SharedMemory]:
-    """Call Streaming's `get_shm_prefix` while no other run may, without waiting for other ranks."""
-    with wait_for_lock(_shared_memory_folder(), timeout_seconds=START_SECONDS):
-        return prefix.get_shm_prefix(*arguments, **options)
+    return take
 
 
 class _OneProcess(World):
@@ -481,15 +494,8 @@ def _one_process() -> Iterator[None]:
         _replaced(streaming_dataset, "World", _OneProcess),
         _replaced(streaming_dataset, "maybe_init_dist", lambda: False),
         _replaced(streaming_dataset, "dist", _NoProcessGroup),
-        _replaced(prefix, "dist", _NoProcessGroup),
     ):
         yield
-
-
-def _shared_memory_folder() -> Path:
-    """Return the folder that holds the names of shared memory."""
-    shared_memory = Path("/dev/shm")
-    return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def _close_shared_memory(opened: list[SharedMemory]) -> None:
@@ -511,9 +517,13 @@ def remove_stale_shared_memory(cache: Path) -> None:
             continue
         if not any(os.fsencode(cache) + b"/" in name for name in names):
             continue
-        start = path.name.removesuffix(LOCALS)
-        for name in [*SHM_TO_CLEAN, VERIFIED, COUNTS]:
-            (path.parent / f"{start}{name}").unlink(missing_ok=True)
+        _remove_shared_memory(path.name.removesuffix(LOCALS))
+
+
+def _remove_shared_memory(start: str) -> None:
+    """Remove the shared memory of a data set whose names begin with `start`."""
+    for name in [*SHM_TO_CLEAN, VERIFIED, COUNTS]:
+        Path(f"/dev/shm/{start}{name}").unlink(missing_ok=True)
 
 
 def copy_file(source: str, target: Path, *, timeout_seconds: float) -> None:

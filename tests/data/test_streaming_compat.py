@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def test_streaming_finds_names_and_memory_where_they_are_replaced():
     """The replaced attributes exist in the modules that use them, and are put back."""
     assert streaming_dataset.get_shm_prefix is prefix.get_shm_prefix
     assert prefix.SharedMemory is array.SharedMemory is SharedMemory
-    assert list(inspect.signature(prefix.get_shm_prefix).parameters)[2] == "world"
+    ours = streaming_compat._take_prefix(1, alone=True)
+    assert [*inspect.signature(prefix.get_shm_prefix).parameters] == [*inspect.signature(ours).parameters]
 
 
 def test_a_process_that_reads_on_its_own_is_a_world_of_one(opened, monkeypatch):
@@ -211,6 +213,26 @@ def test_a_process_that_reads_on_its_own_is_a_world_of_one(opened, monkeypatch):
         assert len(dataset[0]["tokens"])
     finally:
         dataset.close()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
+def test_arrays_that_a_killed_run_left_are_made_anew(opened, tmp_path):
+    """Also those of a run whose first array is gone: Streaming would take its number, and write to the others."""
+    dataset, shard_set = opened
+    left = replace(shard_set, cache=tmp_path / "left")
+    streams = left.streams(left.manifest.select("train"), download_attempts=1, timeout_seconds=20)
+    for stream in streams:
+        shutil.copytree(shard_set.cache / stream.record.path, stream.local)
+    number = streaming_compat._shared_memory_number(left.cache / ".lock")
+    path = Path(f"/dev/shm/{prefix._get_path(number, streaming_compat.COUNTS)}")
+    path.write_bytes(b"\1")
+    with closing(
+        VerifiedDataset(streams, as_rank=(0, 1), lock=left.cache / ".lock", cache_limit=None, fetch_ahead=8, batch=4)
+    ) as found:
+        assert found._shm_prefix_int == number != dataset._shm_prefix_int
+        assert path.stat().st_size == found._counts.numpy().nbytes > 1
+        assert not found._counts.numpy().any()
+    assert not path.exists()
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs /dev/shm")
