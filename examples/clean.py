@@ -197,9 +197,11 @@ def find_files(folder: Path) -> list[str]:
     return names
 
 
-def text_and_id(writer: PipelineStep, document: Document) -> dict[str, Any]:
-    """Return the columns of parquet files, whose other columns would have to be the same in all documents."""
-    return {"text": document.text, "id": document.id}
+class TextAndIdWriter(ParquetWriter):  # type: ignore[misc]
+    """Parquet with the columns of text and id; others would have to be the same in all documents."""
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        return {"text": document.text, "id": document.id}
 
 
 class Workers:
@@ -282,7 +284,7 @@ def clean(
     words = SpaCyTokenizer(kind) if kind in ("en", "zh") else WhitespaceTokenizer()
     kept = JsonlReader(str(work / "kept"), add_file_path=False)
     if output == "parquet":
-        writer: PipelineStep = ParquetWriter(str(out / "texts"), adapter=text_and_id, compression="zstd")
+        writer: PipelineStep = TextAndIdWriter(str(out / "texts"), compression="zstd")
     else:
         writer = JsonlWriter(str(out / "texts"), expand_metadata=True)
     # A task for each file, so that the result does not depend on the number of workers.

@@ -25,7 +25,7 @@ from prep.execution.steps import run_step
 from prep.execution.task_store import explained_write_errors, locked
 from prep.execution.tasks import Run
 from prep.execution.work_folder import (
-    check_folder_is_no_input,
+    check_folder,
     clear_work,
     discard_unaudited,
     has_finished_work,
@@ -75,7 +75,7 @@ def build(
         UserError: anything that its text says how to fix; finished work is kept.
     """
     observer = observer or Observer()
-    check_folder_is_no_input(config)
+    check_folder(config)
     files = find_sources(config.sources)
     observer.inputs(files, config)
     tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -234,6 +235,25 @@ def check_replaceable(path: Path, is_ours: Callable[[Path], bool], *, remedy: st
     """
     if path.is_file() and not path.is_symlink() and path.stat().st_size and not is_ours(path):
         raise UserError(f"{path}: exists, and was not written by this command; move it away, or {remedy}")
+
+
+def check_no_links(paths: Iterable[Path], *, remedy: str) -> None:
+    """Check that no file or folder among these, at any depth, is a link: work that is resumed may be a stranger's.
+
+    Args:
+        paths: what is written to and deleted; it need not exist.
+        remedy: what to do, as in "choose another `out=`".
+    Raises:
+        UserError: one is a link, by which files elsewhere could be written and deleted.
+    """
+    for path in paths:
+        below = (Path(above, name) for above, folders, files in os.walk(path) for name in (*folders, *files))
+        for entry in itertools.chain([path], below):
+            if entry.is_symlink():
+                raise UserError(
+                    f"{entry}: found a symbolic link, expected a file or folder that an earlier start of this program "
+                    f"has written; {remedy}"
+                )
 
 
 # Reading

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import LOCK_NAME
+from streaming_rwkv.filesystem import LOCK_NAME, check_no_links
 from streaming_rwkv.location import expand_user, is_remote
 from streaming_rwkv.shards import MANIFEST_NAME, TOKENIZER_FOLDER
 
@@ -25,6 +25,8 @@ WRITER = "writer.json"
 LARGEST_WRITER_BYTES = 1 << 12
 RUN_FOLDERS = (CHECKPOINTS, TOKENIZER_FOLDER, "tensorboard", "profile", "init_from", "branch_from")
 """The folders of a save folder that are a run's alone."""
+CACHE = "cache"
+"""The folder of a save folder for the shards that a run has fetched, unless it names another."""
 
 
 def check_outside(place: str | Path, *, what: str, remedy: str) -> None:
@@ -64,8 +66,8 @@ def check_save_folder(folder: str | Path) -> None:
     """Check that a run may write its files into a folder: a new or its earlier one, or one with other files.
 
     Raises:
-        UserError: it is a data cache, is in a data set, a checkpoint or another run, or has files of other programs
-            that the run would replace.
+        UserError: it is a data cache, is in a data set, a checkpoint or another run, has files of other programs that
+            the run would replace, or links by which the run would write and delete elsewhere.
     """
     remedy = "give this run another `save_folder`"
     check_outside(folder, what="save folder", remedy=remedy)
@@ -73,6 +75,9 @@ def check_save_folder(folder: str | Path) -> None:
     if os.path.exists(real / MANIFEST_NAME):
         raise UserError(f"{folder}: has a {MANIFEST_NAME}, as a data set or a data cache; {remedy}")
     if _is_run(real) or os.path.exists(real / LOCK_NAME):
+        # Trackers have links of their own beside these.
+        own = [Path(folder) / name for name in dict.fromkeys((*LOGS, *RUN_FOLDERS, CACHE))]
+        check_no_links(own, remedy="replace it by what it points to, or give this run another `save_folder`")
         return
     if replaced := [name for name in (*LOGS, *RUN_FOLDERS) if os.path.lexists(real / name)]:
         raise UserError(

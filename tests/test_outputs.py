@@ -24,6 +24,31 @@ def test_files_of_other_programs_are_not_replaced_by_a_run(name: str, tmp_path: 
     check_save_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints",
+        "checkpoints/step-00000010",
+        "tensorboard",
+        "cache",
+        "cache/0123/train",
+        "tokenizer",
+        "metrics.jsonl",
+    ],
+)
+def test_a_run_with_links_is_not_resumed(name: str, tmp_path: Path) -> None:
+    """It may be a stranger's: it would write and delete where they point to."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / name).parent.mkdir(parents=True)
+    (run / ".lock").touch()
+    (run / "wandb").symlink_to(elsewhere)  # a tracker's
+    check_save_folder(run)
+    (run / name).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"run/{name}: found a symbolic link, .*; replace it .*another `save_folder`"):
+        check_save_folder(run)
+
+
 @pytest.mark.parametrize("marks", [["checkpoints/step-00000001"], [".lock", "config.yaml"]])
 @pytest.mark.parametrize("below", [*RUN_FOLDERS, "checkpoints/mine"])
 def test_a_run_is_not_saved_in_what_another_keeps_for_itself(marks: list[str], below: str, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import struct
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from streaming_rwkv.tokenizer import (
     WorldTokenizer,
     load_tokenizer,
 )
+from streaming_rwkv.tokenizers.steps import check_steps
 
 HARD_TEXTS = [
     "",
@@ -386,21 +390,101 @@ def test_a_panic_while_a_text_is_encoded_is_an_error_of_the_text(tmp_path, text)
             encode(text)
 
 
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        normalizers.Replace("e", "e" * 100_000),
-        normalizers.Prepend("x" * 100_000),
-        normalizers.Sequence([normalizers.Sequence([normalizers.Replace("e", "ee")] * 7)]),
-        normalizers.Sequence([normalizers.ByteLevel()] * 30),
+def in_sequence(steps: list[dict[str, Any]], members: str = "normalizers") -> dict[str, Any]:
+    return {"type": "Sequence", members: steps}
+
+
+def replacement(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+GROWING = {
+    "replacement": {"normalizer": replacement({"String": "e"}, "e" * 100_000)},
+    "prefix": {"normalizer": {"type": "Prepend", "prepend": "x" * 100_000}},
+    "many": {"normalizer": in_sequence([in_sequence([replacement({"String": "e"}, "ee")] * 7)])},
+    "bytes": {"normalizer": in_sequence([{"type": "ByteLevel"}] * 30)},
+    "empty text": {"normalizer": in_sequence([replacement({"String": ""}, "a")] * 90)},
+    "empty expression": {"normalizer": in_sequence([replacement({"Regex": "(?=.)"}, "a")] * 90)},
+    "decomposed": {"normalizer": in_sequence([replacement({"String": "e"}, "\ufdfa"), {"type": "NFKD"}] * 2)},
+    "not a sequence": {"normalizer": replacement({"Regex": "."}, "x" * 1000) | {"normalizers": []}},
+    "bytes of bytes": {"pre_tokenizer": in_sequence([BYTES | {"pretokenizers": []}] * 40, "pretokenizers")},
+    "of both parts": {
+        "normalizer": replacement({"String": "e"}, "e" * 33),
+        "pre_tokenizer": in_sequence([{"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}, BYTES],
+                                     "pretokenizers"),
+    },
+    "copies": {
+        "post_processor": {"type": "TemplateProcessing", "single": [TEXT] * 99, "pair": [], "special_tokens": {}},
+    },
+    "suffix": {"decoder": in_sequence([{"type": "BPEDecoder", "suffix": ""}] * 60, "decoders")},
+    "delimiter": {
+        "decoder": in_sequence([{"type": "CTC", "pad_token": "x", "word_delimiter_token": "", "cleanup": True}] * 60,
+                               "decoders")
+    },
+    "decoder": {"decoder": in_sequence([replacement({"Regex": "."}, "x" * 1000) | {"decoders": []}], "decoders")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_makes_a_text_endlessly_long_is_refused(tmp_path, parts):
+    folder = save(byte_level(), tmp_path, eos_token="<|endoftext|>")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | parts))
+    with pytest.raises(
+        TokenizerError, match=rf"{[*parts][-1]}: it may make a text [\d,]+ times as long, expected at most"
+    ):
+        load_tokenizer(folder)
+
+
+USED = {
+    "Llama 2": [{"type": "Prepend", "prepend": "\u2581"}, replacement({"String": " "}, "\u2581")],
+    "ALBERT": [
+        replacement({"String": "``"}, '"'), {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"},
+        replacement({"Regex": " {2,}"}, " "),
     ],
-    ids=["replace", "prepend", "many", "bytes"],
+    "BERT": [{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+              "lowercase": True}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", USED.values(), ids=USED)
+def test_the_steps_of_tokenizers_in_use_are_taken(steps):
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    check_steps({"normalizer": in_sequence(steps), "pre_tokenizer": metaspace}, where="tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"",
+        struct.pack("<I", 4) + b"\xff" * 4 + b"abc",
+        struct.pack("<I", 2**31) + b"\xff" * 4 + b"abc",
+        struct.pack("<I", 4) + bytes(4) + b"x" * 1000 + b"\0",
+    ],
+    ids=["empty", "damaged", "short", "long"],
 )
-def test_a_tokenizer_that_makes_a_text_endlessly_long_is_refused(tmp_path, normalizer):
-    made = byte_level()
-    made.normalizer = normalizer
-    with pytest.raises(TokenizerError, match=r"normalizer: its \w+ makes a text up to [\d,]+ times as long"):
-        load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
+def test_a_table_of_characters_is_checked(table):
+    step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    with pytest.raises(
+        TokenizerError, match=r"normalizer\.precompiled_charsmap: found .*, expected SentencePiece's table"
+    ):
+        check_steps({"normalizer": step}, where="tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"prepend": "x" * 1000}, {"type": "Sequence"}, {"type": "Sequence", "normalizers": {}}, "NFC", 7,
+        {"type": "Sequence", "normalizers": [None]}, {"type": "Metaspace"}, {"type": ["NFC"]},
+        {"type": "Replace", "content": "x"}, {"type": "Replace", "pattern": {"String": 5}, "content": "x"},
+        {"type": "Prepend", "prepend": ["x"]},
+    ],
+)  # fmt: skip
+def test_a_step_of_no_known_kind_is_named(step):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: normalizer[^:]*: found .*, expected "):
+        check_steps({"normalizer": step}, where="tokenizer.json")
 
 
 def test_a_tokenizer_of_thousands_of_steps_is_refused(tmp_path):
@@ -408,6 +492,18 @@ def test_a_tokenizer_of_thousands_of_steps_is_refused(tmp_path):
     made.normalizer = normalizers.Sequence([normalizers.NFKD()] * 3000)
     with pytest.raises(TokenizerError, match="normalizer: has 3,000 steps, expected at most 100; choose another"):
         load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
+
+
+def test_an_added_token_of_megabytes_is_refused(tmp_path):
+    folder = save(byte_level(), tmp_path, eos_token="<|endoftext|>")
+    file = folder / "tokenizer.json"
+    made = json.loads(file.read_bytes())
+    made["added_tokens"].append({"id": 300, "content": "a" * 5_000_000, "normalized": True})
+    file.write_text(json.dumps(made))
+    with pytest.raises(
+        TokenizerError, match=r"added_tokens\[1\]\.content: found '5,000,000 bytes', expected at most 4,096"
+    ):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("ids", [[10**6], [5, -1], np.array([1 << 31])])

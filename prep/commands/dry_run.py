@@ -20,7 +20,7 @@ from prep.execution.engine import start
 from prep.execution.observer import Observer
 from prep.execution.resume import BuildState, build_state, check_resumable
 from prep.execution.task_store import check_can_be_locked
-from prep.execution.work_folder import check_folder_is_no_input, save_tokenizer
+from prep.execution.work_folder import check_folder, save_tokenizer
 from prep.inputs.decontamination import read_evaluation
 from prep.inputs.text_keys import check_text_keys
 from prep.inputs.units import find_sources, plan_units
@@ -56,7 +56,7 @@ def count(config: PrepConfig, *, observer: Observer | None = None, accept_change
         UserError: the same errors of the input, and of a local place to write to, as from `build`.
     """
     observer = observer or Observer()
-    check_folder_is_no_input(config)
+    check_folder(config)
     files = find_sources(config.sources)
     observer.inputs(files, config)
     check_text_keys(config.sources, files)

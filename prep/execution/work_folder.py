@@ -23,7 +23,7 @@ from prep.execution.task_store import (
 )
 from prep.inputs.files import Unit
 from streaming_rwkv.config import UserError
-from streaming_rwkv.filesystem import atomic_folder, write_atomically
+from streaming_rwkv.filesystem import atomic_folder, check_no_links, write_atomically
 from streaming_rwkv.location import expand_user, is_remote
 from streaming_rwkv.outputs import check_outside
 from streaming_rwkv.shards import SPLITS, TOKENIZER_FOLDER
@@ -35,12 +35,13 @@ _AUDITED_FOLDER = "audited"
 _BY_REFERENCE_NAME = "by-reference"
 
 
-def check_folder_is_no_input(config: PrepConfig) -> None:
-    """Check that no source reads the folder to which the build writes: its input would change with each start.
+def check_folder(config: PrepConfig) -> None:
+    """Check that a build may write to its folder.
 
     Raises:
-        WorkError: a source reads it.
-        UserError: the folder is in another data set, or in a checkpoint.
+        WorkError: a source reads it: its input would change with each start.
+        UserError: it is in another data set, or in a checkpoint, or holds an unfinished build with links, by which this
+            one would write and delete elsewhere.
     """
     remedy = f"choose another `{'work' if is_remote(config.out) else 'out'}=`"
     check_outside(config.folder.absolute().parent, what="data set", remedy=remedy)
@@ -49,6 +50,8 @@ def check_folder_is_no_input(config: PrepConfig) -> None:
             folder = expand_user(path)
             if not is_remote(path) and folder.is_dir() and config.folder.resolve().is_relative_to(folder.resolve()):
                 raise WorkError(f"{config.folder}: is inside {path}, which sources.{source} reads; {remedy}")
+    own = [config.work_folder, *(config.folder / name for name in (*SPLITS, TOKENIZER_FOLDER))]
+    check_no_links(own, remedy=f"remove it, or {remedy}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, context: BuildContext) -> None:

@@ -28,6 +28,14 @@ class TokenizerError(UserError):
     """A tokenizer that cannot be read, or that does not meet the on-disk contract."""
 
 
+def wrong_field(where: str, field: str, found: object, expected: str) -> TokenizerError:
+    """Return the error for a field of a tokenizer's file."""
+    return TokenizerError(
+        f"{where}: {field}: found {repr(found)[:60]}, expected {expected}; save the tokenizer again, or copy it "
+        "again from its source"
+    )
+
+
 class TextError(TokenizerError):
     """A text that the tokenizer cannot encode; `reason` is the same for all texts with the same fault."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from streaming_rwkv.tokenizers.base import TokenizerError
+from streaming_rwkv.tokenizers.base import TokenizerError, wrong_field
+from streaming_rwkv.tokenizers.steps import check_steps, steps_of
 
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
-MOST_STEPS = 100  # of a normalizer, pre-tokenizer or decoder; those in use have up to twenty
-MOST_GROWTH = 64  # of a text by replacements; those in use replace a few characters by as many
+MOST_ADDED_BYTES = 1 << 12  # of an added token, which all texts are searched for; the longest in use have hundreds
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -26,32 +26,8 @@ def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
     _check_vocabulary(definition["model"].get("vocab", {}), ids)
     _check_merges(definition["model"].get("merges"), where)
     _check_added_tokens(definition.get("added_tokens", []), ids)
-    _check_decoder(definition.get("decoder"), where)
-    _check_growth(definition, where)
+    check_steps(definition, where=where)
     return definition
-
-
-def _check_growth(definition: dict[str, Any], where: str) -> None:
-    """Refuse steps that make a text so long that it ends in want of memory, or that are too many to ever end.
-
-    Their effects multiply. A `ByteLevel` makes two bytes of most bytes.
-    """
-    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-    for part, members in parts.items():
-        growth, steps = 1, steps_of(definition, part, members)
-        if len(steps) > MOST_STEPS:
-            raise TokenizerError(
-                f"{where}: {part}: has {len(steps):,} steps, expected at most {MOST_STEPS}; choose another tokenizer"
-            )
-        for step in steps:
-            texts = {"Replace": step.get("content"), "Prepend": step.get("prepend"), "ByteLevel": "xx"}
-            added = texts.get(str(step.get("type")))
-            growth *= max(1, len(str(added or "")))
-            if growth > MOST_GROWTH:
-                raise TokenizerError(
-                    f"{where}: {part}: its {step['type']} makes a text up to {growth:,} times as long, expected at "
-                    f"most {MOST_GROWTH}; choose another tokenizer"
-                )
 
 
 class _Ids:
@@ -63,19 +39,12 @@ class _Ids:
 
     def add(self, token: str, index: Any, field: str) -> None:
         if type(index) is not int or not 0 <= index < MOST_IDS:
-            raise _wrong(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
+            raise wrong_field(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
         if self.tokens.setdefault(index, token) != token:
             raise TokenizerError(
                 f"{self.where}: {field}: id {index} belongs to {self.tokens[index]!r} and to {token!r}; two tokens "
                 "cannot share an id: save the tokenizer again, or copy it again from its source"
             )
-
-
-def _wrong(where: str, field: str, found: Any, expected: str) -> TokenizerError:
-    return TokenizerError(
-        f"{where}: {field}: found {repr(found)[:60]}, expected {expected}; save the tokenizer again, or copy it "
-        "again from its source"
-    )
 
 
 def _check_vocabulary(vocabulary: Any, ids: _Ids) -> None:
@@ -89,17 +58,17 @@ def _check_vocabulary(vocabulary: Any, ids: _Ids) -> None:
                     case [str(), int() | float()]:
                         ids.tokens[index] = pair[0]
                     case _:
-                        raise _wrong(ids.where, f"model.vocab[{index}]", pair, "[token, score]")
+                        raise wrong_field(ids.where, f"model.vocab[{index}]", pair, "[token, score]")
         case _:
             expected = "a mapping of tokens to ids, or a list of [token, score]"
-            raise _wrong(ids.where, "model.vocab", vocabulary, expected)
+            raise wrong_field(ids.where, "model.vocab", vocabulary, expected)
 
 
 def _check_merges(merges: Any, where: str) -> None:
     if merges is None:
         return
     if not isinstance(merges, list):
-        raise _wrong(where, "model.merges", merges, "a list")
+        raise wrong_field(where, "model.merges", merges, "a list")
     is_text = bool(merges) and isinstance(merges[0], str)
     for at, merge in enumerate(merges):
         match merge:
@@ -109,59 +78,36 @@ def _check_merges(merges: Any, where: str) -> None:
                 pass
             case _:
                 expected = '"left right" or ["left", "right"], the same in all'
-                raise _wrong(where, f"model.merges[{at}]", merge, expected)
+                raise wrong_field(where, f"model.merges[{at}]", merge, expected)
 
 
 def _check_added_tokens(added: Any, ids: _Ids) -> None:
     if not isinstance(added, list):
-        raise _wrong(ids.where, "added_tokens", added, "a list")
+        raise wrong_field(ids.where, "added_tokens", added, "a list")
     by_token = {token: index for index, token in ids.tokens.items()}
     for at, token in enumerate(added):
         field = f"added_tokens[{at}]"
         if not isinstance(token, dict):
-            raise _wrong(ids.where, field, token, 'a mapping with "id" and "content"')
+            raise wrong_field(ids.where, field, token, 'a mapping with "id" and "content"')
         for key, kind in _TOKEN.items():
             if type(token.get(key)) is not kind or token[key] == "":
                 expected = "a text" if kind is str else "a number"
-                raise _wrong(ids.where, f"{field}.{key}", token.get(key), expected)
+                raise wrong_field(ids.where, f"{field}.{key}", token.get(key), expected)
+        if (size := len(token["content"].encode(errors="replace"))) > MOST_ADDED_BYTES:
+            raise wrong_field(ids.where, f"{field}.content", f"{size:,} bytes", f"at most {MOST_ADDED_BYTES:,}")
         for key in _FLAGS:
             if not isinstance(token.get(key, False), bool):
-                raise _wrong(ids.where, f"{field}.{key}", token[key], "true or false")
+                raise wrong_field(ids.where, f"{field}.{key}", token[key], "true or false")
         ids.add(token["content"], token["id"], f"{field}.id")
         known = by_token.setdefault(token["content"], token["id"])
         if known != token["id"]:
-            raise _wrong(ids.where, f"{field}.id", token["id"], f"{known}, the id of {token['content']!r} above")
-
-
-def _check_decoder(decoder: Any, where: str) -> None:
-    if not isinstance(decoder, dict | None):
-        raise _wrong(where, "decoder", decoder, "a mapping")
-    steps = (decoder or {}).get("decoders", [])
-    if not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
-        raise _wrong(where, "decoder.decoders", steps, "a list of mappings")
-
-
-def steps_of(definition: dict[str, Any], part: str, members: str) -> list[dict[str, Any]]:
-    """Return the normalizers, pre-tokenizers or decoders of a definition; the members of a `Sequence` are listed."""
-    found: list[dict[str, Any]] = []
-    waiting = [definition.get(part)]
-    while waiting:
-        step = waiting.pop()
-        if isinstance(step, dict):
-            below = step.get(members)
-            if isinstance(below, list):
-                waiting += reversed(below)
-            else:
-                found.append(step)
-    return found
+            raise wrong_field(ids.where, f"{field}.id", token["id"], f"{known}, the id of {token['content']!r} above")
 
 
 def missing_bytes(definition: dict[str, Any]) -> frozenset[int]:
     """Return the bytes of UTF-8 that a byte-level BPE cannot encode: it has no token for them and no unknown token."""
     model = definition["model"]
-    is_byte_level = any(
-        step.get("type") == "ByteLevel" for step in steps_of(definition, "pre_tokenizer", "pretokenizers")
-    )
+    is_byte_level = any(step["type"] == "ByteLevel" for step in steps_of(definition, "pre_tokenizer"))
     if not is_byte_level or model.get("type", "BPE") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
         return frozenset()
     tokens = model.get("vocab", {})

@@ -34,11 +34,11 @@ from streaming_rwkv.tokenizers.definition import (
     marked_bytes,
     merges_as_strings,
     missing_bytes,
-    steps_of,
     vocabulary_of,
     with_special,
     without_dropout,
 )
+from streaming_rwkv.tokenizers.steps import steps_of
 from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _decoders(self) -> list[dict[str, Any]]:
-        return steps_of(self._definition, "decoder", "decoders")
+        return steps_of(self._definition, "decoder")
 
     @cached_property
     def _byte_level(self) -> bool:

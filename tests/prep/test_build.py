@@ -714,3 +714,17 @@ def test_a_dry_run_counts_and_writes_nothing(config, write_lines, tmp_path):
         (0, 0, 0),
     ]
     assert (records[0].documents_read, records[0].targets_read) == (3, 10)
+
+
+@pytest.mark.parametrize("name", [".prep/done", "train", "tokenizer"])
+def test_a_build_with_links_is_not_resumed(config, write_lines, tmp_path, name):
+    """It may be a stranger's: it would write and delete where they point to."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", ["x"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    recipe = config()
+    (recipe.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (recipe.folder / name).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"{name}: found a symbolic link, .*; remove it, or choose another `out=`"):
+        build(recipe)
+    assert not list(elsewhere.iterdir())

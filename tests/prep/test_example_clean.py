@@ -156,7 +156,7 @@ def test_after_a_kill_no_process_is_left_and_the_same_command_resumes(tmp_path: 
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
     for number in range(2):
-        (corpus / f"{number}.jsonl").write_text(f"{json.dumps({'text': RIVER})}\n" * 20_000)
+        (corpus / f"{number}.jsonl").write_text(f"{json.dumps({'text': RIVER})}\n" * 3_000)
     command = [PYTHON, FOLDER / "clean.py", corpus, out, "--kind", "any", "--workers", "2"]
     program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     logs = out / "work" / "logs" / "1-filter" / "logs"
@@ -166,6 +166,7 @@ def test_after_a_kill_no_process_is_left_and_the_same_command_resumes(tmp_path: 
     workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
     (workers[0] if killed == "worker" else process).kill()
     error = program.communicate()[1]
-    assert "error: 1-filter: a worker process was killed" in error if killed == "worker" else not program.poll() == 1
+    if killed == "worker":
+        assert "error: 1-filter: a worker process was killed" in error
     psutil.wait_procs(workers)
     assert clean(corpus, out, "--kind", "any")[0]["written"] == 1

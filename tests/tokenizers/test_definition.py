@@ -64,7 +64,7 @@ def changed(field: str, value: object) -> dict[str, object]:
         ("model.merges", [["a", "b", "c"]], r"model\.merges\[0\]: found \['a', 'b', 'c'\], expected"),
         ("model.merges", [["a", "b"], "a b"], r"model\.merges\[1\]: found 'a b', expected .* the same in all"),
         ("decoder", [], r"decoder: found \[\], expected a mapping"),
-        ("decoder", {"type": "Sequence", "decoders": ["x"]}, "decoder.decoders: found"),
+        ("decoder", {"type": "Sequence", "decoders": ["x"]}, r"decoder.decoders\[0\]: found"),
         ("model", [], "no Hugging Face tokenizer: it has no 'model'"),
     ],
 )

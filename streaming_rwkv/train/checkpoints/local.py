@@ -100,7 +100,7 @@ class LocalCheckpoints:
         path = self.root / step_name(step)
         leaving = temporary_path(path)  # renamed first, so that a kill leaves no checkpoint with files missing
         path.rename(leaving)
-        shutil.rmtree(leaving)
+        _remove(leaving)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -177,8 +177,16 @@ def _make_room(final: Path, writing: Path) -> None:
     if final.exists():  # it is damaged, or this step would not be written again
         final.rename(replaced_path(final))
     for left_over in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(left_over)
+        _remove(left_over)
     writing.mkdir(parents=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or what else has its name; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def replaced_path(path: Path) -> Path:
