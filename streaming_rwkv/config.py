@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -20,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from yaml import YAMLError
 
-from streaming_rwkv.errors import UserError
+from streaming_rwkv.errors import UserError, hide
 
 Location: TypeAlias = tuple[int | str, ...]
 MOST_BYTES, MOST_NODES = 1 << 22, 100_000  # of a YAML file
@@ -106,6 +108,7 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
         raise ConfigError(f"{path}: interpolations (${{…}}) are nested too deeply, or refer to themselves") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
+    _hide_environment(values, interpolations)
     _check_kind(config_type, values, path)
     values = _replaced(values, _find_truth_values(values, [config_type]))
     config = validate(config_type, values, where=str(path), overrides=overrides, secrets=interpolations)
@@ -129,8 +132,13 @@ def _read_yaml(path: Path) -> str:
         ConfigError: missing, not readable, not text, or not YAML.
     """
     try:
-        with open(path, "rb") as file:  # which may be a pipe, as in `<(…)`
+        # It may be a pipe, as in `<(…)`; a named one to which nobody writes is empty, and is not waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "rb") as file:
             content = file.read(MOST_BYTES + 1)
+            if not content and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{path}: found a pipe to which nothing was written; give a YAML file")
         if len(content) > MOST_BYTES:
             raise ConfigError(f"{path}: has more than {MOST_BYTES:,} bytes; give a YAML file")
         text = content.decode()
@@ -380,13 +388,25 @@ def _find_truth_values(values: Any, types: Sequence[Any], location: Location = (
     }
 
 
+def _value_at(values: Any, location: Location) -> Any:
+    for part in location:
+        values = values[part]
+    return values
+
+
+def _hide_environment(values: Any, interpolations: Mapping[Location, str]) -> None:
+    """Have errors of the whole program show these interpolations, not what they brought from the environment."""
+    for location, interpolation in interpolations.items():
+        value = _value_at(values, location)
+        if "oc.env" in interpolation and isinstance(value, str):
+            hide(value, interpolation)
+
+
 def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:
     """Return `text` with each secret value replaced by its interpolation."""
     shown: dict[str, str] = {}
     for location, interpolation in secrets.items():
-        value = values
-        for part in location:
-            value = value[part]
+        value = _value_at(values, location)
         for form in (str(value), repr(value), repr(value)[1:-1] if isinstance(value, str) else ""):
             if form:
                 shown[form] = interpolation

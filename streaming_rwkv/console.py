@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO, cast
 
-from streaming_rwkv.errors import UserError
+from streaming_rwkv.errors import UserError, without_hidden
 from streaming_rwkv.limits import explain_limit
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def styled(text: str, style: Literal["error", "heading", "quiet"], *, stream: Te
 def print_error(error: Exception) -> None:
     """Write an error to standard error, as all front ends do."""
     begin = styled("error:", "error", stream=sys.stderr)
-    print(f"{begin} {shown(str(error), lines=True)}", file=sys.stderr, flush=True)
+    print(f"{begin} {shown(without_hidden(str(error)), lines=True)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

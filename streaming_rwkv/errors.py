@@ -3,12 +3,30 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SHORTEST_HIDDEN = 4  # characters of a value that errors hide: numbers and flags are no secrets
+
 
 class UserError(ValueError):
     """Something outside this program is wrong; its text says where, what was found, what is allowed, what to do.
 
     Front ends print the text alone. Anything else that is raised is our own mistake and keeps its traceback.
     """
+
+
+_from_environment: dict[str, str] = {}
+
+
+def hide(value: str, shown: str) -> None:
+    """Show `shown` instead of a value of the environment in errors, as in `${oc.env:NAME}`; it may be a secret."""
+    if len(value) >= SHORTEST_HIDDEN:
+        _from_environment[value] = shown
+
+
+def without_hidden(text: str) -> str:
+    """Return a text with each value of the environment replaced by what is shown instead."""
+    for value in sorted(_from_environment, key=len, reverse=True):
+        text = text.replace(value, _from_environment[value])
+    return text
 
 
 def is_panic(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from streaming_rwkv.config import Config, ConfigError, LoadedConfig, load_config
+from streaming_rwkv.console import print_error
+from streaming_rwkv.errors import UserError
 
 SECRET = "SeCrEtKeY/0123"
 
@@ -121,3 +124,19 @@ def test_a_file_that_is_no_yaml_is_refused_with_the_reason(tmp_path: Path) -> No
 def test_an_interpolation_that_cannot_be_resolved_is_shown_as_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml: folder: \$\{oc\.env:NO_SUCH_VARIABLE\} cannot be resolved"):
         load(tmp_path, "folder: ${oc.env:NO_SUCH_VARIABLE}")
+
+
+def test_errors_of_the_whole_program_hide_values_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("streaming_rwkv.errors._from_environment", {})
+    monkeypatch.setenv("KEY", "s3cret-s3cret")
+    load(tmp_path, "folder: /x/${oc.env:KEY}")
+    print_error(UserError("/x/s3cret-s3cret/manifest.json: missing"))
+    assert capsys.readouterr().err == "error: /x/${oc.env:KEY}/manifest.json: missing\n"
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"run\.yaml: found a pipe to which nothing was written; give a YAML file"):
+        load_config(Run, tmp_path / "run.yaml")

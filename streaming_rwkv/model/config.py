@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from streaming_rwkv.config import Config
 from streaming_rwkv.quantities import PositiveInt
 
+MOST_LAYERS = 10_000
+
 Preset = Literal["0.1B", "0.4B", "1.5B", "2.9B"]
 
 # BlinkDL's World models. Their LoRA ranks follow older formulas than the one below (the 0.4B model's follow none), so
@@ -50,7 +52,7 @@ class RWKV7Config(Config):
     preset: Preset | None = None
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    num_layers: PositiveInt
+    num_layers: PositiveInt = Field(le=MOST_LAYERS)
     head_size: PositiveInt = 64
     ffn_size: PositiveInt = Field(default_factory=lambda fields: 4 * fields.get("hidden_size", 1))
     decay_rank: PositiveInt = _rank(2.5)

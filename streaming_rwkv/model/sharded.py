@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from streaming_rwkv.model.marked_files import check_files, read_files
 from streaming_rwkv.outputs import MARK_NAME
 
 INDEX_NAME = ".metadata"
+LARGEST_INDEX_BYTES = 1 << 26  # that of a model of 3 billion parameters on 64 GPUs has a few million
 
 # The contents of a Composer file beside tensors and plain values: times, versions, and NumPy's random state.
 SAFE_GLOBALS: list[Any] = [
@@ -71,6 +73,8 @@ class SafeReader(FileSystemReader):
             ValueError: it places a tensor outside the files of the folder.
         """
         with open(Path(self.path) / INDEX_NAME, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > LARGEST_INDEX_BYTES:
+                raise ValueError(f"{INDEX_NAME}: has {size:,} bytes, expected at most {LARGEST_INDEX_BYTES:,}")
             try:
                 metadata = _IndexUnpickler(file).load()
             except (AttributeError, ImportError, LookupError, MemoryError, OverflowError, TypeError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streaming_rwkv.config import ConfigError, validate
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.marked_files import CheckpointError
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -54,11 +55,10 @@ def check_fits(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *,
     unknown = sorted(name for name in state if name not in shapes and not UNUSED.fullmatch(name))
     missing = sorted(name for name in shapes if name not in state)
     if unknown or missing:
+        found, own = len(_layers(state)), len(_layers(shapes))
+        layers = f"; found a model of {found} layers, this one has {own}" if found != own else ""
         problem = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which this model does not have"
-        raise CheckpointError(
-            f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown); found a model of "
-            f"{len(_layers(state))} layers, this one has {len(_layers(shapes))}"
-        )
+        raise CheckpointError(f"{where}: {problem} ({len(missing)} parameters missing, {len(unknown)} unknown){layers}")
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise CheckpointError(
@@ -137,9 +137,9 @@ def infer_config(state: Mapping[str, Tensor], *, where: str) -> RWKV7Config:
     if fields["num_layers"] > 1 or value_lora in state:
         fields["v_rank"] = shape(value_lora, 2)[1]
     try:
-        return RWKV7Config(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not an RWKV-7 model: {error}") from None
+        return validate(RWKV7Config, fields, where=f"{where}: not an RWKV-7 model")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _layers(state: Mapping[str, Any]) -> list[int]:

@@ -70,7 +70,7 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     file = path / METRICS_NAME if path.is_dir() else path
     try:
-        lines = read_regular_file(file, most=LARGEST_METRICS_BYTES).decode(errors="replace").splitlines()
+        lines = read_regular_file(file, most=LARGEST_METRICS_BYTES, follow=False).decode(errors="replace").splitlines()
     except OSError as error:
         raise PlotError(f"{file}: cannot be read ({error.strerror}); give a run's save_folder") from None
     rows: list[dict[str, Any]] = []

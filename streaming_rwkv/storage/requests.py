@@ -275,6 +275,8 @@ def _diagnose(error: Exception, *, answered: bool, attempt: int) -> _Problem:
             return _Problem(text=f"{error}; check the location")
         case boto.ConfigNotFound() | boto.ConfigParseError() | boto.InvalidConfigError():
             return _Problem(text=f"{error}; check the file (AWS_CONFIG_FILE, AWS_SHARED_CREDENTIALS_FILE)")
+        case boto.EndpointProviderError():
+            return _Problem(text=f"no address follows from the settings; {_ADDRESS_REMEDY}")
         case boto.SSLError():
             return _Problem(text=f"the TLS connection failed; {_TLS_REMEDY}")
         case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():

@@ -90,7 +90,7 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
         ) from None
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
     if endpoint is not None and not _is_address(endpoint):
-        shown = endpoint.rpartition("@")[2]  # without a user name and password
+        shown = endpoint.rpartition("@")[2].partition("?")[0]  # without a user name, password or signature
         raise StorageError(f"S3_ENDPOINT_URL: {shown!r} is no address; write http://HOST:PORT or https://HOST")
     connection = Connection(
         endpoint=endpoint,
@@ -104,7 +104,8 @@ def open_store(location: str, *, timeout_seconds: float = 120.0) -> Store:
 def _is_address(endpoint: str) -> bool:
     try:
         parts = urlsplit(endpoint)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_plain = not (parts.query or parts.fragment)
+        return is_plain and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets that are not closed, or a port that is no number below 65,536
         return False
 

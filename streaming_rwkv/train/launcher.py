@@ -39,6 +39,8 @@ class Ranks:
 
     def __init__(self, command: Sequence[str], count: int) -> None:
         self.asked_to_stop = False
+        self._interrupts = 0
+        self._kill_at: float | None = None
         self._outputs: list[IO[bytes] | None] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._handlers = listen_to_stop_signals(self._ask_to_stop)
@@ -63,6 +65,9 @@ class Ranks:
 
     def _ask_to_stop(self, number: int) -> None:
         self.asked_to_stop = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1 and self._kill_at is None:  # ranks stop at once, unless they stand still
+            self._kill_at = time.monotonic() + STOP_SECONDS
         self._terminate()
 
     def _terminate(self) -> None:
@@ -94,6 +99,8 @@ class Ranks:
     def _wait_for_failure(self) -> int | None:
         """Return the number of the first rank that ends with a status other than 0, or None when all have ended."""
         while True:
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                self._end_all(seconds=0.0)
             statuses = [process.poll() for process in self._processes]
             failed = [local_rank for local_rank, status in enumerate(statuses) if status]
             if failed or None not in statuses:
@@ -110,12 +117,13 @@ class Ranks:
     def _end_all(self, *, seconds: float | None) -> None:
         """Wait for all ranks, and after this time kill those that are left."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        for process in self._processes:
-            try:
-                process.wait(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        while any(process.poll() is None for process in self._processes):
+            times = [when for when in (deadline, self._kill_at) if when is not None]
+            if times and time.monotonic() >= min(times):
+                for process in self._processes:
+                    process.kill()
+                    process.wait()
+            time.sleep(POLL_SECONDS)
 
     def _status(self, failed: int) -> int:
         """Return the run's exit status, after saying why it ended if rank 0 could not."""

@@ -164,9 +164,7 @@ def test_a_gap_in_the_layers_is_refused(layer: str, weights: dict[str, Tensor], 
 def test_many_layers_of_one_tensor_each_are_refused_before_a_model_is_built(weights: dict[str, Tensor], tmp_path: Path):
     more = {f"blocks.{layer}.att.v1": torch.zeros(1) for layer in range(2, 200)}
     file = saved({**weights, **more}, tmp_path / "layers.pth")
-    with pytest.raises(
-        CheckpointError, match=r"has no blocks\.10\.att\.a0 \(.* 0 unknown\); found a model of 200 layers"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no blocks\.10\.att\.a0 \(.* 0 unknown\)$"):
         read_model(file)
 
 

@@ -403,6 +403,13 @@ def test_a_checkpoint_of_another_depth_is_refused(random_model: Build) -> None:
         load_state(target, model_state(random_model()), where="a")
 
 
+def test_a_model_without_tokens_is_refused_in_one_line(random_model: Build, tmp_path: Path) -> None:
+    state = model_state(random_model())
+    torch.save(state | {"emb.weight": state["emb.weight"][:0]}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"^.*x\.pth: not an RWKV-7 model: vocab_size: found 0[^\n]*$"):
+        read_model(tmp_path / "x.pth")
+
+
 def test_a_missing_or_empty_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rwkv: no such file; give a \.pth"):
         read_model(tmp_path / "rwkv")

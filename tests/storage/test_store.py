@@ -290,7 +290,8 @@ def test_other_places_and_addresses_are_refused(monkeypatch: pytest.MonkeyPatch)
         open_store("bucket/x")
     with pytest.raises(LocationError, match="s3:///x: not a place"):
         open_store("s3:///x")
-    for endpoint in ("localhost:8333", "http://[::1", "http://localhost:99999", "http://"):
+    queries = ("http://localhost:8333/?sig=xyz", "http://localhost:8333/#x")
+    for endpoint in ("localhost:8333", "http://[::1", "http://localhost:99999", "http://", *queries):
         monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match=r"S3_ENDPOINT_URL: .* is no address; write http://HOST:PORT"):
             open_store("s3://bucket")
