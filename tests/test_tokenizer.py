@@ -433,7 +433,7 @@ def test_a_tokenizer_that_makes_a_text_endlessly_long_is_refused(tmp_path, parts
     file = folder / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_bytes()) | parts))
     with pytest.raises(
-        TokenizerError, match=rf"{[*parts][-1]}: it may make a text [\d,]+ times as long, expected at most"
+        TokenizerError, match=rf"{[*parts][-1]}: it may make a text [\d.e+]+ times as long, expected at most"
     ):
         load_tokenizer(folder)
 

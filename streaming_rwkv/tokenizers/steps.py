@@ -44,7 +44,7 @@ def check_steps(definition: dict[str, Any], *, where: str) -> None:
             growth *= prod(_PARTS[part].growth[step["type"]](step, inserted) for step in steps)
             if growth > MOST_GROWTH:
                 raise TokenizerError(
-                    f"{where}: {part}: it may make a text {growth:,.0f} times as long, expected at most {MOST_GROWTH}; "
+                    f"{where}: {part}: it may make a text {growth:.3g} times as long, expected at most {MOST_GROWTH}; "
                     "choose another tokenizer"
                 )
 
