@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG_COLUMNS = 160
+LONGEST_LINE = 2000  # characters of an error
 _STYLES = {"error": "1;31", "heading": "36", "quiet": "2"}
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
@@ -140,7 +141,14 @@ def styled(text: str, style: Literal["error", "heading", "quiet"], *, stream: Te
 def print_error(error: Exception) -> None:
     """Write an error to standard error, as all front ends do."""
     begin = styled("error:", "error", stream=sys.stderr)
-    print(f"{begin} {shown(without_hidden(str(error)), lines=True)}", file=sys.stderr, flush=True)
+    lines = [_without_middle(line) for line in without_hidden(str(error)).split("\n")]
+    text = shown("\n".join(lines), lines=True)
+    print(f"{begin} {text}", file=sys.stderr, flush=True)
+
+
+def _without_middle(line: str) -> str:
+    """Cut a line that repeats a long value of a file, so that its end, which has the remedy, is seen."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
 
 
 @contextmanager

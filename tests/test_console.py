@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from streaming_rwkv.__main__ import main
-from streaming_rwkv.console import OutputError, _LogFormatter, paged, print_rich, run_command, shown, styled
+from streaming_rwkv.console import (
+    OutputError,
+    _LogFormatter,
+    paged,
+    print_error,
+    print_rich,
+    run_command,
+    shown,
+    styled,
+)
 from streaming_rwkv.errors import UserError
 from streaming_rwkv.filesystem import explained_writes
 
@@ -234,3 +243,11 @@ def test_a_closed_output_writes_nothing(monkeypatch):
     assert run_command(lambda: print("lost") or 0) == 0
     sys.stdout.close()
     sys.stderr.close()
+
+
+def test_a_long_value_in_an_error_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(UserError(f"manifest.json: format: found {'x' * 100_000}, expected 2; build it again\nsecond line"))
+    found = capsys.readouterr().err
+    assert found.startswith("error: manifest.json: format: found xxx")
+    assert found.endswith("xxx, expected 2; build it again\nsecond line\n")
+    assert len(found) < 2100
