@@ -181,12 +181,15 @@ def find_files(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*")):
         for ending in endings:
             if path.name.lower().endswith(ending) and not path.is_dir():
-                if not path.is_file() or len(path.name.splitlines()) > 1 or path.name != path.name.strip():
+                name = path.relative_to(folder).as_posix()
+                if not path.is_file():
+                    raise SystemExit(f"error: {path}: not a file (a pipe, a device, a link to nothing); remove it")
+                if not name.isprintable() or name != name.strip():  # a byte that is not UTF-8 is not printable
                     raise SystemExit(
-                        f"error: {str(path)!r}: found a name with spaces at its ends or line breaks, or what is not a "
-                        "file (a pipe, a device, a link to nothing); remove or rename it"
+                        f"error: {str(path)!r}: the name has control characters, bytes that are not UTF-8, or spaces "
+                        "at its ends; rename it"
                     )
-                found.setdefault(ending, []).append(path.relative_to(folder).as_posix())
+                found.setdefault(ending, []).append(name)
     if len(found) != 1:
         counts = {ending: len(names) for ending, names in found.items()}
         raise SystemExit(

@@ -141,6 +141,9 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
     assert f"error: {damaged}/0.jsonl.gz: EOFError" in error
     assert "Traceback" not in error
     assert "not a file (a pipe" in error_of(pipe, tmp_path / "out-2")
+    (pipe / "0.jsonl").unlink()
+    Path(os.fsdecode(os.fsencode(pipe) + b"/caf\xe9.jsonl")).touch()
+    assert "bytes that are not UTF-8" in error_of(pipe, tmp_path / "out-2")
     assert "expected an empty folder" in error_of(lines, mine)
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
     assert "is within the corpus" in error_of(lines, lines / "cleaned")
