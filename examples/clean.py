@@ -330,6 +330,9 @@ def claim(out: Path, settings: dict[str, Any]) -> IO[str]:
         sys.exit(f"error: {out}: is within the corpus, {corpus}; give another folder")
     if out.exists() and not file.parent.exists() and any(out.iterdir()):
         sys.exit(f"error: {out}: expected an empty folder or a result of this command; give another folder")
+    for path in (out, *out.rglob("*")) if file.parent.exists() else ():
+        if (path.is_symlink() and path != out) or not (path.is_file() or path.is_dir()):
+            sys.exit(f"error: {path}: found a link, a pipe or a device, expected what this command wrote; remove {out}")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = (file.parent / "lock").open("w")
     try:

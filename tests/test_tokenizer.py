@@ -501,7 +501,7 @@ def test_an_added_token_of_megabytes_is_refused(tmp_path):
     made["added_tokens"].append({"id": 300, "content": "a" * 5_000_000, "normalized": True})
     file.write_text(json.dumps(made))
     with pytest.raises(
-        TokenizerError, match=r"added_tokens\[1\]\.content: found '5,000,000 bytes', expected at most 4,096"
+        TokenizerError, match=r"added_tokens\[1\]\.id: found '5,000,000 characters', expected at most 4,096 bytes"
     ):
         load_tokenizer(folder)
 

@@ -28,6 +28,9 @@ class TokenizerError(UserError):
     """A tokenizer that cannot be read, or that does not meet the on-disk contract."""
 
 
+MOST_TOKEN_BYTES = 1 << 12  # the longest in use have hundreds; reading or searching takes the square of it
+
+
 def wrong_field(where: str, field: str, found: object, expected: str) -> TokenizerError:
     """Return the error for a field of a tokenizer's file."""
     return TokenizerError(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from streaming_rwkv.tokenizers.base import TokenizerError, wrong_field
+from streaming_rwkv.tokenizers.base import MOST_TOKEN_BYTES, TokenizerError, wrong_field
 from streaming_rwkv.tokenizers.steps import check_steps, steps_of
 
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
-MOST_ADDED_BYTES = 1 << 12  # of an added token, which all texts are searched for; the longest in use have hundreds
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -37,7 +36,13 @@ class _Ids:
         self.where = where
         self.tokens: dict[int, str] = {}
 
+    def check_length(self, token: str, field: str) -> None:
+        if len(token) > MOST_TOKEN_BYTES or len(token.encode(errors="replace")) > MOST_TOKEN_BYTES:
+            short = field.replace(token, f"{token[:20]}…")
+            raise wrong_field(self.where, short, f"{len(token):,} characters", f"at most {MOST_TOKEN_BYTES:,} bytes")
+
     def add(self, token: str, index: Any, field: str) -> None:
+        self.check_length(token, field)
         if type(index) is not int or not 0 <= index < MOST_IDS:
             raise wrong_field(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
         if self.tokens.setdefault(index, token) != token:
@@ -56,6 +61,7 @@ def _check_vocabulary(vocabulary: Any, ids: _Ids) -> None:
             for index, pair in enumerate(vocabulary):
                 match pair:
                     case [str(), int() | float()]:
+                        ids.check_length(pair[0], f"model.vocab[{index}]")
                         ids.tokens[index] = pair[0]
                     case _:
                         raise wrong_field(ids.where, f"model.vocab[{index}]", pair, "[token, score]")
@@ -93,8 +99,6 @@ def _check_added_tokens(added: Any, ids: _Ids) -> None:
             if type(token.get(key)) is not kind or token[key] == "":
                 expected = "a text" if kind is str else "a number"
                 raise wrong_field(ids.where, f"{field}.{key}", token.get(key), expected)
-        if (size := len(token["content"].encode(errors="replace"))) > MOST_ADDED_BYTES:
-            raise wrong_field(ids.where, f"{field}.content", f"{size:,} bytes", f"at most {MOST_ADDED_BYTES:,}")
         for key in _FLAGS:
             if not isinstance(token.get(key, False), bool):
                 raise wrong_field(ids.where, f"{field}.{key}", token[key], "true or false")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streaming_rwkv.tokenizers.base import TokenizerError, read_tokenizer_file
+from streaming_rwkv.tokenizers.base import MOST_TOKEN_BYTES, TokenizerError, read_tokenizer_file
 from streaming_rwkv.tokenizers.definition import byte_characters
 
 # Llama 3's tiktoken file has only ranks; its pattern and special tokens are in Meta's llama-models.
@@ -50,6 +50,11 @@ def read_tiktoken(file: Path) -> dict[bytes, int]:
                 f"{file}:{number}: no tiktoken file (`base64 rank` lines); convert a SentencePiece model with "
                 "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder) and give that folder"
             ) from None
+        if len(token) > 2 * MOST_TOKEN_BYTES:  # in base64
+            raise TokenizerError(
+                f"{file}:{number}: found a token of {len(token):,} characters, expected at most {MOST_TOKEN_BYTES:,} "
+                "bytes; copy the file again from its source"
+            )
     return ranks
 
 

@@ -148,6 +148,10 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
     assert "is within the corpus" in error_of(lines, lines / "cleaned")
     assert clean(lines, tmp_path / "out-3", "--kind", "any")[0]["written"] == 1
+    (tmp_path / "out-3" / "texts").rename(tmp_path / "elsewhere")
+    (tmp_path / "out-3" / "texts").symlink_to(tmp_path / "elsewhere")
+    assert "out-3/texts: found a link" in error_of(lines, tmp_path / "out-3")
+    (tmp_path / "out-3" / "texts").unlink()
     (lines / "1.jsonl").write_text(json.dumps({"text": BREAD}) + "\n")
     assert "holds the result for another files" in error_of(lines, tmp_path / "out-3")
 

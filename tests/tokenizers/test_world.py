@@ -68,7 +68,12 @@ def test_a_world_vocabulary_of_ones_own_is_used(tmp_path):
         ([*world_lines(), "-1 'xyz' 3"], r":259: found \"-1 'xyz' 3\", expected an id from 1 to 65535"),
         ([*world_lines(), "0 'xyz' 3"], "expected an id from 1 to 65535"),
         ([*world_lines(), "65536 'xyz' 3"], "expected an id from 1 to 65535"),
-        ([*world_lines(), "300 '' 0"], "expected a token that is not empty"),
+        ([*world_lines(), "300 '' 0"], "expected a token of 1 to 1,024 bytes"),
+        ([*world_lines(), f"300 '{'a' * 1025}' 1025"], "expected a token of 1 to 1,024 bytes"),
+        (
+            [*world_lines(), *[f"{1000 + n} '{n:04}{'a' * 1000}' 1004" for n in range(2000)]],
+            r"its tokens have 2,\d+,\d+ bytes together, expected at most 1,048,576",
+        ),
         ([*world_lines(), "257 'xyz' 3"], "expected an id of its own: 257 is b'ab' already"),
         ([*world_lines(), "300 'ab' 2"], "expected a token of its own: b'ab' is id 257 already"),
         ([*world_lines(), "300 " + "(" * 100_000 + " 3"], "expected `id repr length`"),
