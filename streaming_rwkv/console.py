@@ -119,9 +119,12 @@ def prepare_output() -> None:
     """Have standard output and error write what their encoding lacks as an escape, for a front end's `main`.
 
     One that is closed (`>&-`) writes nothing. Writes to standard output raise `OutputError`. Pictures are drawn into
-    files, whatever matplotlib's MPLBACKEND is: a notebook names one that other environments lack.
+    files, whatever matplotlib's MPLBACKEND is: a notebook names one that other environments lack. Panics of Rust
+    libraries, which become errors of ours, print no stack of calls unless RUST_BACKTRACE is "full".
     """
     os.environ["MPLBACKEND"] = "Agg"
+    if os.environ.get("RUST_BACKTRACE") != "full":
+        os.environ["RUST_BACKTRACE"] = "0"
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -94,8 +94,8 @@ class WorldTokenizer(Tokenizer):
             table[index], ids[token] = token, index
         if (size := sum(map(len, ids))) > _MOST_BYTES:
             raise TokenizerError(
-                f"{self._vocabulary}: its tokens have {size:,} bytes together, expected at most {_MOST_BYTES:,}; copy it "
-                "again from its source"
+                f"{self._vocabulary}: its tokens have {size:,} bytes together, expected at most {_MOST_BYTES:,}; copy "
+                "it again from its source"
             )
         if lacking := [byte for byte in range(256) if bytes([byte]) not in ids]:
             raise TokenizerError(
