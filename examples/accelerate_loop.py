@@ -39,8 +39,14 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
         initialize(network, seed=17)
         model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters(), lr=1e-3))
         accelerator.register_for_checkpointing(dataset)
-        if state.exists():
-            accelerator.load_state(str(state))
+        if state.is_dir():
+            try:
+                accelerator.load_state(str(state))
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - damaged, or another program's
+                problem = f"cannot be continued from ({type(error).__name__}); remove it to start again"
+                raise UserError(f"{state}: {problem}") from None
         for batch in dataset:
             tokens, targets = batch["tokens"].to(accelerator.device), batch["targets"].to(accelerator.device)
             nll = model(tokens, cu_seqlens=batch["cu_seqlens"], targets=targets)

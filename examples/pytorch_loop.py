@@ -27,11 +27,17 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
         model = RWKV7(shape)
         initialize(model, seed=17)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
-        if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True)
-            dataset.load_state_dict(saved["data"])  # first, as it refuses the state of another data set
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+        if checkpoint.is_file():
+            try:
+                saved = torch.load(checkpoint, weights_only=True)
+                dataset.load_state_dict(saved["data"])  # first, as it refuses the state of another data set
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 - damaged, or another program's
+                problem = f"cannot be continued from ({type(error).__name__}); remove it to start again"
+                raise UserError(f"{checkpoint}: {problem}") from None
         for batch in dataset:
             nll = model(batch["tokens"], cu_seqlens=batch["cu_seqlens"], targets=batch["targets"])
             mean = nll.sum() / batch["num_targets"]

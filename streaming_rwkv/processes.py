@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -42,6 +43,19 @@ def die_with_parent(parent: int | None = None) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_resource_tracker() -> None:
+    """Start the process by which Python removes shared memory, before anything else does, so that SIGHUP leaves it.
+
+    It ignores SIGINT and SIGTERM alone. A terminal that is closed would end it before its parent, and its successor
+    would answer each name that it does not know with a traceback.
+    """
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def listen_to_stop_signals(ask_to_stop: Callable[[int], None]) -> dict[signal.Signals, Any]:

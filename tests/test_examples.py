@@ -104,6 +104,8 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
         ("pytorch_loop", "NOWHERE OUT", "error: NOWHERE"),
         ("pytorch_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("pytorch_loop", "DATA FILE", "error: [Errno 17] File exists: 'FILE'"),
+        ("pytorch_loop", "DATA DAMAGED", "error: DAMAGED/checkpoint.pt: cannot be continued from (UnpicklingError); "),
+        ("accelerate_loop", "DATA DAMAGED", "error: DAMAGED/state: cannot be continued from ("),
         ("accelerate_loop", "NOWHERE OUT", "error: NOWHERE"),
         ("accelerate_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("accelerate_loop", "DATA FILE", "error: "),
@@ -133,6 +135,9 @@ def test_errors_of_a_user_are_one_line(
         request.getfixturevalue("accelerate")
     paths = {"DATA": data, "OUT": tmp_path / "out", "FILE": tmp_path / "file", "NOWHERE": tmp_path / "nowhere"}
     paths["FILE"].touch()
+    paths["DAMAGED"] = tmp_path / "damaged"
+    (paths["DAMAGED"] / "state").mkdir(parents=True)
+    (paths["DAMAGED"] / "checkpoint.pt").write_bytes(b"damaged")
     monkeypatch.setitem(sys.modules, "datatrove", None)  # as if it were not installed
     monkeypatch.setattr(sys, "argv", [name, *(str(paths.get(word, word)) for word in arguments.split())])
     with pytest.raises(SystemExit) as ended:

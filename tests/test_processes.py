@@ -207,3 +207,24 @@ def test_garbage_collection_is_paused_and_continues_after_an_error() -> None:
     with pytest.raises(ImportError):
         fail()
     assert gc.isenabled()
+
+
+def test_the_tracker_of_shared_memory_ignores_a_closed_terminal() -> None:
+    """Its successor would answer each name that it does not know with a traceback."""
+    program = """
+from multiprocessing import resource_tracker
+from pathlib import Path
+import signal
+from streaming_rwkv.processes import start_resource_tracker
+
+start_resource_tracker()
+assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+status = Path(f"/proc/{resource_tracker._resource_tracker._pid}/status").read_text()
+ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
+assert ignored & 1 << signal.SIGHUP - 1
+"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started by
+    try:
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -16,7 +16,13 @@ from streaming_rwkv.arguments import CommandParser
 from streaming_rwkv.console import prepare_output, print_error
 from streaming_rwkv.distributed import LauncherError, check_launcher, has_launcher, is_local_rank_zero
 from streaming_rwkv.extras import BASE, TRAIN, exit_if_missing
-from streaming_rwkv.processes import die_with_parent, end_with, wait_for_launcher, without_garbage_collection
+from streaming_rwkv.processes import (
+    die_with_parent,
+    end_with,
+    start_resource_tracker,
+    wait_for_launcher,
+    without_garbage_collection,
+)
 
 STOPPED_BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # Composer exits with them before training begins
 _FEWEST_OPEN_FILES = 64  # of the imports, the shards and their shared memory
@@ -136,6 +142,7 @@ def _run(options: argparse.Namespace) -> int:
             return launch(command, processes=options.processes)
         if os.environ.get("RANK", "0") == "0":
             print("loading torch and Composer …", file=sys.stderr, flush=True)
+        start_resource_tracker()
         # After settings and paths have been checked: importing torch, streaming and composer takes many seconds.
         with without_garbage_collection():
             from streaming_rwkv.train.dry_run import dry_run
