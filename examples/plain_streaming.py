@@ -55,6 +55,11 @@ if __name__ == "__main__":
     try:
         name = options.source or read_manifest(options.data).streams[0].source
         for text in itertools.islice(read_documents(options.data, source=name), options.documents):
-            print(text[:200].replace("\n", " "), end="\n\n")
+            print("".join(character if character.isprintable() else " " for character in text[:200]), end="\n\n")
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:  # noqa: BLE001 - Streaming has no errors of its own, and verifies nothing
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+        sys.exit(
+            f"error: {options.data}: Streaming cannot read it ({problem}); try streaming-rwkv verify {options.data}"
+        )

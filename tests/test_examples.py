@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
         ("accelerate_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("accelerate_loop", "DATA FILE", "error: "),
         ("plain_streaming", "NOWHERE", "error: NOWHERE"),
+        ("plain_streaming", "BROKEN", "error: BROKEN: Streaming cannot read it ("),
         (
             "plain_streaming",
             "DATA --source nope",
@@ -135,6 +137,9 @@ def test_errors_of_a_user_are_one_line(
         request.getfixturevalue("accelerate")
     paths = {"DATA": data, "OUT": tmp_path / "out", "FILE": tmp_path / "file", "NOWHERE": tmp_path / "nowhere"}
     paths["FILE"].touch()
+    paths["BROKEN"] = Path(shutil.copytree(data, tmp_path / "broken"))
+    for shard in paths["BROKEN"].rglob("*.mds.zstd"):
+        shard.write_bytes(b"broken")
     paths["DAMAGED"] = tmp_path / "damaged"
     (paths["DAMAGED"] / "state").mkdir(parents=True)
     (paths["DAMAGED"] / "checkpoint.pt").write_bytes(b"damaged")

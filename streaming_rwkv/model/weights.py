@@ -177,7 +177,12 @@ def _check_storage(state: State, path: Path) -> None:
         CheckpointError: names the tensor.
     """
     for name, value in state.items():
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in _WEIGHT_DTYPES:
+        if (
+            value.is_nested
+            or value.layout != torch.strided
+            or value.device.type != "cpu"
+            or value.dtype not in _WEIGHT_DTYPES
+        ):
             kind = str(value.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{path}: {name} is {kind} ({value.layout}, on {value.device}), expected float32, bfloat16 or float16 "

@@ -8,6 +8,8 @@ from typing import Any
 from streaming_rwkv.tokenizers.base import MOST_TOKEN_BYTES, TokenizerError, wrong_field
 from streaming_rwkv.tokenizers.steps import check_steps, steps_of
 
+MOST_WORD_CHARACTERS = 1000  # of a word that WordPiece cuts into pieces; BERT's is 100
+MOST_AFFIX_CHARACTERS = 16  # before or after a piece of a word, as in ##ing and </w>
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -24,6 +26,7 @@ def check_definition(definition: Any, *, where: str) -> dict[str, Any]:
     ids = _Ids(where)
     _check_vocabulary(definition["model"].get("vocab", {}), ids)
     _check_merges(definition["model"].get("merges"), where)
+    _check_words(definition["model"], where)
     _check_added_tokens(definition.get("added_tokens", []), ids)
     check_steps(definition, where=where)
     return definition
@@ -85,6 +88,17 @@ def _check_merges(merges: Any, where: str) -> None:
             case _:
                 expected = '"left right" or ["left", "right"], the same in all'
                 raise wrong_field(where, f"model.merges[{at}]", merge, expected)
+
+
+def _check_words(model: dict[str, Any], where: str) -> None:
+    """Check what the time for a word grows with: to cut it into pieces takes the cube of its length."""
+    most = model.get("max_input_chars_per_word", 0)
+    if type(most) is not int or not 0 <= most <= MOST_WORD_CHARACTERS:
+        raise wrong_field(where, "model.max_input_chars_per_word", most, f"a number up to {MOST_WORD_CHARACTERS:,}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        affix = model.get(name) or ""
+        if not isinstance(affix, str) or len(affix) > MOST_AFFIX_CHARACTERS:
+            raise wrong_field(where, f"model.{name}", affix, f"a text of up to {MOST_AFFIX_CHARACTERS} characters")
 
 
 def _check_added_tokens(added: Any, ids: _Ids) -> None:

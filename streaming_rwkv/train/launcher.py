@@ -128,6 +128,9 @@ class Ranks:
     def _status(self, failed: int) -> int:
         """Return the run's exit status, after saying why it ended if rank 0 could not."""
         status, output = self._processes[failed].returncode, self._outputs[failed]
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            print("stopped at once; processes that did not answer were killed", file=sys.stderr, flush=True)
+            return 128 + signal.SIGINT
         if self._has_stopped(failed):
             if self._processes[0].returncode < 0:  # before it listened to signals
                 print("stopped before training began; the same command starts it again", file=sys.stderr, flush=True)

@@ -59,6 +59,16 @@ def changed(field: str, value: object) -> dict[str, object]:
         ("model.vocab", {"</s>": 0, "a": 0}, r"model\.vocab\['a'\]: id 0 belongs to '</s>' and to 'a'"),
         ("model.vocab", {"</s>": 2**62}, r"model\.vocab\['</s>'\]: found 4611686018427387904, expected an id"),
         ("model.vocab", ["</s>"], r"model\.vocab\[0\]: found '</s>', expected \[token, score\]"),
+        (
+            "model.max_input_chars_per_word",
+            10**18,
+            "model.max_input_chars_per_word: found 1000000000000000000, expected",
+        ),
+        (
+            "model.continuing_subword_prefix",
+            "#" * 99,
+            "model.continuing_subword_prefix: found '##.*, expected a text of",
+        ),
         ("model.merges", 3, "model.merges: found 3, expected a list"),
         ("model.merges", {"a": "b"}, "model.merges: found {'a': 'b'}, expected a list"),
         ("model.merges", [["a", "b", "c"]], r"model\.merges\[0\]: found \['a', 'b', 'c'\], expected"),

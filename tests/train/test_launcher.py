@@ -151,7 +151,9 @@ def test_a_rank_that_stands_still_does_not_keep_a_run_that_was_asked_to_stop(
     assert capfd.readouterr().err == "error: another rank does not answer\n"
 
 
-def test_a_second_interrupt_ends_a_run_whose_ranks_stand_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_ends_a_run_whose_ranks_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     ready = tmp_path / "ready"
     os.mkfifo(ready)
     monkeypatch.setattr("streaming_rwkv.train.launcher.STOP_SECONDS", 0.5)
@@ -168,7 +170,8 @@ def test_a_second_interrupt_ends_a_run_whose_ranks_stand_still(tmp_path: Path, m
         assert pipe.read(1) == b"x"
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
-    assert ranks.wait() == 128 + signal.SIGKILL
+    assert ranks.wait() == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "stopped at once; processes that did not answer were killed\n"
 
 
 def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
