@@ -398,8 +398,11 @@ def _hide_environment(values: Any, interpolations: Mapping[Location, str]) -> No
     """Have errors of the whole program show these interpolations, not what they brought from the environment."""
     for location, interpolation in interpolations.items():
         value = _value_at(values, location)
-        if "oc.env" in interpolation and isinstance(value, str):
+        names = re.findall(r"oc\.env:\s*([A-Za-z_][A-Za-z0-9_]*)", interpolation)
+        if names and isinstance(value, str):
             hide(value, interpolation)
+        for name in names:  # errors may be about a part of the value
+            hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
 
 
 def _hidden(text: str, values: Any, secrets: Mapping[Location, str]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SHORTEST_HIDDEN = 4  # characters of a value that errors hide: numbers and flags are no secrets
+SHORTEST_HIDDEN = 8  # characters of a value that errors hide: numbers, flags and names of folders are no secrets
 
 
 class UserError(ValueError):

@@ -134,6 +134,8 @@ def test_errors_of_the_whole_program_hide_values_of_the_environment(
     load(tmp_path, "folder: /x/${oc.env:KEY}")
     print_error(UserError("/x/s3cret-s3cret/manifest.json: missing"))
     assert capsys.readouterr().err == "error: /x/${oc.env:KEY}/manifest.json: missing\n"
+    print_error(UserError("No module named 's3cret-s3cret'"))
+    assert capsys.readouterr().err == "error: No module named '${oc.env:KEY}'\n"
 
 
 def test_a_pipe_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
