@@ -210,7 +210,7 @@ class TextAndIdWriter(ParquetWriter):  # type: ignore[misc]
 class Workers:
     """Processes for the tasks of all steps, which end with the program, however it ends.
 
-    datatrove's executor leaves its processes behind when it is killed, and waits for ever when one of them is.
+    datatrove's executor leaves its processes behind when it is killed, and waits indefinitely when one of them is.
     """
 
     def __init__(self, workers: int) -> None:
