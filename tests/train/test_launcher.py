@@ -91,6 +91,14 @@ def test_a_rank_that_was_killed_is_the_cause_of_the_others_failures(capsys: pyte
     assert capsys.readouterr().err.startswith("rank 1 was ended by SIGKILL, most likely for want of memory")
 
 
+def wait_for_ranks(ready: Path, count: int) -> None:
+    """Wait until this number of ranks has written a byte to a pipe."""
+    with open(ready, "rb") as pipe:
+        for _ in range(count):
+            while pipe.read(1) != b"x":  # the next rank may open it a moment later
+                continue
+
+
 SAVES = """
     import os, signal, sys
     def stop(number, frame):
@@ -116,10 +124,7 @@ def test_a_request_to_stop_reaches_every_rank_and_nothing_else_is_said(
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started by
     process = launcher(SAVES, processes=2)
     signal.signal(signal.SIGHUP, before)
-    with open(ready, "rb") as pipe:
-        assert pipe.read(1) == b"x"
-        while pipe.read(1) != b"x":  # the other rank may open it a moment later
-            continue
+    wait_for_ranks(ready, 2)
     process.send_signal(number)
     assert ended(process) == (143, "stopped at step 3\n", "")
 
@@ -141,10 +146,7 @@ def test_a_rank_that_stands_still_does_not_keep_a_run_that_was_asked_to_stop(
             signal.pause()
     """
     ranks = Ranks([sys.executable, "-c", textwrap.dedent(program)], 2)
-    with open(ready, "rb") as pipe:
-        assert pipe.read(1) == b"x"
-        while pipe.read(1) != b"x":  # the other rank may open it a moment later
-            continue
+    wait_for_ranks(ready, 2)
     os.kill(os.getpid(), signal.SIGTERM)
     assert ranks.wait() == 1
     assert ranks._processes[1].returncode == -signal.SIGKILL
@@ -166,8 +168,7 @@ def test_a_second_interrupt_ends_a_run_whose_ranks_stand_still(
             signal.pause()
     """
     ranks = Ranks([sys.executable, "-c", textwrap.dedent(program)], 1)
-    with open(ready, "rb") as pipe:
-        assert pipe.read(1) == b"x"
+    wait_for_ranks(ready, 1)
     while ranks._kill_at is None:  # of two signals that follow closely, one may be lost
         os.kill(os.getpid(), signal.SIGINT)
     assert ranks.wait() == 128 + signal.SIGINT
@@ -185,8 +186,7 @@ def test_ranks_that_do_not_listen_yet_end_with_a_line(tmp_path: Path, monkeypatc
         signal.pause()
     """
     process = launcher(program, processes=1)
-    with open(ready, "rb") as pipe:
-        assert pipe.read(1) == b"x"
+    wait_for_ranks(ready, 1)
     process.terminate()
     assert ended(process) == (143, "", "stopped before training began; the same command starts it again\n")
 
