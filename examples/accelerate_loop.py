@@ -4,12 +4,15 @@
     torchrun --nproc-per-node 2 examples/accelerate_loop.py DATA_SET runs/accelerate
 
 The data set divides each step among the processes itself, so it does not go through `accelerator.prepare`. Its state
-is saved with the others, and may be loaded by another number of processes.
+is saved with the others, and may be loaded by another number of processes. It is saved as JSON: what is registered by
+`accelerator.register_for_checkpointing` is loaded as a pickle, which may run any code.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,13 +23,13 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run pip install '.[examples]'")
 
-from streaming_rwkv import RWKV7, RWKV7Config, UserError, initialize, open_dataset
+from streaming_rwkv import RWKV7, RWKV7Config, StepDataset, UserError, initialize, open_dataset
 
 
 def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
     """Train for one pass over the data, or up to a step; return the last step's loss in nats per token."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # it would not look for other processes on a CPU
-    state, loss = folder / "state", float("nan")
+    loss = float("nan")
     with open_dataset(
         data,
         batch_packs=batch_packs,
@@ -38,10 +41,11 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
         network = RWKV7(shape)
         initialize(network, seed=17)
         model, optimizer = accelerator.prepare(network, torch.optim.AdamW(network.parameters(), lr=1e-3))
-        accelerator.register_for_checkpointing(dataset)
-        if state.is_dir():
+        state = max(folder.glob("state-*"), default=None)
+        if state is not None:
             try:
                 accelerator.load_state(str(state))
+                dataset.load_state_dict(json.loads((state / "data.json").read_bytes()))
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 - damaged, or another program's
@@ -61,11 +65,29 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
             if is_last or step % 10 == 0:
                 accelerator.print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             if is_last or step % save_every == 0:
-                accelerator.save_state(str(state))
+                save(accelerator, dataset, folder)
             if is_last:
                 break
     accelerator.end_training()
     return loss
+
+
+def save(accelerator: Accelerator, dataset: StepDataset, folder: Path) -> None:
+    """Save all states as `folder/state-STEP` and remove those of earlier steps; a kill leaves the newest whole one."""
+    new = folder / "new"
+    if accelerator.is_main_process:
+        new.unlink() if new.is_symlink() else shutil.rmtree(new, ignore_errors=True)  # of a program that was killed
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(new))
+    if accelerator.is_main_process:
+        (new / "data.json").write_text(json.dumps(dataset.state_dict()))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        earlier = list(folder.glob("state-*"))
+        new.rename(folder / f"state-{dataset.step:08}")
+        for state in earlier:
+            shutil.rmtree(state)
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

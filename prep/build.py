@@ -44,10 +44,12 @@ from prep.stages.input_hashes import hash_inputs
 from prep.stages.packing import pack_window, plan_windows
 from prep.stages.records import PackedWindow, UnitRecord
 from prep.stages.tokenization import tokenize
+from streaming_rwkv.config import UserError
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.shards import Manifest
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.tokenizer import Tokenizer, load_tokenizer
+from streaming_rwkv.version import PROGRAM
 
 _PUBLISHED = (STATISTICS_NAME, REJECTED_NAME)
 
@@ -74,6 +76,8 @@ def build(
     Raises:
         UserError: anything that its text says how to fix; finished work is kept.
     """
+    if not isinstance(config, PrepConfig):
+        raise UserError(f"build: found {config!r}, expected a PrepConfig; a file is built by `{PROGRAM} prepare FILE`")
     observer = observer or Observer()
     check_folder(config)
     files = find_sources(config.sources)

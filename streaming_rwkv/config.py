@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, Union, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from yaml import YAMLError
 
 from streaming_rwkv.errors import UserError, hide
@@ -44,6 +44,13 @@ class Config(BaseModel):
     """Base of every configuration: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_values_are_no_numbers(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not any(isinstance(value, (bool, list, dict)) for value in values.values()):
+            return values
+        return _replaced(values, _find_truth_values(values, [cls]))
 
 
 __all__ = ["Config", "ConfigError", "LoadedConfig", "UserError", "configs_within", "load_config", "validate"]
@@ -110,7 +117,6 @@ def load_config(config_type: type[ConfigT], path: str | Path, *, overrides: Sequ
         raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected a mapping of keys to values")
     _hide_environment(values, interpolations)
     _check_kind(config_type, values, path)
-    values = _replaced(values, _find_truth_values(values, [config_type]))
     config = validate(config_type, values, where=str(path), overrides=overrides, secrets=interpolations)
     if isinstance(config, LoadedConfig):
         config._interpolations = interpolations
@@ -375,11 +381,14 @@ def validate(
 
 
 def _find_truth_values(values: Any, types: Sequence[Any], location: Location = ()) -> dict[Location, str]:
-    """Return the text of each true or false in place of a number: pydantic would take it for 1 or 0."""
+    """Return the text of each true or false in place of a number: pydantic would take it for 1 or 0.
+
+    Configurations within are left out: each finds its own.
+    """
     if isinstance(values, bool):
         return {location: str(values).lower()} if {int, float} & set(types) and bool not in types else {}
     entries = [(i, entry, _entry_types(types)) for i, entry in enumerate(values)] if isinstance(values, list) else []
-    if isinstance(values, dict):
+    if isinstance(values, dict) and (not location or not any(configs_within(kind) for kind in types)):
         entries = [(key, entry, _types_below(types, str(key))) for key, entry in values.items()]
     return {
         place: text

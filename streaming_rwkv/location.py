@@ -27,6 +27,8 @@ def checked_location(location: str | Path) -> str:
     Raises:
         LocationError: neither a local path nor s3://bucket/prefix, or with user information in it.
     """
+    if not isinstance(location, (str, Path)):
+        raise LocationError(f"found {location!r}, expected text or a Path; give a local path or s3://bucket/prefix")
     text = str(location)
     if not text or "\0" in text:
         raise LocationError(f"found {text!r}; give a local path or s3://bucket/prefix")

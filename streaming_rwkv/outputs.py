@@ -16,8 +16,12 @@ MARK_NAME = "complete.json"
 """The completion mark of a checkpoint."""
 CONFIG_NAME = "config.yaml"
 """The configuration of a run, in its save folder."""
+MICROBATCH_NAME = "microbatch.json"
+"""The result of a run's memory trial, in its save folder."""
+LARGEST_RECORD_BYTES = 1 << 20
+"""The most bytes of either."""
 LOGS = (
-    CONFIG_NAME, "metrics.jsonl", "samples.jsonl", "microbatch.json", "tracking-id", TOKENIZER_FOLDER, "tensorboard"
+    CONFIG_NAME, "metrics.jsonl", "samples.jsonl", MICROBATCH_NAME, "tracking-id", TOKENIZER_FOLDER, "tensorboard"
 )  # fmt: skip
 """The files and folders of a save folder, beside its checkpoints, that object storage has too."""
 WRITER = "writer.json"

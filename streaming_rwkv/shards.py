@@ -38,7 +38,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from streaming_rwkv.config import Config, ConfigError, UserError, validate
 from streaming_rwkv.filesystem import is_plain_name, read_regular_file
-from streaming_rwkv.location import is_remote
+from streaming_rwkv.location import checked_local, is_remote
 from streaming_rwkv.version import PROGRAM
 
 FORMAT = "streaming-rwkv/2"
@@ -342,8 +342,9 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         DataError: there is none (nothing was built, or the build did not finish), or it is not valid.
+        LocationError: not a local path.
     """
-    path = Path(folder) / MANIFEST_NAME
+    path = Path(checked_local(folder)) / MANIFEST_NAME
     try:
         content = read_small_file(path)
     except (FileNotFoundError, NotADirectoryError):

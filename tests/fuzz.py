@@ -604,6 +604,7 @@ def sharded(folder: Path) -> Case:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
+    from streaming_rwkv.inference.average import average
     from streaming_rwkv.model.state import model_state
     from streaming_rwkv.model.weights import read_model
 
@@ -618,7 +619,12 @@ def sharded(folder: Path) -> Case:
         metadata = pickle.loads(files[".metadata"])  # it is ours
         places = list(metadata.storage_data.items())
         key, at = rng.choice(places)
-        match rng.randrange(6):
+        chunk = rng.choice(rng.choice(list(metadata.state_dict_metadata.values())).chunks)
+        match rng.randrange(8):
+            case 6:
+                chunk.offsets = rng.choice([None, (), (-1,), (1 << 62,), "x", (1, 1), (True, 0), 5])
+            case 7:
+                chunk.sizes = rng.choice([None, (), (-1,), (1 << 62,), "x", (1, 1), (0,), (1.5, 2)])
             case 0:
                 at.relative_path = rng.choice(["../x", "/dev/zero", "", ".", None, 5, "x", "x\0", ".metadata"])
             case 1:
@@ -646,7 +652,7 @@ def sharded(folder: Path) -> Case:
                 (place / ".metadata").write_bytes(mutated_metadata(rng))
             case _:
                 data.write_bytes(mutated_bytes(files[data.name], rng))
-        return read_model(place)
+        return read_model(place) if rng.random() < 0.5 else average([place], [1.0])
 
     return case
 

@@ -63,7 +63,13 @@ def test_accelerate_loop_continues_where_it_was_stopped(data: Path, tmp_path: Pa
     train = example("accelerate_loop").train
     whole = train(str(data), tmp_path / "whole")
     assert train(str(data), tmp_path / "parts", stop_at=3) != whole
+    others = tmp_path / "others"
+    others.mkdir()
+    (tmp_path / "parts" / "new").symlink_to(others)  # as a stranger's folder may have it
     assert train(str(data), tmp_path / "parts") == whole
+    assert [path.name for path in (tmp_path / "parts").iterdir() if path.name != "cache"] == ["state-00000006"]
+    assert not list(others.iterdir())
+    assert not list((tmp_path / "parts" / "state-00000006").glob("custom_*"))  # accelerate would unpickle them
 
 
 @pytest.mark.slow
@@ -106,7 +112,7 @@ def test_plain_streaming_reads_the_documents(data: Path) -> None:
         ("pytorch_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("pytorch_loop", "DATA FILE", "error: [Errno 17] File exists: 'FILE'"),
         ("pytorch_loop", "DATA DAMAGED", "error: DAMAGED/checkpoint.pt: cannot be continued from (UnpicklingError); "),
-        ("accelerate_loop", "DATA DAMAGED", "error: DAMAGED/state: cannot be continued from ("),
+        ("accelerate_loop", "DATA DAMAGED", "error: DAMAGED/state-00000003: cannot be continued from ("),
         ("accelerate_loop", "NOWHERE OUT", "error: NOWHERE"),
         ("accelerate_loop", "DATA OUT --batch-packs 0", "error: open_dataset: batch_packs: found 0"),
         ("accelerate_loop", "DATA FILE", "error: "),
@@ -141,7 +147,7 @@ def test_errors_of_a_user_are_one_line(
     for shard in paths["BROKEN"].rglob("*.mds.zstd"):
         shard.write_bytes(b"broken")
     paths["DAMAGED"] = tmp_path / "damaged"
-    (paths["DAMAGED"] / "state").mkdir(parents=True)
+    (paths["DAMAGED"] / "state-00000003").mkdir(parents=True)
     (paths["DAMAGED"] / "checkpoint.pt").write_bytes(b"damaged")
     monkeypatch.setitem(sys.modules, "datatrove", None)  # as if it were not installed
     monkeypatch.setattr(sys, "argv", [name, *(str(paths.get(word, word)) for word in arguments.split())])

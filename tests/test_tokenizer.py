@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from streaming_rwkv.tokenizer import (
     WorldTokenizer,
     load_tokenizer,
 )
+from streaming_rwkv.tokenizers import huggingface, time_limit
 from streaming_rwkv.tokenizers.steps import check_steps
 
 HARD_TEXTS = [
@@ -487,6 +489,12 @@ def test_a_step_of_no_known_kind_is_named(step):
         check_steps({"normalizer": step}, where="tokenizer.json")
 
 
+@pytest.mark.parametrize("length", [0, -1, True, "5", None])
+def test_pieces_without_a_length_are_refused(length):
+    with pytest.raises(TokenizerError, match=r"pre_tokenizer\.length: found .*, expected a number from 1 on"):
+        check_steps({"pre_tokenizer": {"type": "FixedLength", "length": length}}, where="tokenizer.json")
+
+
 def test_a_tokenizer_of_thousands_of_steps_is_refused(tmp_path):
     made = byte_level()
     made.normalizer = normalizers.Sequence([normalizers.NFKD()] * 3000)
@@ -531,6 +539,48 @@ def test_a_tokenizer_that_no_library_can_make_is_refused(tmp_path):
     tokenizer = load_tokenizer(tmp_path, eos_token="</s>")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: Hugging Face tokenizers [\d.]+ cannot read it"):
         tokenizer.load()
+
+
+def test_a_call_that_does_not_return_is_given_up(monkeypatch):
+    monkeypatch.setattr(time_limit, "LEAST_SECONDS", 0.01)
+    returns = Event()
+    with pytest.raises(time_limit.TimeIsOver, match="no end after 0 s for 5 characters; its regular expressions may"):
+        time_limit.within_limit(returns.wait, characters=5)
+    returns.set()
+
+
+def test_a_search_without_an_end_is_no_fault_of_one_text(hugging_face, tmp_path, monkeypatch):
+    def never(call, *, characters):
+        raise time_limit.TimeIsOver(f"no end for {characters} characters")
+
+    monkeypatch.setattr(huggingface, "within_limit", never)
+    whole = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    reference = load_tokenizer(save(whole, tmp_path / "t", eos_token="</s>"))
+    calls = [
+        lambda: hugging_face.encode_batch(["ab"]),
+        lambda: hugging_face.encode("ab"),
+        lambda: reference.decode([0]),
+    ]
+    for call in calls:
+        with pytest.raises(TokenizerError, match=r"no end for \d+ characters; choose another tokenizer") as raised:
+            call()
+        assert not isinstance(raised.value, TextError)  # or each text would be tried by itself
+
+
+def test_a_call_within_its_time_returns_or_raises_what_it_raises():
+    assert time_limit.within_limit(lambda: 5, characters=0) == 5
+    with pytest.raises(ZeroDivisionError):
+        time_limit.within_limit(lambda: 1 // 0, characters=0)
+
+
+def test_a_definition_that_is_too_deep_to_be_written_is_refused(tmp_path):
+    folder = save(byte_level(), tmp_path / "t", eos_token="<|endoftext|>")
+    definition = json.loads((folder / "tokenizer.json").read_bytes())
+    for _ in range(300):
+        definition["normalizer"] = {"type": "Sequence", "normalizers": [definition["normalizer"] or {"type": "NFC"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(TokenizerError, match=r"tokenizer.json: cannot be written again \(Recursion limit reached\)"):
+        load_tokenizer(folder)
 
 
 def test_a_folder_without_a_tokenizer_says_what_it_looked_for(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.commands.inspection import ShownPiece, pieces_of_shard
-from prep.dataset.finished import DataSet, open_data_set
+from prep.dataset.finished import DataSet, FileMissing, open_data_set
 from prep.dataset.names import REPORT_NAME, STATISTICS_NAME
 from prep.stages.distributions import Statistics, parse_statistics
 from streaming_rwkv.config import UserError
@@ -83,7 +83,7 @@ def _statistics(data_set: DataSet, manifest: Manifest) -> Statistics:
     files = data_set.files([(STATISTICS_NAME, None)])  # the file exists as long as this
     try:
         file = next(files)
-    except DataError:
+    except FileMissing:
         raise DataError(
             f"{data_set.location}/{STATISTICS_NAME}: missing; copy it from the folder where the data set was built"
         ) from None

@@ -30,6 +30,10 @@ from streaming_rwkv.version import PROGRAM
 _FETCHED_AHEAD = 8
 
 
+class FileMissing(DataError):
+    """A file of a data set that does not exist."""
+
+
 class DataSet(Protocol):
     """A finished data set, whose files are compared with their hashes before they are read."""
 
@@ -103,10 +107,11 @@ def check_file(file: Path, sha256: str | None) -> None:
     """Compare a file with its hash.
 
     Raises:
-        DataError: it is missing, is not a regular file, or has another hash.
+        FileMissing: there is none.
+        DataError: it is not a regular file, or has another hash.
     """
     if not file.exists():
-        raise DataError(f"{file}: missing; the manifest names it: restore it, or build again")
+        raise FileMissing(f"{file}: missing; the manifest names it: restore it, or build again")
     if not file.is_file():
         raise DataError(f"{file}: not a regular file; restore it, or build again")
     if (size := file.stat().st_size) >= LARGEST_SHARD_BYTES:  # hashing a sparse file may take days
@@ -163,7 +168,7 @@ class RemoteDataSet:
         try:
             self.store.get_file(name, file, most=LARGEST_SHARD_BYTES, sha256=sha256)
         except ObjectMissing:
-            raise DataError(
+            raise FileMissing(
                 f"{self.store.url(name)}: missing; the manifest names it: restore it, or build again"
             ) from None
         return file

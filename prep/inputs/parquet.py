@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from prep.inputs.files import InputFile, Part, opened
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
+_READ_EXPANDED_BYTES = 1 << 27  # of strings of a dictionary, when each row has its copy
+_DICTIONARY_HEADER = re.compile(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
+_HEADER_BYTES = 3 + 5
 _ENCRYPTED_MAGIC = b"PARE"  # ends a file with an encrypted footer, in place of PAR1
 _FOOTER_LENGTH = struct.Struct("<I")  # before the magic bytes
 _FOOTER_READ_BYTES = 1 << 16  # as much as pyarrow reads, so that one request to S3 serves both
@@ -59,26 +63,48 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
         metadata = parquet.metadata
         rows = sum(metadata.row_group(index).num_rows for index in groups)
         size = sum(_text_bytes(metadata.row_group(index), config.text) for index in groups)
-        batches = parquet.iter_batches(
-            batch_size=max(1, min(1 << 13, _READ_BYTES * rows // max(size, 1))),
-            row_groups=groups,
-            columns=None if config.has_hooks else [config.text],
-            use_threads=False,
-        )
-        while True:
+        for index in groups:
             with _naming(file, f"broken parquet after row {row}"):
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                values = _records(batch) if config.has_hooks else _strings(batch.column(0))
-            numbers = np.arange(row, row + batch.num_rows)
-            row += batch.num_rows
-            yield numbers, values, size * batch.num_rows // rows
+                most_rows = _READ_EXPANDED_BYTES // max(1, _largest_dictionary(raw, metadata.row_group(index)))
+            batches = parquet.iter_batches(
+                batch_size=max(1, min(1 << 13, _READ_BYTES * rows // max(size, 1), most_rows)),
+                row_groups=[index],
+                columns=None if config.has_hooks else [config.text],
+                use_threads=False,
+            )
+            while True:
+                with _naming(file, f"broken parquet after row {row}"):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    values = _records(batch) if config.has_hooks else _strings(batch.column(0))
+                numbers = np.arange(row, row + batch.num_rows)
+                row += batch.num_rows
+                yield numbers, values, size * batch.num_rows // rows
         if row != part.first_row + rows:  # a damaged footer: pyarrow reads a column without metadata as empty
             raise InputError(
                 f"{file.path}: broken parquet after row {row} (of {part.first_row + rows} that its footer promises); "
                 "download it again"
             )
+
+
+def _largest_dictionary(raw: IO[bytes], row_group: Any) -> int:
+    """Return the bytes of the largest dictionary of a row group: every one of its rows may be that long.
+
+    pyarrow does not tell, so the header of the column's first page is read: a struct of Thrift's compact protocol that
+    begins with the page's type and its size, each as a field header and a zigzag varint.
+    """
+    largest = 0
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        if column.physical_type != "BYTE_ARRAY":
+            continue
+        raw.seek(column.dictionary_page_offset or column.data_page_offset)
+        header = _DICTIONARY_HEADER.match(raw.read(_HEADER_BYTES))
+        if header:
+            size = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(header[1]))
+            largest = max(largest, size >> 1)
+    return largest
 
 
 def _text_bytes(row_group: Any, text: str) -> int:

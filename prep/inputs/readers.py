@@ -182,7 +182,8 @@ class CutFiles:
 def nothing_in(source: str, config: SourceConfig, *, rejected: Mapping[str, int]) -> UserError:
     """Return the error for a source without any usable document; `rejected` has counts by reason."""
     why = "; rejected: " + ", ".join(f"{count} ({reason})" for reason, count in rejected.items()) if rejected else ""
-    remedy = (
-        f"name the right key with `sources.{source}.text`" if missing_text(config.text) in rejected else "fix the files"
-    )
+    if missing_text(config.text) in rejected:
+        remedy = f"name the right key with `sources.{source}.text`"
+    else:
+        remedy = "fix what the reasons name" if rejected else "fix the files"
     return UserError(f"sources.{source}: no document in {', '.join(config.paths)}{why}; {remedy} or remove the source")

@@ -175,7 +175,7 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
     Raises:
         DataError: shards are missing or have another size.
     """
-    found: dict[str, int] = {}
+    found: dict[str, int | None] = {}
     if shard_set.store is not None:
         for split in sorted({record.split for record in records}):
             found |= shard_set.store.list(f"{split}/")
@@ -186,9 +186,11 @@ def check_shards(shard_set: ShardSet, records: Sequence[StreamRecord]) -> None:
     for record in records:
         for shard in record.shards:
             name = f"{record.path}/{shard.basename}"
-            if found.get(name) != shard.bytes:
-                size = f"{found[name]:,} bytes instead of {shard.bytes:,}" if name in found else "missing"
-                problems.append(f"{name} ({size})")
+            size = found.get(name, -1)
+            if size is None:
+                problems.append(f"{name} (not a regular file)")
+            elif size != shard.bytes:
+                problems.append(f"{name} ({'missing' if size < 0 else f'{size:,} bytes instead of {shard.bytes:,}'})")
     if problems:
         more = f" and {len(problems) - SHOWN_SHARDS} more" if len(problems) > SHOWN_SHARDS else ""
         raise DataError(
@@ -207,10 +209,11 @@ def least_cache_bytes(records: Sequence[StreamRecord]) -> int:
     return 4 * max(cached_sizes(records), default=0)
 
 
-def _sizes(location: str, folder: str) -> dict[str, int]:
+def _sizes(location: str, folder: str) -> dict[str, int | None]:
+    """Return the bytes of each file in a folder, or None for what is no regular file."""
     try:
         with os.scandir(f"{location}/{folder}") as entries:
-            return {f"{folder}/{entry.name}": entry.stat().st_size for entry in entries if entry.is_file()}
+            return {f"{folder}/{entry.name}": entry.stat().st_size if entry.is_file() else None for entry in entries}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from streaming_rwkv.outputs import CHECKPOINTS
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints
 from streaming_rwkv.train.checkpoints.record import step_name
 from streaming_rwkv.train.checkpoints.restore import local_run
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 Scheme = Literal["equal", "linear", "1-sqrt"]
 
@@ -62,7 +65,7 @@ def average(
     Raises:
         CheckpointError: a checkpoint is damaged, or has other weights than the first.
     """
-    sources = [_open(folder) for folder in folders]
+    sources = [_read(folder, ShardedWeights, folder) for folder in folders]
     shapes = sources[0].shapes
     for folder, source in zip(folders, sources, strict=True):
         if source.shapes != shapes:
@@ -75,14 +78,15 @@ def average(
     for name, shape in shapes.items():
         total = torch.zeros(shape, dtype=torch.float64)
         for source, weight in zip(sources, weights, strict=True):
-            total += weight * source.read(name).double()
+            total += weight * _read(source.folder, source.read, name).double()
         averaged[name] = total.to(dtype)
     return averaged
 
 
-def _open(folder: Path) -> ShardedWeights:
+def _read(folder: Path, read: Callable[[A], T], argument: A) -> T:
+    """Call a reader, and turn its errors into ones that name the checkpoint."""
     try:
-        return ShardedWeights(folder)
+        return read(argument)
     except PermissionError as error:
         raise unreadable(folder, error) from None
     except (pickle.UnpicklingError, ValueError, EOFError, OSError) as error:

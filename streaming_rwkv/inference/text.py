@@ -8,6 +8,7 @@ import torch
 
 from streaming_rwkv.inference.generation_checks import GenerationError, check_prompt, check_seed
 from streaming_rwkv.inference.sampling import generate_tokens
+from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ def generate(
         GenerationError: a tokenizer with more ids than the model, a setting that is out of range, a prompt that is not
             Unicode text, or logits that are not finite.
     """
+    if not isinstance(getattr(model, "config", None), RWKV7Config):
+        raise GenerationError(f"model: found a {type(model).__name__}, expected an RWKV7, such as load_model returns")
     if not isinstance(tokenizer, Tokenizer):
         raise GenerationError(f"tokenizer: found {tokenizer!r}, expected one, such as load_tokenizer({tokenizer!r})")
     if tokenizer.vocab_size > model.config.vocab_size:

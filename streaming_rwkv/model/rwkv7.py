@@ -204,12 +204,13 @@ class RWKV7(nn.Module):
             Without targets the logits (B, T, V); with targets their negative log-likelihood (B, T) in float32, 0
             where there is none. Its gradient includes L2Wrap; `head.head_cross_entropy` says what it costs.
         Raises:
-            ValueError: cu_seqlens with more than one row, or of another type; tokens of another shape, or, on the CPU,
-                outside of the vocabulary.
+            ValueError: cu_seqlens with more than one row, or of another type; targets of another shape or type; tokens
+                of another shape, or, on the CPU, outside of the vocabulary.
         """
-        if targets is not None and targets.shape != tokens.shape:
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
             raise ValueError(
-                f"targets: found the shape {tuple(targets.shape)}, expected {tuple(tokens.shape)} as tokens"
+                f"targets: found {tuple(targets.shape)} {targets.dtype}, expected {tuple(tokens.shape)} torch.int64, "
+                "the shape of tokens"
             )
         x, branch, v_first = self._embedded(tokens), None, None
         for block in self.blocks:
@@ -226,7 +227,11 @@ class RWKV7(nn.Module):
             state: what the last call returned, or None at the beginning.
         Returns:
             logits (B, V) of the token to come; the state after these tokens.
+        Raises:
+            ValueError: a state of other rows or layers, or tokens as `forward` refuses them.
         """
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state: found that of {len(state)} layers, this model has {len(self.blocks)}")
         x, branch, v_first = self._embedded(tokens), None, None
         after = []
         for index, block in enumerate(self.blocks):

@@ -1,112 +1,81 @@
-"""Read weights from checkpoint files of torch and Composer without running code from their pickles.
-
-Both load their own files with a plain `pickle.load`, so a file can run code on the machine that reads it. Here every
-global that a pickle names must be on a list.
-"""
+"""Read weights from sharded checkpoints of torch and Composer, without running code from their pickles."""
 
 from __future__ import annotations
 
-import datetime
+import errno
+import io
 import math
 import os
-import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
-from numpy.dtypes import UInt32DType
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.torch_version import TorchVersion
+from torch.futures import Future
 
-from streaming_rwkv.filesystem import is_plain_name
 from streaming_rwkv.model.marked_files import check_files, read_files
+from streaming_rwkv.model.sharded_index import INDEX_NAME, read_index
+from streaming_rwkv.model.torch_files import WEIGHT_DTYPES, check_torch_file
 from streaming_rwkv.outputs import MARK_NAME
-
-INDEX_NAME = ".metadata"
-LARGEST_INDEX_BYTES = 1 << 26  # that of a model of 3 billion parameters on 64 GPUs has a few million
-
-# The contents of a Composer file beside tensors and plain values: times, versions, and NumPy's random state.
-SAFE_GLOBALS: list[Any] = [
-    datetime.timedelta,
-    TorchVersion,
-    np.empty(0).__reduce__()[0],
-    np.ndarray,
-    np.dtype,
-    UInt32DType,
-]
-
-_INDEX_GLOBALS = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "torch": {"Size"},  # and dtypes
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-    },
-}  # fmt: skip
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _INDEX_GLOBALS.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
-        return super().find_class(module, name)
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader of sharded checkpoints with a checked index, which torch would unpickle unchecked."""
+    """torch's reader of sharded checkpoints, which checks what torch would rely on before it is used."""
 
     def read_metadata(self) -> Metadata:
-        """Read the index.
-
-        Raises:
-            pickle.UnpicklingError: it names a global that no index needs.
-            ValueError: it places a tensor outside the files of the folder.
-        """
-        with open(Path(self.path) / INDEX_NAME, "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > LARGEST_INDEX_BYTES:
-                raise ValueError(f"{INDEX_NAME}: has {size:,} bytes, expected at most {LARGEST_INDEX_BYTES:,}")
-            try:
-                metadata = _IndexUnpickler(file).load()
-            except (AttributeError, ImportError, LookupError, MemoryError, OverflowError, TypeError) as error:
-                raise pickle.UnpicklingError(f"damaged ({type(error).__name__}: {error})") from None
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not the index of a checkpoint")
-        _check_places(metadata, Path(self.path))
+        """Read the index: see `read_index`."""
+        metadata = read_index(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the pieces of a plan, each of which is a file of torch's within one of the checkpoint's.
 
-def _check_places(metadata: Metadata, folder: Path) -> None:
-    """Check that every piece of a tensor is within a file of the folder."""
-    places = metadata.storage_data
-    if not isinstance(places, dict):
-        raise ValueError(f"{INDEX_NAME}: storage_data is a {type(places).__name__}, expected a mapping")
-    sizes: dict[str, int] = {}
-    for index, place in places.items():
-        if not isinstance(place, _StorageInfo):
-            raise ValueError(f"{INDEX_NAME}: the place of {index} is a {type(place).__name__}")
-        name, offset, length = place.relative_path, place.offset, place.length
-        if not isinstance(name, str) or not is_plain_name(name):
-            raise ValueError(f"{INDEX_NAME}: names the file {name!r}, expected one in this folder")
-        if name not in sizes:
-            if not (folder / name).is_file():
-                raise ValueError(f"the file {name!r} is missing")
-            sizes[name] = (folder / name).stat().st_size
-        if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
-            raise ValueError(f"{INDEX_NAME}: {length!r} bytes from {offset!r} on in {name}, expected whole numbers")
-        if offset + length > sizes[name]:
-            raise ValueError(f"{name} has {sizes[name]} bytes, expected {offset + length}: it is cut off")
+        Raises:
+            ValueError: a piece is no tensor, or would become much larger in memory than it is.
+        """
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            if item.type != LoadItemType.TENSOR:  # torch would unpickle it
+                raise ValueError(f"{item.storage_index.fqn} is no tensor")
+            with open(Path(self.path) / place.relative_path, "rb") as file:
+                check_torch_file(io.BufferedReader(_Part(file, offset=place.offset, length=place.length)))
+        return super().read_data(plan, planner)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file of its own; torch's own view of one takes a place from the end for another."""
+
+    def __init__(self, file: IO[bytes], *, offset: int, length: int) -> None:
+        super().__init__()
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        content = self._file.read(min(len(buffer), max(0, self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 class ShardedWeights:
@@ -157,6 +126,9 @@ def _of_model(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:
         for name, entry in entries.items()
         if name.startswith(prefixes[0]) and isinstance(entry, TensorStorageMetadata)
     }
+    for name, entry in of_model.items():
+        if entry.properties.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{name} is {entry.properties.dtype}, expected float32, bfloat16 or float16 weights")
     needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in of_model.values())
     stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     if needed > 2 * stored + (1 << 20):

@@ -14,10 +14,8 @@ the model is inferred. No reader runs code from a file: only tensors and plain v
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import pickle
-import pickletools
 import re
 import stat
 import struct
@@ -46,7 +44,8 @@ from streaming_rwkv.model.huggingface_names import (
 from streaming_rwkv.model.marked_files import CheckpointError as CheckpointError
 from streaming_rwkv.model.marked_files import unreadable
 from streaming_rwkv.model.rwkv7 import RWKV7
-from streaming_rwkv.model.sharded import INDEX_NAME, SAFE_GLOBALS, read_sharded, without_advice
+from streaming_rwkv.model.sharded import read_sharded, without_advice
+from streaming_rwkv.model.sharded_index import INDEX_NAME
 from streaming_rwkv.model.state import (
     UNUSED,
     State,
@@ -57,6 +56,7 @@ from streaming_rwkv.model.state import (
     load_state,
     some_names,
 )
+from streaming_rwkv.model.torch_files import SAFE_GLOBALS, WEIGHT_DTYPES, check_torch_file
 from streaming_rwkv.model.transformers_layout import (
     from_transformers_name,
     is_transformers_name,
@@ -77,11 +77,9 @@ _WRAPPERS = ("state", "state_dict", "model", "module")  # of Composer, Lightning
 _MOST_WRAPPERS = 4
 # Wrappers add these parts anywhere in a name: torch.compile, FSDP and activation checkpointing.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FREE_BYTES = 1 << 20
 _PROBED_BYTES = 1 << 20  # more than a full disk or a limit of file sizes leaves after a failed write
 _TORCH_FILES = (b"PK", b"\x80")  # a zip archive, or a pickle of the legacy format
-_LEGACY_PICKLES = 5  # at its beginning: magic number, version, machine, the object, the keys of its storages
 
 
 def read_model(path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> RWKV7:
@@ -181,7 +179,7 @@ def _check_storage(state: State, path: Path) -> None:
             value.is_nested
             or value.layout != torch.strided
             or value.device.type != "cpu"
-            or value.dtype not in _WEIGHT_DTYPES
+            or value.dtype not in WEIGHT_DTYPES
         ):
             kind = str(value.dtype).removeprefix("torch.")
             raise CheckpointError(
@@ -214,32 +212,11 @@ def _read_torch_file(path: Path) -> Any:
     if not beginning.startswith(_TORCH_FILES):
         what = beginning.decode(errors="replace").partition("\n")[0]
         raise ValueError(f"not a torch file: it begins with {what!r}")
-    is_archive = zipfile.is_zipfile(path)
-    if is_archive:
-        _check_not_compressed(path)
-    _check_no_bytearray(path, is_archive=is_archive)
+    with open(path, "rb") as file:
+        is_archive = check_torch_file(file)
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         # Files of the legacy format, without zip, can be read but not mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-
-
-def _check_not_compressed(path: Path) -> None:
-    """Refuse an archive that would become much larger in memory."""
-    with zipfile.ZipFile(path) as archive:
-        compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        raise ValueError(f"{compressed[0]!r} in it is compressed, which torch never does")
-
-
-def _check_no_bytearray(path: Path, *, is_archive: bool) -> None:
-    """Refuse pickles that ask for a bytearray, which torch would make of any size; it is in no weights."""
-    with open(path, "rb") as file:
-        # torch's own reader sees what torch will load; zipfile refuses archives that torch saved without checksums.
-        stream = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")) if is_archive else file
-        for _ in range(1 if is_archive else _LEGACY_PICKLES):
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-                    raise ValueError("it asks for a bytearray, which is in no weights")
 
 
 def _guarded(read: Callable[[Path], Any], path: Path) -> Any:

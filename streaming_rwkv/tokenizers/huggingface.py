@@ -39,10 +39,12 @@ from streaming_rwkv.tokenizers.definition import (
     without_dropout,
 )
 from streaming_rwkv.tokenizers.steps import steps_of
+from streaming_rwkv.tokenizers.time_limit import TimeIsOver, within_limit
 from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
 
+_CHARACTERS_OF_TOKEN = 16  # more than the average of any text
 HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 
 
@@ -80,10 +82,16 @@ class HuggingFaceTokenizer(Tokenizer):
             "padding": None,
             "added_tokens": with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
         }
+        self._content  # noqa: B018  # raises if the definition cannot be written
 
     @cached_property
     def _content(self) -> bytes:
-        return orjson.dumps(self._definition, option=orjson.OPT_SORT_KEYS)
+        try:
+            return orjson.dumps(self._definition, option=orjson.OPT_SORT_KEYS)
+        except TypeError as error:
+            raise TokenizerError(
+                f"{self._where}: cannot be written again ({error}); choose a tokenizer whose lists are not as deep"
+            ) from None
 
     @cached_property
     def sha256(self) -> str:
@@ -140,9 +148,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> TokenBatch:
         if self._fast_is_wrong or self._fast is None:
             return TokenBatch.of(self.encode_reference(texts))
+        fast = self._fast
         with self._text_errors():
+            ids, offsets = within_limit(
+                lambda: fast.encode_batch_flat(list(texts), False, True), characters=sum(map(len, texts))
+            )
             self._check_bytes(texts)
-            ids, offsets = self._fast.encode_batch_flat(list(texts), False, True)
         return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
     def encode(self, text: str) -> NDArray[np.uint32]:
@@ -152,12 +163,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         reference = self._reference
         with self._text_errors():
+            encodings = within_limit(
+                lambda: reference.encode_batch_fast(list(texts), add_special_tokens=False),
+                characters=sum(map(len, texts)),
+            )
             self._check_bytes(texts)
-            encodings = reference.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _check_bytes(self, texts: Sequence[str]) -> None:
-        """Raise TextError for bytes without a token, which the reference would drop silently."""
+        """Raise TextError for bytes without a token, which the reference would drop silently.
+
+        The texts have been encoded, so that their normalization is known to end.
+        """
         if not self._missing_bytes:
             return
         normalizer = self._reference.normalizer
@@ -174,10 +191,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 yield
         except TextError:
             raise
+        except TimeIsOver as error:
+            raise self._has_no_end(error) from None
         except Exception as error:
             if limit_of(error) is not None:
                 raise
             raise self._no_ids(first_line(error)) from None
+
+    def _has_no_end(self, error: TimeIsOver) -> TokenizerError:
+        return TokenizerError(f"tokenizer {self.name}: {error}; choose another tokenizer")
 
     def _no_ids(self, reason: str) -> TextError:
         return TextError(f"tokenizer {self.name}: a text cannot be encoded: {reason}; choose another tokenizer", reason)
@@ -221,12 +243,17 @@ class HuggingFaceTokenizer(Tokenizer):
         with_text = [int(index) for index in ids if index not in (self.bos_id, self.eos_id)]
         try:
             with panics_as_errors():
-                text: str = self._reference.decode(with_text, skip_special_tokens=False)
+                (text,) = within_limit(
+                    lambda: self._reference.decode_batch([with_text], skip_special_tokens=False),
+                    characters=_CHARACTERS_OF_TOKEN * len(with_text),
+                )
+        except TimeIsOver as error:
+            raise self._has_no_end(error) from None
         except LibraryPanic as error:
             raise TokenizerError(
                 f"tokenizer {self.name}: its decoder fails ({first_line(error)}); choose another tokenizer"
             ) from None
-        return text
+        return str(text)
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         if self._byte_level:

@@ -80,6 +80,8 @@ def _check_fields(step: Step, field: str, where: str) -> None:
     for name in ("content", "prepend", "replacement", "suffix", "word_delimiter_token", "precompiled_charsmap"):
         if not isinstance(step.get(name, ""), str):
             raise wrong_field(where, f"{field}.{name}", step[name], "a text")
+    if step["type"] == "FixedLength" and not (type(length := step.get("length", 5)) is int and length > 0):
+        raise wrong_field(where, f"{field}.length", length, "a number from 1 on")
     if step["type"] in ("Replace", "Split"):
         match pattern := step.get("pattern"):
             case {"String": str(), **others} | {"Regex": str(), **others} if not others:

@@ -33,6 +33,7 @@ from streaming_rwkv.distributed import all_reduce_min, broadcast_object, is_rank
 from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.model.config import RWKV7Config
 from streaming_rwkv.model.rwkv7 import RWKV7
+from streaming_rwkv.outputs import LARGEST_RECORD_BYTES, MICROBATCH_NAME
 from streaming_rwkv.shards import StreamRecord
 from streaming_rwkv.train.composer_model import RWKV7ForTraining, sharding
 from streaming_rwkv.train.prepare import PreparedRun
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 # Share of the free memory; the rest is for fragmentation, NCCL's buffers and the sums of evaluations.
 USABLE = 0.92
-LARGEST_RECORD_BYTES = 1 << 20
-RECORD_NAME = "microbatch.json"
 
 
 class MicrobatchError(UserError):
@@ -222,7 +221,7 @@ def remembered_microbatch(save_folder: Path, conditions: dict[str, object], prob
 
     A resumed run then rounds like an uninterrupted one, and does not repeat the trials.
     """
-    path = save_folder / RECORD_NAME
+    path = save_folder / MICROBATCH_NAME
     known = 0
     if is_rank_zero():
         with suppress(

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -234,6 +235,9 @@ def test_a_launchers_environment_changes_nothing_without_a_process_group(
         ),
         ({"batch_packs": 4, "stages": None}, "open_dataset: stages: found None; Input should be a valid list"),
         ({"batch_packs": 4, "location": None}, "open_dataset: location: found None; Input should be a valid string"),
+        ({"batch_packs": True}, "open_dataset: batch_packs: found 'true'; Input should be a valid integer"),
+        ({"batch_packs": 4, "seed": True}, "open_dataset: seed: found 'true'; Input should be a valid integer"),
+        ({"batch_packs": 4, "fraction": True}, "open_dataset: fraction: found 'true'; Input should be a valid number"),
         ({"batch_packs": 4, "cache": 5}, "open_dataset: cache: found 5; Input should be a valid string"),
     ],
 )
@@ -242,6 +246,15 @@ def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str
         open_dataset(**({"location": data} | arguments))  # type: ignore[arg-type]
     assert str(raised.value).startswith(error)
     assert "\n" not in str(raised.value)
+
+
+def test_a_shard_that_is_no_file_is_named(data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    shard = sorted(copy.rglob("*.mds.zstd"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(DataError, match=rf"{shard.relative_to(copy)} \(not a regular file\)"):
+        open_dataset(copy, batch_packs=1)
 
 
 def test_a_location_without_a_data_set_is_named(tmp_path: Path) -> None:

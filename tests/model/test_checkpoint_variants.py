@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from streaming_rwkv.model.rwkv7 import RWKV7
@@ -193,76 +190,3 @@ def test_a_model_keeps_its_weights_where_a_checkpoint_does_not_fit(random_model:
     model = random_model(num_layers=4)
     with pytest.raises(CheckpointError, match=r"found a model of 3 layers, this one has 4"):
         load_state(model, weights, where="x")
-
-
-# Sharded checkpoints without a completion mark
-
-
-@pytest.fixture
-def sharded(weights: dict[str, Tensor], tmp_path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own: one process saves, and its TypedStorage is deprecated
-        dcp.save({"model": weights}, checkpoint_id=tmp_path / "sharded", no_dist=True)
-    return tmp_path / "sharded"
-
-
-def change_index(folder: Path, change: Callable[[Any], None]) -> None:
-    file = folder / ".metadata"
-    metadata = pickle.loads(file.read_bytes())
-    change(metadata)
-    file.write_bytes(pickle.dumps(metadata))
-
-
-def test_a_shard_that_is_cut_off_or_missing_is_named(sharded: Path):
-    (shard,) = sharded.glob("*.distcp")
-    content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        CheckpointError, match=rf"{shard.name} has {len(content) // 2} bytes, expected \d+: it is cut off"
-    ):
-        read_model(sharded)
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"the file '{shard.name}' is missing"):
-        read_model(sharded)
-
-
-def test_a_shard_with_other_bytes_is_named(sharded: Path):
-    (shard,) = sharded.glob("*.distcp")
-    shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
-        read_model(sharded)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "error"),
-    [
-        ("relative_path", "/dev/zero", "names the file '/dev/zero', expected one in this folder"),
-        ("relative_path", "../../../../etc/passwd", "names the file '../../../../etc/passwd', expected one in this"),
-        ("relative_path", "..", "names the file '..', expected one in this folder"),
-        ("relative_path", 7, "names the file 7, expected one in this folder"),
-        ("offset", -1, "bytes from -1 on in .*, expected whole numbers"),
-        ("length", "9", "'9' bytes from .*, expected whole numbers"),
-        ("length", 1 << 60, "it is cut off"),
-    ],
-)
-def test_an_index_that_places_a_tensor_outside_its_files_is_refused(
-    field: str, value: object, error: str, sharded: Path
-):
-    change_index(sharded, lambda metadata: setattr(next(iter(metadata.storage_data.values())), field, value))
-    with pytest.raises(CheckpointError, match=error):
-        read_model(sharded)
-
-
-def test_an_index_with_larger_tensors_than_the_files_is_refused(sharded: Path):
-    def enlarge(metadata: Any) -> None:
-        metadata.state_dict_metadata["model.emb.weight"].size = torch.Size([1 << 40, 128])
-
-    change_index(sharded, enlarge)
-    with pytest.raises(CheckpointError, match=r"has \d+ bytes of weights, the files have \d+"):
-        read_model(sharded)
-
-
-def test_an_index_without_places_is_refused(sharded: Path):
-    change_index(sharded, lambda metadata: setattr(metadata, "storage_data", None))
-    with pytest.raises(CheckpointError, match="storage_data is a NoneType, expected a mapping"):
-        read_model(sharded)

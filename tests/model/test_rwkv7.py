@@ -194,8 +194,35 @@ def test_boundaries_that_are_no_row_of_numbers_are_refused(cu_seqlens: Tensor) -
         network(torch.zeros(1, 4, dtype=torch.int64), cu_seqlens=cu_seqlens)
 
 
-def test_targets_of_another_shape_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_boundaries_of_another_type_are_refused_before_a_kernel_reads_them(dtype: torch.dtype) -> None:
     network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1))
-    tokens = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"targets: found the shape \(1, 3\), expected \(1, 4\) as tokens"):
-        network(tokens, targets=tokens[:, 1:])
+    with pytest.raises(ValueError, match=rf"cu_seqlens is {dtype}, expected torch.int32"):
+        network(torch.zeros(1, 4, dtype=torch.int64), cu_seqlens=torch.tensor([0, 4], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (torch.zeros(1, 3, dtype=torch.int64), r"\(1, 3\) torch.int64"),
+        (torch.zeros(1, 4, dtype=torch.int32), r"\(1, 4\) torch.int32"),
+        (torch.zeros(1, 4, dtype=torch.bool), r"\(1, 4\) torch.bool"),
+        (torch.zeros(1, 4, dtype=torch.float64), r"\(1, 4\) torch.float64"),
+    ],
+)
+def test_targets_of_another_shape_or_type_are_refused(targets: torch.Tensor, found: str) -> None:
+    network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=1))
+    with pytest.raises(
+        ValueError, match=rf"targets: found {found}, expected \(1, 4\) torch.int64, the shape of tokens"
+    ):
+        network(torch.zeros(1, 4, dtype=torch.int64), targets=targets)
+
+
+def test_a_state_of_another_model_or_of_other_rows_is_refused() -> None:
+    network = RWKV7(RWKV7Config(vocab_size=97, hidden_size=64, num_layers=2))
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    _, state = network.step(tokens)
+    with pytest.raises(ValueError, match="state: found that of 1 layers, this model has 2"):
+        network.step(tokens, state[:1])
+    with pytest.raises(ValueError, match=r"last has the shape \(2, 64\), expected \(1, 64\), a token of each row"):
+        network.step(tokens[:1], state)

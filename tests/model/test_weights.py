@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -300,6 +301,19 @@ def test_another_kind_of_file_is_not_reported_as_an_attack(
     assert "weights_only" not in str(caught.value)
 
 
+class Call:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def pickled_call(function: Any, *arguments: Any) -> bytes:
+    return pickle.dumps(Call(function, *arguments), protocol=2)
+
+
+RECONSTRUCT = np.empty(0).__reduce__()[0]
 BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R."  # of 8 GiB
 
 
@@ -307,11 +321,16 @@ BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R."  # of 8 
     ("pickled", "error"),
     [
         (BYTEARRAY, r"damaged or no checkpoint \(it asks for a bytearray, which is in no weights\)"),
+        (
+            pickled_call(np.ndarray, (1 << 40,), "O"),
+            r"damaged or no checkpoint \(an array in it is not made of",
+        ),
+        (pickled_call(RECONSTRUCT, np.ndarray, (1 << 40,), b"b"), "holds a _Array, expected a dict of weights"),
         (b"\x80\x02}r\0", "damaged or no checkpoint"),  # ends within a number
         (b"\x80\x02cdatetime\ntimedelta\n\x8a\x09\0\0\0\0\0\0\0\0\x01\x85R.", "damaged or no checkpoint"),  # 2**64 days
         (b"\x80\x02NQ.", "damaged or no checkpoint"),  # storage without a description
     ],
-    ids=["bytearray", "cut off", "overflow", "assertion"],
+    ids=["bytearray", "array", "array by NumPy's function", "cut off", "overflow", "assertion"],
 )
 def test_a_pickle_that_cannot_be_meant_is_damaged(pickled: bytes, error: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:

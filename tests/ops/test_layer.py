@@ -290,3 +290,11 @@ def test_no_token_at_all() -> None:
     found = run(kernels.norm_mix_case([]), torch.float32)
     assert found["residual"].shape == (1, 0, 128)
     assert all((x == 0).all() for x in found.values())
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(3), torch.zeros(3).int(), torch.zeros(2).long(), torch.zeros(1).long()]
+)
+def test_targets_that_the_kernel_would_misread_are_refused(targets: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"targets are .*, expected \(3,\) torch.int64 on cpu"):
+        cross_entropy_(torch.zeros(3, 64), targets, gradient=False)

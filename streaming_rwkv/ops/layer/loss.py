@@ -23,8 +23,14 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scales: Tensor | None = None
     Returns:
         (rows,) in float32, float64 for float64 logits.
     Raises:
-        ValueError: on the CPU, a target that is no column.
+        ValueError: targets of another shape, type or device, or, on the CPU, one that is no column.
     """
+    rows = logits.shape[:1]
+    if targets.dtype != torch.int64 or targets.shape != rows or targets.device != logits.device:
+        raise ValueError(
+            f"cross_entropy_: targets are {tuple(targets.shape)} {targets.dtype} on {targets.device}, expected "
+            f"{tuple(rows)} torch.int64 on {logits.device}"
+        )
     if not has_kernel(0, logits):
         nll, found = reference.cross_entropy_reference(logits, targets, scales, gradient=gradient)
         if found is not None:

@@ -42,12 +42,18 @@ def mixed_projections(
         x + branch; the projections (B, T, out) in the order of `weights`; u of each row's last token, (B, C), in
         float32 or wider.
     Raises:
-        ValueError: boundaries that do not rise from 0 to T or less, more than one row of packed documents.
+        ValueError: boundaries that do not rise from 0 to T or less, more than one row of packed documents, `last` of
+            other rows.
     """
     if cu_seqlens is not None and (x.shape[0] != 1 or last is not None):
         raise ValueError(
             f"mixed_projections: {x.shape[0]} rows, last {'given' if last is not None else 'not given'}; documents "
             "are packed in one row (B must be 1) and none continues another (last must be None)"
+        )
+    if last is not None and last.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"mixed_projections: last has the shape {tuple(last.shape)}, expected {(x.shape[0], x.shape[2])}, a token "
+            "of each row"
         )
     fused = (
         has_kernel(x.shape[-1], x)

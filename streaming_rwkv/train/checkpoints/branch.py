@@ -11,9 +11,11 @@ from pathlib import Path
 import yaml
 
 from streaming_rwkv.distributed import all_gather_object, barrier, is_local_rank_zero, run_on_rank_zero
+from streaming_rwkv.errors import UserError
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
 from streaming_rwkv.location import is_remote
 from streaming_rwkv.model.marked_files import CheckpointError
-from streaming_rwkv.outputs import CHECKPOINTS
+from streaming_rwkv.outputs import CHECKPOINTS, CONFIG_NAME, LARGEST_RECORD_BYTES, MICROBATCH_NAME
 from streaming_rwkv.train.checkpoints.local import LocalCheckpoints, find_problem
 from streaming_rwkv.train.checkpoints.record import (
     Checkpoint,
@@ -26,7 +28,6 @@ from streaming_rwkv.train.checkpoints.restore import mark_at, node_checkpoint
 
 COPY = "branch_from"
 """The folder in a save folder that holds a checkpoint of object storage until it is loaded."""
-MICROBATCH = "microbatch.json"
 
 
 def checkpoint_location(branch_from: str) -> str:
@@ -111,12 +112,11 @@ def _problem_of(path: Path, branch_from: str) -> str | None:
 
 def _check_other_remote(parent: Path, save_remote: str | None) -> None:
     """Refuse the parent's place in object storage, from which this run would resume instead of branching."""
-    file = parent / "config.yaml"
-    if save_remote is None or not file.is_file():
+    if save_remote is None:
         return
     try:
-        settings = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        settings = yaml.safe_load(read_regular_file(parent / CONFIG_NAME, most=LARGEST_RECORD_BYTES))
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return  # not written by a run
     of_parent = settings.get("save_remote") if isinstance(settings, dict) else None
     if isinstance(of_parent, str) and of_parent.rstrip("/") == save_remote.rstrip("/"):
@@ -128,6 +128,12 @@ def _check_other_remote(parent: Path, save_remote: str | None) -> None:
 
 def _copy_microbatch(parent: Path, save_folder: Path) -> None:
     """Take over the result of the parent's memory trial, so that the branch rounds like its parent."""
-    record = parent / MICROBATCH
-    if record.is_file() and not (save_folder / MICROBATCH).exists():
-        shutil.copyfile(record, save_folder / MICROBATCH)
+    if (save_folder / MICROBATCH_NAME).exists():
+        return
+    try:
+        record = read_regular_file(parent / MICROBATCH_NAME, most=LARGEST_RECORD_BYTES, follow=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # the parent made no trial
+    except UserError as error:
+        raise CheckpointError(f"branch_from: {error}") from None
+    write_atomically(save_folder / MICROBATCH_NAME, record)

@@ -44,7 +44,8 @@ from streaming_rwkv.distributed import (
 )
 from streaming_rwkv.filesystem import TEMPORARY_SUFFIX, rename_durably, temporary_path, write_atomically
 from streaming_rwkv.model.marked_files import CheckpointError, MarkedFile, find_file_problem, unreadable
-from streaming_rwkv.model.sharded import INDEX_NAME, SafeReader, cause_of
+from streaming_rwkv.model.sharded import SafeReader, cause_of
+from streaming_rwkv.model.sharded_index import INDEX_NAME
 from streaming_rwkv.model.sharding import release_weights
 from streaming_rwkv.outputs import MARK_NAME
 from streaming_rwkv.shards import sha256_of_file

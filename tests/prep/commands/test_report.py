@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 
 import pytest
 
@@ -87,6 +88,9 @@ def test_a_report_without_a_data_set_or_its_statistics_is_refused(finished, tmp_
         write_report(tmp_path)
     (tmp_path / "out" / "statistics.json").unlink()
     with pytest.raises(DataError, match=r"statistics\.json: missing; copy it"):
+        write_report(tmp_path / "out")
+    os.mkfifo(tmp_path / "out" / "statistics.json")
+    with pytest.raises(DataError, match=r"statistics\.json: not a regular file"):
         write_report(tmp_path / "out")
 
 

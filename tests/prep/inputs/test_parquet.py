@@ -15,6 +15,7 @@ from pyarrow.parquet import encryption
 
 from prep.config import SourceConfig
 from prep.inputs.faults import InputError
+from prep.inputs.parquet import read_parquet
 from prep.inputs.readers import read_unit
 from prep.inputs.units import plan_units
 from tests.prep.inputs.reading import read, write_parquet
@@ -290,3 +291,23 @@ def test_rows_that_the_footer_promises_and_the_columns_lack_are_missed(tmp_path:
     assert content.count(b"\x26\x00\x1c") == 2
     file.write_bytes(content.replace(b"\x26\x00\x1c", b"\x26\x00\x8c"))
     assert "broken parquet after row 0 (of 2 that its footer promises); " in refusal(file)
+
+
+@pytest.mark.parametrize("stores_schema", [True, False], ids=["dictionaries", "strings"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_dictionary_is_not_expanded_for_all_rows_at_once(
+    hooked: bool, stores_schema: bool, hooks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.inputs.parquet._READ_EXPANDED_BYTES", 100_000)
+    long = "word " * 2000  # 10 kB, in a file of 2 kB
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 500, pa.int32()), [long, "short"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path, store_schema=stores_schema, row_group_size=700)
+    source = SourceConfig(paths=[str(path)], **({"filter": f"{hooks}:keep"} if hooked else {}))
+    found = []
+    for unit in plan_units({"s": source}, unit_bytes=1 << 20):
+        for part in unit.parts:
+            for _, values, _ in read_parquet(part, source):
+                assert len(values) <= 10
+                found += [value["text"] if hooked else value for value in values]
+    assert found == [long, "short"] * 500

@@ -63,6 +63,18 @@ def test_the_checkpoint_is_read_where_it_is(parent: Path, tmp_path: Path) -> Non
     assert not save_folder.exists()
 
 
+def test_the_record_of_the_memory_trial_is_no_link_of_a_stranger(parent: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(parent, tmp_path / "copy"))
+    (tmp_path / "secret").write_text("secret")
+    (copy / "microbatch.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"branch_from: .*microbatch\.json: found a symbolic link"):
+        fetch_branch(str(copy), tmp_path, save_remote=None)
+    (copy / "microbatch.json").unlink()
+    (copy / "microbatch.json").write_text("{}")
+    fetch_branch(str(copy), tmp_path, save_remote=None)
+    assert (tmp_path / "microbatch.json").read_text() == "{}"
+
+
 def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(parent: Path, tmp_path: Path) -> None:
     message = "@step-00000007: no such checkpoint; found step-00000005, step-00000010"
     for ask in (branch_mark, lambda place: fetch_branch(place, tmp_path, save_remote=None)):
