@@ -15,6 +15,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _ONE_SLASH = re.compile(r"s3:(?!//)", re.IGNORECASE)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _S3 = "s3://"
+_LONGEST_PATH, _LONGEST_PART = 4095, 255  # bytes, of Linux and macOS
 
 
 class LocationError(UserError):
@@ -34,6 +35,9 @@ def checked_location(location: str | Path) -> str:
         raise LocationError(f"found {text!r}; give a local path or s3://bucket/prefix")
     found = _SCHEME.match(text)
     if found is None:
+        encoded = text.encode(errors="surrogatepass")
+        if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_PART:
+            raise LocationError(f"{text[:100]}…: a path of {len(text):,} characters cannot be found here; give a shorter one")
         if _ONE_SLASH.match(text):
             raise LocationError(f"{without_credentials(text)}: not a location; write s3://bucket/prefix")
         return text
@@ -53,7 +57,7 @@ def checked_location(location: str | Path) -> str:
             f"{without_credentials(text)}: scheme {scheme!r} is not supported; give a local path or s3://bucket/prefix "
             "(S3_ENDPOINT_URL for servers other than AWS)"
         )
-    if not _BUCKET.fullmatch(authority):
+    if not _BUCKET.fullmatch(authority) or rest[len(authority) :][:1] not in ("", "/"):
         raise LocationError(
             f"{without_credentials(_S3 + rest)}: not a place in object storage; write s3://bucket/prefix"
         )

@@ -86,14 +86,20 @@ def stream_path(split: str, source: str, bucket: str) -> str:
     return f"{split}/{source}/{bucket}"
 
 
+_LONGEST_NAME = 128  # longer ones, with what is put before and after them, are too long for file systems
+
+
 def check_source_name(name: str) -> str:
     """Return the name of a source if it can be the name of a folder.
 
     Raises:
         ValueError: it cannot be; `../` or an absolute path would lead out of a data set, or out of a reader's cache.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"found {name!r}, expected a folder name: letters, digits, '_', '-' and '.'")
+    if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{_LONGEST_NAME - 1}}}", name):
+        raise ValueError(
+            f"found {name[: 2 * _LONGEST_NAME]!r}, expected a folder name: letters, digits, '_', '-' and '.', at most "
+            f"{_LONGEST_NAME}"
+        )
     return name
 
 

@@ -60,6 +60,12 @@ def test_another_scheme_is_named_with_what_is_supported(scheme: str) -> None:
         (Path("S3://bucket/x"), "S3:/bucket/x: not a location; write s3://bucket/prefix"),
         ("s3:///x", "s3:///x: not a place in object storage; write s3://bucket/prefix"),
         ("s3://buck et/x", "s3://buck et/x: not a place in object storage"),
+        ("s3://bucket?x=1/y", "s3://…: not a place in object storage"),
+        ("x" * 256, "…: a path of 256 characters cannot be found here; give"),
+        ("x/" * 2100, "…: a path of 4,200 characters cannot be found here; give"),
+        (5, "found 5, expected text or a Path"),
+        (None, "found None, expected text or a Path"),
+        (b"data", "found b'data', expected text or a Path"),
     ],
 )
 def test_a_mistyped_location_is_refused(location: str | Path, message: str) -> None:

@@ -7,11 +7,13 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import prep
 import streaming_rwkv
+from streaming_rwkv import UserError, load_model, load_tokenizer, read_manifest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [prep, streaming_rwkv]
@@ -94,3 +96,10 @@ def test_the_command_of_that_name_still_runs(programs) -> None:
     done = programs.run([sys.executable, "-m", "streaming_rwkv.generate", "--help"], timeout=300)
     assert done.returncode == 0
     assert "usage: python -m streaming_rwkv.generate" in done.stdout
+
+
+@pytest.mark.parametrize("value", [None, 5, b"data", ["data"], "x" * 5000])
+@pytest.mark.parametrize("call", [load_model, load_tokenizer, read_manifest, prep.verify, prep.build])
+def test_an_argument_of_another_type_is_an_error_of_the_user(call: Any, value: object) -> None:
+    with pytest.raises(UserError, match="found"):
+        call(value)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,13 +49,13 @@ class Hooks:
         for row, record in zip(rows.tolist(), records, strict=True):
             try:
                 value = record if isinstance(record, BrokenRow) else self._text(record)
-            except (KeyboardInterrupt, GeneratorExit):
-                raise
             # Everything that a user's hook may raise is reported with its row: sys.exit and a Rust panic too.
             except BaseException as error:
+                if _is_ctrl_c(error):
+                    raise
                 raise InputError(
                     f"{self._file.path}: row {row}: a hook of `sources.{self._file.source}` raised "
-                    f"{type(error).__name__}: {error}; fix it, or let it return False or None for such a document"
+                    f"{_shown(error)}; fix it, or let it return False or None for such a document"
                 ) from error
             if isinstance(value, Reject):
                 value = self._rejection(value.reason, row)
@@ -90,6 +91,18 @@ class Hooks:
         return self._rejected.setdefault(str.__str__(reason), BrokenRow(reason, is_requested=True))
 
 
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Return True for Ctrl-C. Workers ignore its signal, so there the hook itself has raised the exception."""
+    return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException as another:  # noqa: BLE001  # of a class of the user's
+        return f"{type(error).__name__}, whose text cannot be shown ({type(another).__name__})"
+
+
 def _plain(value: str) -> str | BrokenRow:
     """Return a str itself for a subclass of it (numpy's, an HTML parser's); a BrokenRow if it is not valid Unicode."""
     text = str.__str__(value)
@@ -117,10 +130,10 @@ def load_hook(name: str) -> Callable[[dict[str, Any]], Any]:
         raise UserError(
             f"hook {name!r}: {error}; give module:function of a module that can be imported from {os.getcwd()}"
         ) from error
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # a user's module may raise anything, SystemExit too
-        raise UserError(f"hook {name!r}: its module raised {type(error).__name__}: {error}; fix it") from error
+        if _is_ctrl_c(error):
+            raise
+        raise UserError(f"hook {name!r}: its module raised {_shown(error)}; fix it") from error
     if not callable(hook):
         raise UserError(f"hook {name!r}: is a {type(hook).__name__}, expected a function")
     return hook

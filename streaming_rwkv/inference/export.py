@@ -8,6 +8,7 @@ self-contained folder holds the model's code too, with which transformers alone 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from streaming_rwkv.config import UserError
 from streaming_rwkv.console import shown, shown_bytes
-from streaming_rwkv.filesystem import explained_writes, sole_writer, write_atomically
+from streaming_rwkv.filesystem import explained_writes, read_regular_file, sole_writer, write_atomically
 from streaming_rwkv.inference.gguf_vocabulary import GgufError, gguf_vocabulary
 from streaming_rwkv.inference.loading import find_tokenizer
 from streaming_rwkv.location import checked_local
@@ -33,6 +34,8 @@ from streaming_rwkv.train.checkpoints.restore import local_checkpoint
 from streaming_rwkv.version import PROGRAM
 
 CARD_NAME = "README.md"
+_LARGEST_CARD_BYTES = 1 << 20
+_CARD_END = "\n<!-- written by streaming-rwkv; a card that was edited is not replaced: "
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FILE_SUFFIXES = (".pth", ".gguf")
 _OTHER_FORMATS = (".safetensors", ".st", ".pt", ".bin", ".ckpt", ".onnx", ".txt", ".json")  # not a folder's name either
@@ -65,7 +68,7 @@ def export(
 
     Args:
         self_contained: add the model's code to a folder; its layout must be fla's.
-        overwrite: replace an earlier export; other files are never replaced.
+        overwrite: replace an earlier export; other files, and a README.md that was edited, are never replaced.
     Raises:
         CheckpointError: it cannot be read, or the Hugging Face implementations do not support its head size.
         UserError: the place cannot be written, another process writes there, an earlier export is there, or the folder
@@ -141,7 +144,22 @@ def _write(
         }
         write_atomically(out / "generation_config.json", (json.dumps(generation, indent=1) + "\n").encode())
     card = model_card(state, dtype=dtype, tokenizer=tokenizer, layout=layout, self_contained=self_contained)
-    write_atomically(out / CARD_NAME, card.encode())
+    if not (out / CARD_NAME).exists() or _is_as_written(out / CARD_NAME):
+        write_atomically(out / CARD_NAME, card.encode())
+
+
+def _is_as_written(card: Path) -> bool:
+    """Return whether a model card is one of this program that nobody has edited: its last line has its hash."""
+    try:
+        text = read_regular_file(card, most=_LARGEST_CARD_BYTES).decode()
+    except (UserError, OSError, UnicodeDecodeError):
+        return False
+    body, begin, _ = text.rpartition(_CARD_END)
+    return bool(begin) and text == _with_hash(body)
+
+
+def _with_hash(card: str) -> str:
+    return f"{card}{_CARD_END}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
 def model_card(
@@ -152,7 +170,10 @@ def model_card(
     layout: Layout = "fla",
     self_contained: bool = False,
 ) -> str:
-    """Return the README.md of an exported folder: what the model is and how it is loaded."""
+    """Return the README.md of an exported folder: what the model is and how it is loaded.
+
+    Its last line, which is not shown, has the hash of the others: an edited card is not replaced.
+    """
     config = infer_config(state, where="export")
     needs_fla = layout == "fla" and not self_contained
     registers = f"{_IMPORT_FLA}  # pip install flash-linear-attention\n" if needs_fla else ""
@@ -161,7 +182,7 @@ def model_card(
     loads_tokenizer = f"""
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("."{trusts_tokenizer})"""
-    return f"""---
+    return _with_hash(f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [rwkv, rwkv7]
@@ -176,7 +197,7 @@ with streaming-rwkv. Before you publish it, add the training data, its licence, 
 {registers}from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("."{trusts}){loads_tokenizer if tokenizer else ""}
 ```
-{_SELF_CONTAINED if self_contained else ""}"""
+{_SELF_CONTAINED if self_contained else ""}""")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -38,6 +38,7 @@ from streaming_rwkv.distributed import (
 from streaming_rwkv.inference.generation_checks import GenerationError
 from streaming_rwkv.inference.sampling import generate_tokens
 from streaming_rwkv.inference.scoring import Continuation, log_likelihoods, score
+from streaming_rwkv.limits import limit_of
 from streaming_rwkv.model.rwkv7 import RWKV7
 from streaming_rwkv.tokenizer import Tokenizer
 
@@ -209,6 +210,33 @@ def _bars_on_a_terminal_alone() -> Iterator[None]:
         tqdm.__init__ = shown
 
 
+@contextlib.contextmanager
+def _harness_errors(where: str, *, but: Sequence[BaseException] = ()) -> Iterator[None]:
+    """Raise an error of the harness, which is about a task's YAML or data, as one that names the tasks.
+
+    Args:
+        but: errors of the model, which are raised as they are.
+    """
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if but or limit_of(error) is not None:
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise TaskError(f"{where}: lm-evaluation-harness fails ({reason}); fix the YAML of the task") from error
+
+
+def _check_task_folder(folder: Path, *, option: str) -> None:
+    """Check that a folder exists and that no YAML in it is a pipe, for which the harness would wait."""
+    if not folder.is_dir():
+        raise TaskError(f"{option} {folder}: no such folder; expected one with task YAMLs")
+    for file in sorted({*folder.rglob("*.yaml"), *folder.rglob("*.yml")}):
+        if not file.is_file():
+            raise TaskError(f"{option} {folder}: {file} is not a regular file; remove it")
+
+
 class Tasks:
     """Tasks of the harness, with their data; they can be asked more than once."""
 
@@ -231,27 +259,28 @@ class Tasks:
             option: where the names are given, for error messages.
             folder_option: where the folder is given.
         Raises:
-            TaskError: a task or the folder does not exist, data cannot be read, or a task needs more than a language
-                model.
+            TaskError: a task or the folder does not exist, a YAML or data cannot be read, or a task needs more than a
+                language model.
         """
-        if folder is not None and not folder.is_dir():
-            raise TaskError(f"{folder_option} {folder}: no such folder; expected one with task YAMLs")
-        self.limit = limit
-        manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
-        if folder and not set(names) <= set(manager.all_subtasks):  # reading all of the harness's takes seconds
-            manager = TaskManager(include_path=str(folder))
+        if folder is not None:
+            _check_task_folder(folder, option=folder_option)
+        self.limit, self._where = limit, f"{option} {','.join(names)}"
+        with _harness_errors(self._where):
+            manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+            if folder and not set(names) <= set(manager.all_subtasks):  # reading all of the harness's takes seconds
+                manager = TaskManager(include_path=str(folder))
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
             where = f"in {folder} or among those of lm-evaluation-harness" if folder else "in lm-evaluation-harness"
             raise TaskError(f"{option} {unknown[0]}: no such task {where}; `lm_eval ls tasks` lists them")
         try:
-            with _bars_on_a_terminal_alone():
+            with _bars_on_a_terminal_alone(), _harness_errors(self._where):
                 self.loaded = manager.load(list(names))
         except OSError as error:  # no network, or no file; requests' and datasets' errors are of this kind
             reason = str(error).strip().partition("\n")[0]
             raise TaskError(
-                f"{option} {','.join(names)}: the data of a task cannot be read ({reason}); without a network, give "
-                f"tasks with local files by {folder_option}"
+                f"{self._where}: the data of a task cannot be read ({reason}); without a network, give tasks with "
+                f"local files by {folder_option}"
             ) from None
         for name, task in self.loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -261,12 +290,25 @@ class Tasks:
                 task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
 
     def measure(self, tokenizer: Tokenizer, ask: Ask) -> dict[str, float]:
-        """Return the metrics: tasks/NAME/acc and so on, and tasks/NAME/acc_stderr where the harness has it."""
-        for task in self.loaded["tasks"].values():
-            task.set_fewshot_seed(seed=SEED)  # the same examples at each evaluation
-        with _bars_on_a_terminal_alone():
+        """Return the metrics: tasks/NAME/acc and so on, and tasks/NAME/acc_stderr where the harness has it.
+
+        Raises:
+            TaskError: a task cannot be asked.
+        """
+        asking: list[BaseException] = []
+
+        def ask_or_note(request: Request) -> Any:
+            try:
+                return ask(request)
+            except BaseException as error:
+                asking.append(error)
+                raise
+
+        with _bars_on_a_terminal_alone(), _harness_errors(self._where, but=asking):
+            for task in self.loaded["tasks"].values():
+                task.set_fewshot_seed(seed=SEED)  # the same examples at each evaluation
             results = ask_harness(
-                lm=HarnessModel(tokenizer, ask),
+                lm=HarnessModel(tokenizer, ask_or_note),
                 task_dict=self.loaded,
                 limit=self.limit,
                 log_samples=False,

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streaming_rwkv.tokenizers.base import MOST_TOKEN_BYTES, TokenizerError, read_tokenizer_file
+from streaming_rwkv.tokenizers.base import TokenizerError, read_tokenizer_file
 from streaming_rwkv.tokenizers.definition import byte_characters
 
 # Llama 3's tiktoken file has only ranks; its pattern and special tokens are in Meta's llama-models.
 _LLAMA3_RANKS = 128_000
+# Every split of a token may become a merge. Llama 3's longest token has 128 bytes, and all of them 900,000.
+_MOST_TOKEN_BYTES, _MOST_BYTES = 512, 1 << 21
 LLAMA3_BOS, LLAMA3_EOS = "<|begin_of_text|>", "<|end_of_text|>"
 _LLAMA3_SPECIAL = [
     LLAMA3_BOS,
@@ -41,19 +43,23 @@ def read_tiktoken(file: Path) -> dict[bytes, int]:
         TokenizerError: another kind of file, such as a SentencePiece `tokenizer.model`.
     """
     ranks: dict[bytes, int] = {}
+    together = 0
     for number, line in enumerate(read_tokenizer_file(file).splitlines(), start=1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            ranks[token] = int(rank)
         except (ValueError, binascii.Error):
             raise TokenizerError(
                 f"{file}:{number}: no tiktoken file (`base64 rank` lines); convert a SentencePiece model with "
                 "transformers' AutoTokenizer.from_pretrained(…).save_pretrained(folder) and give that folder"
             ) from None
-        if len(token) > 2 * MOST_TOKEN_BYTES:  # in base64
+        size = len(token)
+        together += size
+        if size > _MOST_TOKEN_BYTES or together > _MOST_BYTES:
             raise TokenizerError(
-                f"{file}:{number}: found a token of {len(token):,} characters, expected at most {MOST_TOKEN_BYTES:,} "
-                "bytes; copy the file again from its source"
+                f"{file}:{number}: found a token of {size:,} bytes, and {together:,} of all tokens so far, expected at "
+                f"most {_MOST_TOKEN_BYTES} and {_MOST_BYTES:,}; copy the file again from its source"
             )
     return ranks
 

@@ -261,3 +261,16 @@ def test_an_export_is_not_written_in_a_data_set(
     assert command_line.export([str(folder), str(tmp_path / "set" / name)]) == 1
     assert "this export would be in " in capsys.readouterr().err
     assert not (tmp_path / "set" / name).exists()
+
+
+def test_a_card_that_was_edited_is_kept(folder: Path, tmp_path: Path) -> None:
+    arguments = [str(folder), str(tmp_path / "out")]
+    assert command_line.export(arguments) == 0
+    card = tmp_path / "out" / "README.md"
+    as_written = card.read_text()
+    assert command_line.export([*arguments, "--dtype", "float32", "--overwrite"]) == 0
+    assert "weights in float32" in card.read_text() != as_written
+    edited = card.read_text().replace("# RWKV-7", "# My RWKV-7")
+    card.write_text(edited)
+    assert command_line.export([*arguments, "--overwrite"]) == 0
+    assert card.read_text() == edited

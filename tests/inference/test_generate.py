@@ -154,6 +154,7 @@ def test_impossible_settings_are_refused(arguments: dict[str, object], error: st
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        ({"model": "runs/mine"}, "model: found a str, expected an RWKV7, such as load_model returns"),
         ({"tokenizer": "rwkv-world"}, "tokenizer: found 'rwkv-world', expected one, such as load_tokenizer"),
         ({"prompt": None}, "prompt: found NoneType, expected text"),
         ({"seed": "hot"}, "seed 'hot': expected a whole number of 64 bits"),
@@ -162,7 +163,7 @@ def test_impossible_settings_are_refused(arguments: dict[str, object], error: st
 def test_arguments_of_another_type_are_refused(world: Tokenizer, arguments: dict[str, Any], error: str) -> None:
     model = model_of(world.vocab_size)
     with pytest.raises(GenerationError, match=error):
-        generate(model, **({"tokenizer": world, "prompt": "x"} | arguments))
+        generate(**({"model": model, "tokenizer": world, "prompt": "x"} | arguments))
 
 
 def test_text_is_streamed_in_whole_characters(world: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,3 +173,33 @@ def test_what_is_missing_is_named(
     other.write_bytes(overfitted.read_bytes())
     assert main([str(other), "--tasks", "colors", "--task-folder", str(folder)]) == 1
     assert "no tokenizer is stored with it; name one with --tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("test_split: test", "test_split: zz"),
+        ("output_type: multiple_choice", "output_type: zz"),
+        ("doc_to_target: label", "doc_to_target: 9"),
+        ("doc_to_choice: choices", 'doc_to_choice: ""'),
+        ("metric: acc", "metric: zz"),
+        ("{{question}}", "{{question"),
+    ],
+)
+def test_a_task_that_the_harness_cannot_ask_is_one_line(
+    before: str, after: str, overfitted: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TASKS["colors"].replace("FILE", str(folder / "colors.jsonl")).replace(before, after)
+    (tmp_path / "colors.yaml").write_text(text)
+    assert main([str(overfitted), "--tasks", "colors", "--task-folder", str(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "--tasks colors: lm-evaluation-harness fails (" in line
+    assert line.endswith("; fix the YAML of the task")
+
+
+def test_a_task_that_is_a_pipe_is_not_waited_for(
+    overfitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "colors.yaml")
+    assert main([str(overfitted), "--tasks", "colors", "--task-folder", str(tmp_path)]) == 1
+    assert "colors.yaml is not a regular file; remove it" in capsys.readouterr().err

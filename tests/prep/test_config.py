@@ -42,6 +42,7 @@ def test_by_default_there_is_a_worker_for_each_core(tmp_path):
         ("long_documents: cut", "long_documents: found 'cut'.*'split', 'truncate' or 'drop'"),
         ("sources: {}", "sources: found {}"),
         ("sources: {../up: {paths: x}}", "found '../up', expected a folder name"),
+        (f"sources: {{{'x' * 129}: {{paths: x}}}}", "expected a folder name: letters, .*, at most 128"),
         ("sources: {a: {paths: []}}", "sources.a.paths"),
         ("sources: {a: {paths: x, txet: y}}", "sources.a.txet: unknown key; did you mean 'text'"),
         ("sources: {a: {paths: x, filter: nope}}", "found 'nope', expected module:function"),

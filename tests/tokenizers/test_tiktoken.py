@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,3 +59,12 @@ def test_a_sentencepiece_model_is_told_apart(tmp_path):
 def test_only_llama3s_number_of_ranks_is_converted():
     with pytest.raises(TokenizerError, match="256 ranks, only Llama 3's with 128000"):
         llama3_definition({bytes([byte]): byte for byte in range(256)})
+
+
+def test_tokens_of_which_the_merges_would_not_fit_are_refused(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    for size, count, line in ((520, 1, 1), (510, 5000, 4113)):
+        token = base64.b64encode(b"a" * size).decode()
+        file.write_text("".join(f"{token} {rank}\n" for rank in range(count)))
+        with pytest.raises(TokenizerError, match=rf"tokenizer\.model:{line}: found a token of {size} bytes, and "):
+            read_tiktoken(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pyarrow as pa
@@ -205,3 +206,28 @@ def test_reasons_of_a_source_are_few_though_its_files_are_many(config, reasons, 
         InputError, match=r"^sources\.s: .* more than 400 different reasons, one of them 'number 400'; "
     ):
         build(config(sources={"s": source}, unit_bytes=unit_bytes))
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        ("Silent()", r"Silent, whose text cannot be shown \(RuntimeError\)"),
+        ("GeneratorExit()", "GeneratorExit: "),
+        ("KeyboardInterrupt()", "KeyboardInterrupt: "),
+    ],
+)
+def test_whatever_a_hook_raises_in_a_worker_is_reported_with_its_row(
+    raised: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"hooks_that_raise_{raised[:6].lower()}"
+    (tmp_path / f"{name}.py").write_text(
+        f"class Silent(Exception):\n    def __str__(self): raise RuntimeError\ndef fails(record): raise {raised}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in workers
+    try:
+        with pytest.raises(InputError, match=rf"a\.jsonl: row 0: a hook of `sources\.s` raised {shown}; fix it"):
+            read(tmp_path / "a.jsonl", filter=f"{name}:fails")
+    finally:
+        signal.signal(signal.SIGINT, before)
