@@ -21,7 +21,7 @@ from prep.inputs.files import InputFile, Part, opened
 from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
-_READ_EXPANDED_BYTES = 1 << 27  # of strings of a dictionary, when each row has its copy
+_READ_EXPANDED_BYTES = 1 << 27  # of strings that rows share in the file, when each has its copy
 _DICTIONARY_HEADER = re.compile(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
 _HEADER_BYTES = 3 + 5
 _ENCRYPTED_MAGIC = b"PARE"  # ends a file with an encrypted footer, in place of PAR1
@@ -65,7 +65,7 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
         size = sum(_text_bytes(metadata.row_group(index), config.text) for index in groups)
         for index in groups:
             with _naming(file, f"broken parquet after row {row}"):
-                most_rows = _READ_EXPANDED_BYTES // max(1, _largest_dictionary(raw, metadata.row_group(index)))
+                most_rows = _READ_EXPANDED_BYTES // max(1, _longest_repeated(raw, metadata.row_group(index)))
             batches = parquet.iter_batches(
                 batch_size=max(1, min(1 << 13, _READ_BYTES * rows // max(size, 1), most_rows)),
                 row_groups=[index],
@@ -88,17 +88,20 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
             )
 
 
-def _largest_dictionary(raw: IO[bytes], row_group: Any) -> int:
-    """Return the bytes of the largest dictionary of a row group: every one of its rows may be that long.
+def _longest_repeated(raw: IO[bytes], row_group: Any) -> int:
+    """Return a bound of the bytes of values that take next to none for each row: every one may be that long.
 
-    pyarrow does not tell, so the header of the column's first page is read: a struct of Thrift's compact protocol that
-    begins with the page's type and its size, each as a field header and a zigzag varint.
+    Those are the values of dictionaries, and the beginnings that a value shares with the one before it. pyarrow does
+    not tell the size of a dictionary, so the header of the column's first page is read: a struct of Thrift's compact
+    protocol that begins with the page's type and its size, each as a field header and a zigzag varint.
     """
     largest = 0
     for number in range(row_group.num_columns):
         column = row_group.column(number)
         if column.physical_type != "BYTE_ARRAY":
             continue
+        if "DELTA_BYTE_ARRAY" in column.encodings:
+            largest = max(largest, column.total_uncompressed_size)
         raw.seek(column.dictionary_page_offset or column.data_page_offset)
         header = _DICTIONARY_HEADER.match(raw.read(_HEADER_BYTES))
         if header:

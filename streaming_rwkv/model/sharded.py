@@ -28,12 +28,14 @@ from streaming_rwkv.outputs import MARK_NAME
 class SafeReader(FileSystemReader):
     """torch's reader of sharded checkpoints, which checks what torch would rely on before it is used."""
 
+    _index: Metadata | None = None
+
     def read_metadata(self) -> Metadata:
-        """Read the index: see `read_index`."""
-        metadata = read_index(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        """Return the index, which is read once: see `read_index`."""
+        self._index = self._index or read_index(Path(self.path))
+        self._index.storage_meta = self._index.storage_meta or StorageMeta()
+        self._index.storage_meta.load_id = self.load_id
+        return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the pieces of a plan, each of which is a file of torch's within one of the checkpoint's.
@@ -89,14 +91,15 @@ class ShardedWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _check_hashes(folder)
-        self._prefix, self._entries = _of_model(folder)
+        self._reader = SafeReader(folder)
+        self._prefix, self._entries = _of_model(self._reader)
         self.shapes = {name.removeprefix(self._prefix): tuple(entry.size) for name, entry in self._entries.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         key = self._prefix + name
         entry = self._entries[key]
-        return _load(self.folder, {key: torch.empty(entry.size, dtype=entry.properties.dtype)})[key]
+        return _load(self._reader, {key: torch.empty(entry.size, dtype=entry.properties.dtype)})[key]
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
@@ -110,14 +113,15 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         ValueError: a file differs from the completion mark, or the checkpoint has no such model.
     """
     _check_hashes(folder)
-    prefix, of_model = _of_model(folder)
+    reader = SafeReader(folder)
+    prefix, of_model = _of_model(reader)
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in of_model.items()}
-    return {name.removeprefix(prefix): value for name, value in _load(folder, tensors).items()}
+    return {name.removeprefix(prefix): value for name, value in _load(reader, tensors).items()}
 
 
-def _of_model(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:
+def _of_model(reader: SafeReader) -> tuple[str, dict[str, TensorStorageMetadata]]:
     """Return the prefix of the model's tensors, and their entries in the index."""
-    entries = SafeReader(folder).read_metadata().state_dict_metadata
+    entries = reader.read_metadata().state_dict_metadata
     prefixes = [name.removesuffix("emb.weight") for name in entries if name.endswith("emb.weight")]
     if len(prefixes) != 1:
         raise ValueError(f"no RWKV-7 model in it; found {', '.join(sorted(entries)[:3])}")
@@ -130,19 +134,19 @@ def _of_model(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:
         if entry.properties.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name} is {entry.properties.dtype}, expected float32, bfloat16 or float16 weights")
     needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in of_model.values())
-    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    stored = sum(file.stat().st_size for file in Path(reader.path).iterdir() if file.is_file())
     if needed > 2 * stored + (1 << 20):
         raise ValueError(f"{INDEX_NAME}: has {needed} bytes of weights, the files have {stored}")
     return prefixes[0], of_model
 
 
-def _load(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _load(reader: SafeReader, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fill `tensors` from a checkpoint's files."""
     with warnings.catch_warnings():
         # It warns that a single process reads, which is intended here.
         warnings.filterwarnings("ignore", message="torch.distributed is")
         try:
-            load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+            load(tensors, storage_reader=reader, no_dist=True)
         except CheckpointException as error:  # a BaseException of torch
             cause, reason = cause_of(error)
             if isinstance(cause, PermissionError):

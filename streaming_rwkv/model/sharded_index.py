@@ -121,8 +121,8 @@ def _check_entries(entries: Any, places: Mapping[MetadataIndex, Any]) -> None:
         pieces = [(_numbers(piece.offsets, name), _numbers(piece.sizes, name)) for piece in entry.chunks]
         if not _are_whole(size, pieces):
             raise ValueError(f"{INDEX_NAME}: {name} is {size}, of which its {len(pieces)} pieces are not exactly all")
-        for offsets, _ in pieces:
-            if MetadataIndex(name, offsets) not in places:
+        for offsets, sizes in pieces:
+            if math.prod(sizes) and MetadataIndex(name, offsets) not in places:
                 raise ValueError(f"{INDEX_NAME}: does not say where the piece of {name} at {offsets} is stored")
 
 

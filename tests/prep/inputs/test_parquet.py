@@ -311,3 +311,17 @@ def test_a_dictionary_is_not_expanded_for_all_rows_at_once(
                 assert len(values) <= 10
                 found += [value["text"] if hooked else value for value in values]
     assert found == [long, "short"] * 500
+
+
+def test_values_that_share_their_beginnings_are_not_expanded_for_all_rows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.inputs.parquet._READ_EXPANDED_BYTES", 100_000)
+    path, texts = tmp_path / "a.parquet", ["word " * 2000 + str(row) for row in range(100)]
+    encoding = {"text": "DELTA_BYTE_ARRAY"}
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, column_encoding=encoding)
+    source = SourceConfig(paths=[str(path)])
+    (unit,) = plan_units({"s": source}, unit_bytes=1 << 20)
+    values = [values for part in unit.parts for _, values, _ in read_parquet(part, source)]
+    assert max(map(len, values)) <= 10
+    assert [value for some in values for value in some] == texts
