@@ -10,10 +10,23 @@ is saved with the others, and may be loaded by another number of processes. It i
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def stop(number: int, _: object) -> None:
+        """End the program at Ctrl-C."""
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped; the same command continues from the newest state", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)  # before the imports, which take long
+
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +41,13 @@ from streaming_rwkv import RWKV7, RWKV7Config, StepDataset, UserError, initializ
 
 def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 100, stop_at: int | None = None) -> float:
     """Train for one pass over the data, or up to a step; return the last step's loss in nats per token."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # it would not look for other processes on a CPU
+    try:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())  # it would not look for other processes on a CPU
+    except (ValueError, RuntimeError) as error:  # of the variables that a launcher sets, and of what they lead to
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"Accelerate cannot start ({reason}); use torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+        ) from None
     loss = float("nan")
     with open_dataset(
         data,
@@ -78,7 +97,11 @@ def save(accelerator: Accelerator, dataset: StepDataset, folder: Path) -> None:
     if accelerator.is_main_process:
         new.unlink() if new.is_symlink() else shutil.rmtree(new, ignore_errors=True)  # of a program that was killed
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    try:
+        accelerator.save_state(str(new))
+    except Exception as error:  # noqa: BLE001 - of any of the libraries that write a part of it
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{new}: cannot be written ({reason}); the state before is kept") from None
     if accelerator.is_main_process:
         (new / "data.json").write_text(json.dumps(dataset.state_dict()))
     accelerator.wait_for_everyone()

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,7 +33,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +60,7 @@ try:
     from datatrove.pipeline.formatters import PIIFormatter
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+    from datatrove.utils.text import PUNCTUATION
     from datatrove.utils.word_tokenizers import SpaCyTokenizer, WhitespaceTokenizer
     from tqdm import tqdm
 except ModuleNotFoundError as error:
@@ -69,6 +71,9 @@ COMPRESSED = ("", ".gz", ".zst")
 KINDS = ("en", "zh", "code", "any")
 
 LONGEST_LINE = 1 << 28  # bytes, as for `prep`
+LONGEST_WORD = 1000  # characters
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 MANDARIN = "cmn_Hani"  # for "zh" datatrove splits at spaces
 # Of FineWeb 2, configs/cmn_Hani.yml.
@@ -76,7 +81,11 @@ MANDARIN_STOP_WORDS = list("的年在月是和日了於·為有被人中为他�
 
 
 class Counting:
-    """A reader that counts the documents it reads, and those without a text, which datatrove leaves out silently."""
+    """A reader that counts the documents it reads, and those it leaves out, which datatrove does silently.
+
+    A document carries the other keys of its record as JSON in one string, since datatrove gives some a meaning: `rank`
+    would name the output file.
+    """
 
     def documents_of(self, filepath: str) -> Iterator[Document]:
         raise NotImplementedError
@@ -90,11 +99,18 @@ class Counting:
 
     def get_document_from_dict(self, data: dict[str, Any], source_file: str, id_in_file: int) -> Document | None:
         self.stat_update("read")  # type: ignore[attr-defined]
-        document = super().get_document_from_dict(data, source_file, id_in_file)  # type: ignore[misc]
-        if document is not None and isinstance(document.text, str):
-            return document
-        self.stat_update(f"dropped_no {self.text_key}")  # type: ignore[attr-defined]
-        return None
+        text = data.pop(self.text_key, None)  # type: ignore[attr-defined]
+        if not text or not isinstance(text, str):
+            self.stat_update(f"dropped_no {self.text_key}")  # type: ignore[attr-defined]
+            return None
+        if data.get("id") is None:
+            data["id"] = f"{source_file}/{id_in_file}"
+        try:
+            record = orjson.dumps(data, default=str).decode()  # str: parquet has decimals, for example
+        except orjson.JSONEncodeError:
+            self.stat_update("dropped_record nested too deep")  # type: ignore[attr-defined]
+            return None
+        return Document(text, str(data["id"]), metadata={"record": record})
 
 
 class CountingParquetReader(Counting, ParquetReader):  # type: ignore[misc]
@@ -122,6 +138,47 @@ class CountingJsonlReader(Counting, JsonlReader):  # type: ignore[misc]
                     yield document
 
 
+class RecordWriter(JsonlWriter):  # type: ignore[misc]
+    """JSON lines with the keys that a record had when it was read, and the reason if it was removed."""
+
+    def _write(self, document: dict[str, Any], file_handler: IO[bytes], _filename: str) -> None:
+        text, metadata = {"text": document["text"]}, document["metadata"]
+        record = text | orjson.loads(metadata.pop("record")) | text | metadata
+        file_handler.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+class WordFilter(BaseFilter):  # type: ignore[misc]
+    """Remove texts with a very long word, for which the word splitters of the other filters would take hours.
+
+    spaCy's for English takes time with the square of the characters without a space, and jieba with the square of
+    those without punctuation.
+    """
+
+    name = "words"
+
+    def __init__(self, kind: str, exclusion_writer: JsonlWriter) -> None:
+        super().__init__(exclusion_writer)
+        self.words = re.compile(rf"[^\s{re.escape(PUNCTUATION)}]+" if kind == "zh" else r"\S+")
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if any(len(match[0]) > LONGEST_WORD for match in self.words.finditer(doc.text)):
+            return False, f"word over {LONGEST_WORD} characters"
+        return True
+
+
+class AddressFormatter(PIIFormatter):  # type: ignore[misc]
+    """Replace e-mail and IP addresses, in linear time.
+
+    datatrove's expression for e-mail addresses reads to the end of a word from each place in it. The condition before
+    it bounds this: what precedes an `@` has up to 256 characters, and a dot follows within 63, or a bracket at once.
+    """
+
+    def __init__(self, remove_ips: bool) -> None:
+        super().__init__(remove_ips=remove_ips)
+        near = r"\b(?=[^\s@]{1,256}@(?:[A-Za-z0-9-]{1,63}\.|\[))"
+        self.emails_replacer.regex = re.compile(near + self.emails_replacer.regex.pattern)
+
+
 class CodeFilter(BaseFilter):  # type: ignore[misc]
     """The filters of The Stack: generated code and data have long lines, or few letters and digits."""
 
@@ -142,16 +199,18 @@ def quality_filters(kind: str, removed: Path) -> list[PipelineStep]:
     """Return the filters of a kind of text; each writes what it removes, with the reason."""
 
     def to(name: str) -> JsonlWriter:
-        return JsonlWriter(str(removed / name))
+        return RecordWriter(str(removed / name))
 
     if kind == "en":
         return [
+            WordFilter(kind, to("words")),
             GopherRepetitionFilter(exclusion_writer=to("repetition")),
             GopherQualityFilter(exclusion_writer=to("quality")),
             FineWebQualityFilter(exclusion_writer=to("fineweb")),
         ]
     if kind == "zh":
         return [
+            WordFilter(kind, to("words")),
             GopherRepetitionFilter(
                 language=MANDARIN, dup_line_frac=0.287, dup_para_frac=0, dup_line_char_frac=0, dup_para_char_frac=0,
                 top_n_grams=((2, 0.256), (3, 0.201), (4, 0.171)),
@@ -208,26 +267,26 @@ class TextAndIdWriter(ParquetWriter):  # type: ignore[misc]
 
 
 class Workers:
-    """Processes for the tasks of all steps, which end with the program, however it ends.
+    """Processes for the tasks of all steps, which end with the program, on Linux however it ends.
 
     datatrove's executor leaves its processes behind when it is killed, and waits indefinitely when one of them is.
     """
 
     def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
-        alive, self._alive = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(alive,))
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(os.getpid(),))
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind:
-            self._alive.close()
+        if kind:  # the pool would wait for the tasks that run
+            for process in multiprocessing.active_children():
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
 
-    def run(self, step: str, executor: LocalPipelineExecutor) -> None:
-        """Run the tasks of a step that are not complete.
+    def run(self, step: str, executor: LocalPipelineExecutor, files: Sequence[Path] = ()) -> None:
+        """Run the tasks of a step that are not complete; `files` has the file that each of them reads.
 
         Raises:
             SystemExit: a task failed, or a process was killed.
@@ -242,21 +301,26 @@ class Workers:
                     "--workers; the same command resumes"
                 )
             except Exception as error:  # noqa: BLE001 - of any library
-                log = executor.logging_dir.resolve_paths(f"logs/task_{tasks[task]:05d}.log")
-                sys.exit(f"error: {step}: {one_line(error)}; the log is {log}; the same command resumes")
+                rank = tasks[task]
+                file = f"{files[rank]}: " if files else ""
+                log = executor.logging_dir.resolve_paths(f"logs/task_{rank:05d}.log")
+                if isinstance(error, OSError | MemoryError):  # such as a full disk, not the texts
+                    then = "when that is repaired, the same command resumes"
+                else:
+                    then = "the same texts would fail again: remove what it names, and clean into another folder"
+                sys.exit(f"error: {step}: {file}{one_line(error)}; the log is {log}; {then}")
             print(f"\r{step}: {done} of {len(tasks)} tasks", end="", file=sys.stderr, flush=True)
         if tasks:
             print(file=sys.stderr)
 
 
-def start_worker(alive: Connection) -> None:
-    """Make a worker process end when the other end of `alive` is closed, and leave its messages to the tasks' logs."""
-
-    def end_with_program() -> None:
-        alive.poll(None)
+def start_worker(program: int) -> None:
+    """Make a worker process end with the program, and leave its messages to the tasks' logs."""
+    if sys.platform == "linux":
+        # By the kernel: no Python code runs, in any thread, while `re` or another library holds the interpreter.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != program:  # it ended before
         os._exit(1)
-
-    threading.Thread(target=end_with_program, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which would be reported as left behind
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
@@ -286,10 +350,11 @@ def clean(
     # Of its own: the one that filters share has loaded jieba by then, and could not be copied with the pipeline.
     words = SpaCyTokenizer(kind) if kind in ("en", "zh") else WhitespaceTokenizer()
     kept = JsonlReader(str(work / "kept"), add_file_path=False)
+    duplicates = RecordWriter(str(removed / "duplicates"))
     if output == "parquet":
         writer: PipelineStep = TextAndIdWriter(str(out / "texts"), compression="zstd")
     else:
-        writer = JsonlWriter(str(out / "texts"), expand_metadata=True)
+        writer = RecordWriter(str(out / "texts"))
     # A task for each file, so that the result does not depend on the number of workers.
     steps: dict[str, tuple[list[PipelineStep], int]] = {
         "1-filter": ([reader, *quality_filters(kind, removed), JsonlWriter(str(work / "kept"))], files),
@@ -303,8 +368,8 @@ def clean(
         "5-write": (
             [
                 kept,
-                MinhashDedupFilter(str(work / "duplicates"), exclusion_writer=JsonlWriter(str(removed / "duplicates"))),
-                PIIFormatter(remove_ips=kind != "code"),
+                MinhashDedupFilter(str(work / "duplicates"), exclusion_writer=duplicates),
+                AddressFormatter(remove_ips=kind != "code"),
                 writer,
             ],
             files,
@@ -312,7 +377,8 @@ def clean(
     }  # fmt: skip
     with Workers(min(workers, max(tasks for _, tasks in steps.values()))) as processes:
         for name, (pipeline, tasks) in steps.items():
-            processes.run(name, LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=str(work / "logs" / name)))
+            executor = LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=str(work / "logs" / name))
+            processes.run(name, executor, [folder / file for file in names] if name == "1-filter" else [])
             if not any((work / "kept").glob("*")):
                 break  # nothing is left to compare
     lock.close()

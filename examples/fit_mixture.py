@@ -14,18 +14,31 @@ minimum. docs/mixtures.md says how to choose the proxies and how far to trust th
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def stop(number: int, _: object) -> None:
+        """End the program at a signal; a proxy's run ends with it."""
+        print("\nstopped; the same command resumes", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)  # before the imports, which take long
+    signal.signal(signal.SIGTERM, stop)
+
 import argparse
 import difflib
 import json
+import math
 import os
 import shlex
-import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import numpy as np
 import yaml
@@ -33,6 +46,9 @@ from numpy.typing import NDArray
 
 from streaming_rwkv import UserError, read_manifest
 from streaming_rwkv.config import load_config
+from streaming_rwkv.console import print_error
+from streaming_rwkv.filesystem import read_regular_file, write_atomically
+from streaming_rwkv.processes import die_with_parent, listen_to_stop_signals
 from streaming_rwkv.train.config import RunConfig
 
 Floats = NDArray[np.float64]
@@ -43,6 +59,11 @@ RIDGES = 10.0 ** np.arange(-5, 3)  # as parts of the mean variance of a share
 # of 12 proxies with noise alone, one had less; of 24 proxies, none.
 LARGEST_ERROR = 0.8
 FEWEST_PROXIES = 4
+MOST_PROXIES = 1000
+# Of two equal sources, two samples in three are one source alone at the lower end; at the upper end shares differ from
+# the natural ones by half a percentage point.
+CONCENTRATIONS = (0.1, 10_000.0)
+LARGEST_FILE = 1 << 28  # bytes of a proxy's metrics, and of this program's own files
 METRIC = "validation/bits_per_byte/source/"
 
 
@@ -170,6 +191,7 @@ class Proxies:
     processes: int
     config: RunConfig
     folder: Path
+    sets: Sequence[str]  # of validation
 
     def command(self, number: int, mixture: Mapping[str, float]) -> list[str]:
         """Return the command that trains a proxy, or resumes it."""
@@ -186,44 +208,67 @@ class Proxies:
         """Return the result of a finished proxy, None for one that is not.
 
         Raises:
-            UserError: it was trained on another mixture.
+            UserError: it was trained on another mixture, or its file is damaged.
         """
         file = self.folder / f"proxy-{number:02}" / "result.json"
-        if not file.exists():
+        try:
+            result = _read_object(file, read_regular_file(file, most=LARGEST_FILE))
+        except FileNotFoundError:
             return None
-        result = json.loads(file.read_bytes())
-        if result["sources"] != mixture:
-            raise UserError(f"{file}: found {result['sources']}, expected {dict(mixture)}; choose another folder")
-        return {name: float(bits) for name, bits in result["bits_per_byte"].items()}
+        sources = result.get("sources")
+        if sources != mixture:
+            raise UserError(f"{file}: found {sources}, expected {dict(mixture)}; choose another folder")
+        return self._check_bits(file, result.get("bits_per_byte"))
 
     def train(self, number: int, mixture: Mapping[str, float]) -> dict[str, float]:
         """Train a proxy to its end, and return its last bits per byte of each validation set.
 
         Raises:
-            UserError: it was stopped or failed, or its bits per byte are not finite.
+            UserError: it was stopped or failed, its metrics are damaged, or its bits per byte are not finite.
         """
         folder = self.folder / f"proxy-{number:02}"
         status = _wait_for(self.command(number, mixture))
         if status:
             raise UserError(f"{folder}: its run ended with status {status}; the same command resumes it")
-        bits: dict[str, float] = {}
-        for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-            found = {key.removeprefix(METRIC): value for key, value in json.loads(line).items() if METRIC in key}
-            bits = found or bits
-        if not bits or None in bits.values():
-            raise UserError(f"{folder}: its last evaluation has the bits per byte {bits}; expected finite ones")
+        file = folder / "metrics.jsonl"
+        last: dict[str, Any] = {}
+        for line in read_regular_file(file, most=LARGEST_FILE).splitlines():
+            metrics = _read_object(file, line)
+            last = {key.removeprefix(METRIC): value for key, value in metrics.items() if METRIC in key} or last
+        bits = self._check_bits(file, last)
         _write(folder / "result.json", json.dumps({"sources": mixture, "bits_per_byte": bits}, indent=2))
         return bits
 
+    def _check_bits(self, file: Path, found: Any) -> dict[str, float]:
+        bits: dict[str, Any] = {name: found.get(name) if isinstance(found, dict) else None for name in self.sets}
+        if not all(isinstance(value, float) and 0 < value < math.inf for value in bits.values()):
+            raise _unusable(file, f"the bits per byte {bits}")
+        return bits
+
+
+def _read_object(file: Path, text: bytes) -> dict[str, Any]:
+    """Return the JSON object that a file, or a line of it, consists of."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _unusable(file, f"{text[:60]!r}, which is no JSON object")
+    return found
+
+
+def _unusable(file: Path, found: str) -> UserError:
+    return UserError(f"{file}: found {found}; remove {file.parent} to train this proxy again")
+
 
 def _wait_for(command: Sequence[str]) -> int:
-    """Run a command; Ctrl-C or SIGTERM has it finish its step and write a checkpoint."""
-    process = subprocess.Popen(command, start_new_session=True)  # the terminal's Ctrl-C would reach it a second time
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        process.terminate()
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Run a command; Ctrl-C, SIGTERM or SIGHUP has it finish its step and write a checkpoint."""
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,  # the terminal's Ctrl-C would reach it a second time
+        preexec_fn=partial(die_with_parent, os.getpid()),  # or it would train on if this program was killed
+    )
+    handlers = listen_to_stop_signals(lambda _: process.terminate())
     try:
         return process.wait()
     finally:
@@ -232,9 +277,7 @@ def _wait_for(command: Sequence[str]) -> int:
 
 
 def _write(file: Path, text: str) -> None:
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, file)
+    write_atomically(file, f"{text}\n".encode())
 
 
 def _root_mean_square(values: Floats) -> float:
@@ -271,13 +314,19 @@ def check_same_proxies(file: Path, settings: Mapping[str, object]) -> None:
     """Write the settings of the proxies in a folder, or compare them with those that it has.
 
     Raises:
-        UserError: other settings, whose results cannot be fitted together.
+        UserError: other settings, whose results cannot be fitted together, or a damaged file.
     """
     text = yaml.safe_dump(dict(settings), sort_keys=False)
-    if not file.exists():
+    try:
+        before = read_regular_file(file, most=LARGEST_FILE).decode()
+    except FileNotFoundError:
         file.parent.mkdir(parents=True, exist_ok=True)
         _write(file, text.rstrip("\n"))
-    elif (before := file.read_text(encoding="utf-8")) != text:
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is damaged: found bytes that are not UTF-8; choose another folder") from None
+    else:
+        if before == text:
+            return
         changes = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[0] in "+-"]
         raise UserError(
             f"{file}: these proxies were begun with other settings ({'; '.join(changes[:6])}); give the same ones, or "
@@ -294,13 +343,17 @@ def parse_weights(text: str | None, sets: Sequence[str]) -> Floats:
     if text is None:
         return np.full(len(sets), 1 / len(sets))
     try:
-        given = {name: float(value) for name, value in (part.rsplit("=", 1) for part in text.split(","))}
+        pairs = [(name, float(value)) for name, value in (part.rsplit("=", 1) for part in text.split(","))]
     except ValueError:
         raise UserError(f"--weights: found {text!r}, expected NAME=NUMBER,…, such as web=1,code=2") from None
-    weights = np.array([given.get(name, 0.0) for name in sets])
-    if set(given) - set(sets) or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
-        raise UserError(f"--weights: found {text!r}; give weights of 0 or more, not all 0, for {', '.join(sets)}")
-    return np.asarray(weights / weights.sum())
+    given, total = dict(pairs), sum(value for _, value in pairs)
+    is_repeated = len(given) < len(pairs)
+    if set(given) - set(sets) or is_repeated or min(given.values()) < 0 or not 0 < total < math.inf:
+        raise UserError(
+            f"--weights: found {text!r}; give weights of 0 or more for {', '.join(sets)}, each once, with a finite sum "
+            "above 0"
+        )
+    return np.array([given.get(name, 0.0) for name in sets]) / total
 
 
 def report(
@@ -370,8 +423,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: a setting cannot be used, or a proxy did not finish.
     """
-    if options.proxies < FEWEST_PROXIES or not 0 < options.concentration < float("inf"):
-        raise UserError(f"give --proxies of {FEWEST_PROXIES} or more, and a --concentration above 0")
+    least, most = CONCENTRATIONS
+    if not FEWEST_PROXIES <= options.proxies <= MOST_PROXIES or not least <= options.concentration <= most:
+        raise UserError(
+            f"give --proxies of {FEWEST_PROXIES} to {MOST_PROXIES:,}, and a --concentration of {least} to {most:,.0f}"
+        )
     if options.seed < 0 or options.processes < 1:
         raise UserError("give a --seed of 0 or more, and --processes of 1 or more")
     config = load_config(RunConfig, options.config, overrides=options.overrides)
@@ -383,7 +439,7 @@ def run(options: argparse.Namespace) -> None:
     mixtures = sample_mixtures(natural, count=options.proxies, seed=options.seed, concentration=options.concentration)
     proxies = Proxies(
         yaml=options.config, overrides=options.overrides, processes=options.processes, config=config,
-        folder=options.folder,
+        folder=options.folder, sets=sets,
     )  # fmt: skip
     if options.show:
         for number, mixture in enumerate(mixtures):
@@ -428,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 

@@ -8,10 +8,22 @@ all that has to be saved of the data, and no pack is repeated or left out.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def stop(number: int, _: object) -> None:
+        """End the program at Ctrl-C."""
+        print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)  # before the imports, which take long
+
 import argparse
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,11 +63,25 @@ def train(data: str, folder: Path, *, batch_packs: int = 2, save_every: int = 10
                 print(f"step {step}/{len(dataset)}  loss {loss:.4f}")
             if is_last or step % save_every == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "data": dataset.state_dict()}
-                torch.save(state, folder / "new.pt")
-                os.replace(folder / "new.pt", checkpoint)  # a kill leaves the old one
+                save(state, checkpoint)
             if is_last:
                 break
     return loss
+
+
+def save(state: dict[str, Any], checkpoint: Path) -> None:
+    """Replace the checkpoint; a kill or a full disk leaves the old one."""
+    new = checkpoint.with_name("new.pt")
+    new.unlink(missing_ok=True)  # of a program that was killed, or a link, whose file would be overwritten
+    try:
+        with new.open("xb") as file:
+            torch.save(state, file)
+        os.replace(new, checkpoint)
+    except (OSError, RuntimeError) as error:  # torch raises the second while it handles the first
+        reason = error if isinstance(error, OSError) else error.__context__
+        raise UserError(f"{checkpoint}: cannot be written ({reason}); the one before is kept") from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

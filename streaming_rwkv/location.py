@@ -38,7 +38,8 @@ def checked_location(location: str | Path) -> str:
         encoded = text.encode(errors="surrogatepass")
         if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_PART:
             raise LocationError(
-                f"{without_credentials(text[:100])}…: a path of {len(text):,} characters cannot be found here; give a shorter one"
+                f"{without_credentials(text[:100])}…: a path of {len(text):,} characters cannot be found here; give a "
+                "shorter one"
             )
         if _ONE_SLASH.match(text):
             raise LocationError(f"{without_credentials(text)}: not a location; write s3://bucket/prefix")

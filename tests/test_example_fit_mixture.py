@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
 from streaming_rwkv import UserError
+from streaming_rwkv.filesystem import temporary_path
 from tests.example_modules import example
 
 fit_mixture = example("fit_mixture")
@@ -130,10 +135,12 @@ def test_reports_show_what_was_predicted_and_propose_yaml(tmp_path: Path, capsys
     [
         ("web", "--weights: found 'web', expected NAME=NUMBER,…"),
         ("web=x", "--weights: found 'web=x', expected NAME=NUMBER,…"),
-        ("books=1", "--weights: found 'books=1'; give weights of 0 or more, not all 0, for code, papers, web"),
+        ("books=1", "--weights: found 'books=1'; give weights of 0 or more for code, papers, web, each once"),
         ("web=-1", "--weights: found 'web=-1'; give weights of 0 or more"),
         ("web=0", "--weights: found 'web=0'; give weights"),
         ("web=nan", "--weights: found 'web=nan'; give weights"),
+        ("web=1,web=2", "--weights: found 'web=1,web=2'; give weights"),
+        ("web=1e308,code=1e308", "--weights: found 'web=1e308,code=1e308'; give weights"),
     ],
 )
 def test_weights_are_checked(text: str, message: str) -> None:
@@ -181,12 +188,16 @@ def test_commands_differ_by_mixture_and_folder(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--proxies=3", "give --proxies of 4 or more"),
-        ("--concentration=inf", "give --proxies of 4 or more, and a --concentration above 0"),
+        ("--proxies=3", "give --proxies of 4 to 1,000, and a --concentration of 0.1 to 10,000"),
+        ("--proxies=500000000", "give --proxies of 4 to 1,000"),
+        ("--concentration=inf", "a --concentration of 0.1 to 10,000"),
+        ("--concentration=nan", "a --concentration of 0.1 to 10,000"),
+        ("--concentration=1e308", "a --concentration of 0.1 to 10,000"),
+        ("--concentration=1e-320", "a --concentration of 0.1 to 10,000"),
         ("--seed=-1", "give a --seed of 0 or more, and --processes of 1 or more"),
         ("--processes=0", "give a --seed of 0 or more, and --processes of 1 or more"),
-        ("--weights=nope=1", "--weights: found 'nope=1'; give weights of 0 or more, not all 0, for code, web"),
-        ("--concentration=0", "give --proxies of 4 or more, and a --concentration above 0"),
+        ("--weights=nope=1", "--weights: found 'nope=1'; give weights of 0 or more for code, web"),
+        ("--concentration=0", "a --concentration of 0.1 to 10,000"),
         ("data.stages=[{passes: 1}]", "data.stages: a proxy has one stage, with a length in `tokens`"),
         ("data.stages.0.temperature=2", "data.stages: a proxy has one stage, with a length in `tokens`"),
         ("data.stages.0.min_length=17", "data: has 1 sources within the lengths"),
@@ -208,12 +219,107 @@ def test_proxies_of_other_settings_are_not_fitted_together(tmp_path: Path) -> No
         fit_mixture.check_same_proxies(file, {"seed": 18, "data": "abc"})
 
 
-def test_a_result_of_another_mixture_is_refused(proxy_yaml: Path, tmp_path: Path) -> None:
+def test_a_damaged_settings_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "proxies.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(UserError, match=r"proxies\.yaml: is damaged"):
+        fit_mixture.check_same_proxies(tmp_path / "proxies.yaml", {"seed": 17})
+
+
+@pytest.mark.parametrize("concentration", fit_mixture.CONCENTRATIONS)
+def test_samples_of_any_concentration_are_mixtures_and_differ(concentration: float) -> None:
+    mixtures = fit_mixture.sample_mixtures(NATURAL, count=24, seed=17, concentration=concentration)
+    shares = np.array([list(mixture.values()) for mixture in mixtures])
+    assert shares.sum(1) == pytest.approx(1, abs=2e-4)  # rounded
+    assert len(np.unique(shares, axis=0)) >= 8
+
+
+@pytest.fixture
+def proxies(proxy_yaml: Path, tmp_path: Path) -> fit_mixture.Proxies:
     (tmp_path / "proxy-01").mkdir()
-    (tmp_path / "proxy-01" / "result.json").write_text('{"sources": {"web": 1.0}, "bits_per_byte": {"web": 1.5}}')
     config = fit_mixture.load_config(fit_mixture.RunConfig, proxy_yaml)
-    proxies = fit_mixture.Proxies(yaml="", overrides=[], processes=1, config=config, folder=tmp_path)
+    return fit_mixture.Proxies(yaml="", overrides=[], processes=1, config=config, folder=tmp_path, sets=["web"])
+
+
+def test_a_result_of_another_mixture_is_refused(proxies: fit_mixture.Proxies, tmp_path: Path) -> None:
+    (tmp_path / "proxy-01" / "result.json").write_text('{"sources": {"web": 1.0}, "bits_per_byte": {"web": 1.5}}')
     assert proxies.bits_per_byte(0, {"web": 1.0}) is None
     assert proxies.bits_per_byte(1, {"web": 1.0}) == {"web": 1.5}
     with pytest.raises(UserError, match=r"result\.json: found \{'web': 1\.0\}, expected \{'web': 0\.5\}"):
         proxies.bits_per_byte(1, {"web": 0.5})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"[1]",
+        b'{"sources": {"web": 1.0}}',
+        b'{"sources": {"web": 1.0}, "bits_per_byte": 1.5}',
+        b'{"sources": {"web": 1.0}, "bits_per_byte": {"code": 1.5}}',
+        b'{"sources": {"web": 1.0}, "bits_per_byte": {"web": "1.5"}}',
+        b'{"sources": {"web": 1.0}, "bits_per_byte": {"web": -1.5}}',
+        b'{"sources": {"web": 1.0}, "bits_per_byte": {"web": NaN}}',
+    ],
+)
+def test_a_damaged_result_is_refused(proxies: fit_mixture.Proxies, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "proxy-01" / "result.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"proxy-01/result\.json: found .*; remove .*/proxy-01 to train this proxy again"
+    ):
+        proxies.bits_per_byte(1, {"web": 1.0})
+
+
+@pytest.mark.parametrize("last", [b"\xff", b"{", b"1", b'{"step": 9, "validation/bits_per_byte/source/web": null}'])
+def test_damaged_metrics_and_numbers_that_are_not_finite_are_refused(
+    proxies: fit_mixture.Proxies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bytes
+) -> None:
+    monkeypatch.setattr(fit_mixture, "_wait_for", lambda command: 0)
+    good = b'{"step": 8, "validation/bits_per_byte/source/web": 1.5}\n{"step": 9}\n'
+    (tmp_path / "proxy-01" / "metrics.jsonl").write_bytes(good + last)
+    with pytest.raises(UserError, match=r"proxy-01/metrics\.jsonl: found "):
+        proxies.train(1, {"web": 1.0})
+    (tmp_path / "proxy-01" / "metrics.jsonl").write_bytes(good)
+    assert proxies.train(1, {"web": 1.0}) == proxies.bits_per_byte(1, {"web": 1.0}) == {"web": 1.5}
+
+
+def test_files_are_not_written_through_links(tmp_path: Path) -> None:
+    file, other = tmp_path / "proxies.yaml", tmp_path / "other"
+    other.write_text("kept")
+    for path in (file, tmp_path / "proxies.yaml.new", temporary_path(file)):
+        path.symlink_to(other)
+    fit_mixture._write(file, "new")
+    assert file.read_text() == "new\n"
+    assert not file.is_symlink()
+    assert other.read_text() == "kept"
+
+
+KILLED = """
+import sys
+from tests.example_modules import example
+child = "import time; print('ready', flush=True); time.sleep(600)"
+example("fit_mixture")._wait_for([sys.executable, "-c", child])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_proxy_ends_with_a_program_that_was_killed() -> None:
+    program = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE)
+    assert program.stdout is not None
+    with program.stdout:
+        assert program.stdout.readline() == b"ready\n"
+        (proxy,) = psutil.Process(program.pid).children()
+        program.kill()
+        program.wait()
+        try:
+            assert program.stdout.read() == b""  # which ends with the last process that has it open
+        finally:
+            if proxy.is_running():
+                proxy.kill()
+
+
+def test_a_proxy_is_asked_to_stop_and_the_handlers_before_return() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    child = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    assert fit_mixture._wait_for([sys.executable, "-c", child]) == -signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

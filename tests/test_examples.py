@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from streaming_rwkv import generate, load_model, load_tokenizer, read_manifest
+from streaming_rwkv import UserError, generate, load_model, load_tokenizer, read_manifest
 from tests.example_modules import example
 from tests.fork_server import ForkServer
 from tools.ports import free_ports
@@ -31,12 +33,24 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_data_set: Callable[...,
     return write_data_set(folder / "data", {("web", 1, 16): 8, ("code", 17, 32): 4}, validation={("web", 1, 16): 2})
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Give back the handlers of signals that a program run in this process has set."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def accelerate() -> Iterator[ModuleType]:
-    """Accelerate, which keeps its state in the process."""
+    """Accelerate, which keeps its state in the process and in the environment."""
     module = pytest.importorskip("accelerate", reason="comes with the extra `examples`, and with `dev`")
+    before = dict(os.environ)
     yield module
     module.state.AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_every_example_is_tested() -> None:
@@ -50,13 +64,76 @@ def test_pytorch_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path)
     train = example("pytorch_loop").train
     whole = train(str(data), tmp_path / "whole")
     assert train(str(data), tmp_path / "parts", stop_at=3) != whole
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (tmp_path / "parts" / "new.pt").symlink_to(other)  # as a stranger's folder may have it
     assert train(str(data), tmp_path / "parts") == whole
+    assert other.read_text() == "kept"
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["cache", "checkpoint.pt"]
     saved = [torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts")]
     assert saved[0]["data"] == saved[1]["data"] == {"step": 6}
     assert all(torch.equal(saved[0]["model"][name], saved[1]["model"][name]) for name in saved[0]["model"])
     model = load_model(tmp_path / "whole" / "checkpoint.pt")
     texts = [generate(model, load_tokenizer(data / "tokenizer"), "w1 w2", max_tokens=5, seed=s) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_pytorch_loop_keeps_the_earlier_checkpoint_when_the_disk_is_full(tmp_path: Path) -> None:
+    save, checkpoint = example("pytorch_loop").save, tmp_path / "checkpoint.pt"
+    save({"a": torch.ones(2)}, checkpoint)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # of any file, as at `ulimit -f`
+    try:
+        with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be written \(\[Errno 27\] File too large\)"):
+            save({"a": torch.ones(100_000)}, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    assert torch.load(checkpoint, weights_only=True)["a"].tolist() == [1, 1]
+
+
+def test_accelerate_loop_keeps_the_earlier_state_when_the_disk_is_full(tmp_path: Path, accelerate: ModuleType) -> None:
+    def save_state(folder: str) -> None:
+        raise RuntimeError("No space left on device")
+
+    (tmp_path / "state-00000003").mkdir()
+    full = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state)
+    with pytest.raises(
+        UserError, match=r"/new: cannot be written \(No space left on device\); the state before is kept"
+    ):
+        example("accelerate_loop").save(full, None, tmp_path)
+    assert (tmp_path / "state-00000003").exists()
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}])
+def test_accelerate_loop_reports_the_variables_of_a_launcher(
+    variables: dict[str, str], data: Path, tmp_path: Path, accelerate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^Accelerate cannot start \(.*\); use torchrun, or unset WORLD_SIZE"):
+        example("accelerate_loop").train(str(data), tmp_path)
+
+
+class Interrupting(ModuleType):
+    """A module at whose import the user presses Ctrl-C."""
+
+    def __getattr__(self, name: str) -> object:
+        signal.raise_signal(signal.SIGINT)
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop", "fit_mixture", "pytorch_loop"])
+def test_ctrl_c_ends_a_program_with_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if name == "accelerate_loop":
+        request.getfixturevalue("accelerate")
+    monkeypatch.setitem(sys.modules, "streaming_rwkv", Interrupting("streaming_rwkv"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("stopped; the same command ")
 
 
 def test_accelerate_loop_continues_where_it_was_stopped(data: Path, tmp_path: Path, accelerate: ModuleType) -> None:

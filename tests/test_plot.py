@@ -16,7 +16,7 @@ from streaming_rwkv.filesystem import sole_writer
 from streaming_rwkv.plot import main, write_plot
 from streaming_rwkv.plotting.figure import labels_with_room
 from streaming_rwkv.plotting.panels import Plot, consecutive, overlaid
-from streaming_rwkv.plotting.runs import History, mixture, read_run, smooth, thin
+from streaming_rwkv.plotting.runs import History, PlotError, mixture, read_run, smooth, thin
 from streaming_rwkv.plotting.tables import differences, summary, validation_rows
 
 
@@ -192,6 +192,19 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "time/tok')
     assert read_run(run).last_step == 3
+
+
+def test_a_line_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps(2))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss/a\u2028b\x85c": 1}\n')
+    assert read_run(run).rows[-1]["loss/a\u2028b\x85c"] == 1
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [*steps(2), {"step": 2, "validation/loss/source/\ud800": 1}, *steps(1)])
+    with pytest.raises(PlotError, match=r"metrics\.jsonl: line 3 is no line of metrics"):
+        read_run(run)
 
 
 def test_other_files_than_pages_and_pictures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,7 +257,7 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
     """
     begun: list[bytes] = []
     size = 0
-    for block in blocks:
+    for block in _pieces(blocks):
         head, newline, _ = block.partition(b"\n")
         if not newline:
             if size <= _MOST_LINE_BYTES:
@@ -271,6 +271,12 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
         yield lines
     if last := b"".join(begun):
         yield [last]
+
+
+def _pieces(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut large blocks: each byte may be a line, which is an object of Python."""
+    for block in blocks:
+        yield from (block[at : at + _READ_BYTES] for at in range(0, len(block), _READ_BYTES))
 
 
 def _blocks(raw: IO[bytes], part: Part) -> Iterator[bytes]:

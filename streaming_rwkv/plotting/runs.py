@@ -70,9 +70,10 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     file = path / METRICS_NAME if path.is_dir() else path
     try:
-        lines = read_regular_file(file, most=LARGEST_METRICS_BYTES, follow=False).decode(errors="replace").splitlines()
+        content = read_regular_file(file, most=LARGEST_METRICS_BYTES, follow=False).decode(errors="replace")
     except OSError as error:
         raise PlotError(f"{file}: cannot be read ({error.strerror}); give a run's save_folder") from None
+    lines = content.removesuffix("\n").split("\n")  # not by `splitlines`: JSON may hold other ends of lines
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -100,6 +101,7 @@ def _parse_line(line: str) -> dict[str, Any]:
         raise ValueError(step)
     metrics = {}
     for name, value in row.items():
+        name.encode()  # raises for a lone surrogate
         if name.startswith("share/") and name.count("/") < 2:
             raise ValueError(name)  # expected share/SOURCE/BUCKET
         if isinstance(value, list):  # of a tensor, which is not plotted

@@ -21,11 +21,11 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from streaming_rwkv.extras import install_command
@@ -48,8 +48,17 @@ __all__ = ["ObjectMissing", "StorageError", "Store", "StoredObject", "open_store
 logger = logging.getLogger(__name__)
 
 _PARTS_AT_ONCE = 4
+_PAGE_ENTRIES = 1000  # the most that S3 allows
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Page(Generic[T]):
+    """A page of a listing."""
+
+    found: Sequence[T]
+    more: dict[str, str]  # arguments that ask for the next page; empty in the last one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +166,17 @@ class Store:
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int, int]]:
         """Yield (name, bytes, time of writing in ns since 1970) of all objects whose names begin with `prefix`."""
-        more: dict[str, str] = {}
-        while True:
-            page = self._page("list_objects_v2", self._key(prefix), more)
-            for entry in page.get("Contents", []):
-                yield entry["Key"][len(self._key("")) :], entry["Size"], _written_ns(entry)
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+        def entries(page: Any) -> _Page[tuple[str, int, int]]:
+            begin, there = len(self._key("")), page.get("Contents", [])
+            return _Page(
+                found=[(entry["Key"][begin:], int(entry["Size"]), _written_ns(entry)) for entry in there],
+                more={"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else {},
+            )
+
+        limit = {"MaxKeys": _PAGE_ENTRIES}
+        for found in self._pages("list_objects_v2", self._key(prefix), entries, **limit):
+            yield from found
 
     def find(self, name: str) -> StoredObject | None:
         """Return an object's record, or None where it or its bucket does not exist; `list` tells the difference."""
@@ -331,15 +343,20 @@ class Store:
 
     def _abort_unfinished(self, key_prefix: str) -> int:
         aborted = 0
-        more: dict[str, str] = {}
-        while True:
-            page = self._page("list_multipart_uploads", key_prefix, more)
-            for upload in page.get("Uploads", []):
-                self._abort(upload["Key"], upload["UploadId"])
-                aborted += 1
+
+        def uploads(page: Any) -> _Page[tuple[str, str]]:
+            found = [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", [])]
             if not page.get("IsTruncated"):
-                return aborted
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+                return _Page(found=found, more={})
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+            return _Page(found=found, more=markers)
+
+        limit = {"MaxUploads": _PAGE_ENTRIES}
+        for found in self._pages("list_multipart_uploads", key_prefix, uploads, **limit):
+            for key, upload_id in found:
+                self._abort(key, upload_id)
+            aborted += len(found)
+        return aborted
 
     def _abort(self, key: str, upload_id: str) -> None:
         with contextlib.suppress(UploadMissing):
@@ -417,7 +434,11 @@ class Store:
     # --- requests ---
 
     def _stored(self, name: str) -> StoredObject:
-        return _stored(self._ask("look for", name, lambda client, _: client.head_object(**self._at(name))))
+        def look(client: Any, _: Moved) -> StoredObject:
+            with _well_formed():
+                return _stored(client.head_object(**self._at(name)))
+
+        return self._ask("look for", name, look)
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
@@ -425,15 +446,41 @@ class Store:
     def _at(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._key(name)}
 
-    def _page(self, operation: str, key_prefix: str, more: dict[str, str]) -> Any:
-        """Return one page of a listing."""
-        arguments = {"Bucket": self.bucket, "Prefix": key_prefix, **more}
-        return self._ask("list", "", lambda client, _: getattr(client, operation)(**arguments))
+    def _pages(
+        self, operation: str, key_prefix: str, read: Callable[[Any], _Page[T]], **limit: int
+    ) -> Iterator[Sequence[T]]:
+        """Yield what `read` finds in each page of a listing."""
+        more: dict[str, str] = {}
+        asked: set[tuple[str, ...]] = set()
+
+        def page(client: Any, _: Moved) -> _Page[T]:
+            with _well_formed():
+                answer = read(getattr(client, operation)(Bucket=self.bucket, Prefix=key_prefix, **limit, **more))
+            if tuple(answer.more.values()) in asked:
+                raise FaultyAnswer("the pages of its listing have no end")
+            return answer
+
+        while True:
+            answer = self._ask("list", "", page)
+            yield answer.found
+            if not answer.more:
+                return
+            more = answer.more
+            asked.add(tuple(more.values()))
 
     def _ask(
         self, verb: str, name: str, call: Callable[[Any, Moved], T], *, gained: Callable[[], int] = lambda: 0
     ) -> T:
         return self._connection.ask(call, url=self.url(name).rstrip("/"), verb=verb, gained=gained)
+
+
+@contextlib.contextmanager
+def _well_formed() -> Iterator[None]:
+    """Raise an error about an answer's fields, of this module or of botocore, as one of the server."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FaultyAnswer(f"its answer is not one of S3 ({type(error).__name__}: {error})") from None
 
 
 def _stored(answer: Any) -> StoredObject:

@@ -5,9 +5,11 @@ datatrove has an environment of its own, requirements/clean.txt: `.venv-clean`, 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,6 +108,8 @@ def test_english_is_cleaned_and_prep_reads_it(tmp_path: Path, config: Callable[.
     ("kind", "kept", "removed", "reason"),
     [
         ("zh", CHINESE, "价格：１２３４ " * 60, "top_2_gram"),
+        ("zh", CHINESE, "龘" * 300_000, "word over 1000 characters"),  # which would take an hour
+        ("en", RIVER, "%" * 300_000, "word over 1000 characters"),
         ("code", CODE, f"var a={'[0,1],' * 300}0;", "line over 1000 characters"),
     ],
 )
@@ -121,6 +125,120 @@ def test_other_texts_are_judged_by_their_kind(tmp_path: Path, kind: str, kept: s
     }  # fmt: skip
     (written,) = (tmp_path / "out" / "texts").iterdir()
     assert pq.read_table(written)["text"].to_pylist() == [kept]
+
+
+@pytest.mark.slow
+def test_no_key_of_a_record_has_a_meaning_for_datatrove(tmp_path: Path) -> None:
+    corpus, deep = tmp_path / "corpus", '{"key": ' * 900 + "0" + "}" * 900
+    corpus.mkdir()
+    first = {
+        "content": RIVER,
+        "rank": 1,
+        "media": 5,
+        "token_count": "many",
+        "id": 7,
+        "text": "another",
+        "metadata": [2],
+    }
+    second = {"content": BREAD, "record": "mine", "filter_reason": "mine", "media": [1], "id": 2**63}
+    (corpus / "0.jsonl").write_text(f'{json.dumps(first)}\n{{"content": "deep", "key": {deep}}}\n')
+    (corpus / "1.jsonl").write_text(f"{json.dumps(second)}\n{json.dumps({**second, 'id': 'copy'})}\n")
+    counts, _ = clean(corpus, tmp_path / "lines", "--kind", "any", "--text", "content")
+    assert counts == {
+        "read": 4, "removed: record nested too deep": 1, "removed: near-duplicate": 1, "written": 2,
+    }  # fmt: skip
+    river, bread = records_in(tmp_path / "lines" / "texts")
+    assert river == {key: value for key, value in first.items() if key != "content"} | {"text": RIVER}
+    assert (bread["record"], bread["filter_reason"], bread["media"], bread["id"]) == ("mine", "mine", [1], 2**63)
+    (copy,) = records_in(tmp_path / "lines" / "removed" / "duplicates")
+    assert copy["id"] == "copy"
+    clean(corpus, tmp_path / "table", "--kind", "any", "--text", "content", "--output", "parquet")
+    assert pq.read_table(tmp_path / "table" / "texts")["id"].to_pylist() == ["7", str(2**63)]
+
+
+def run_with_example(folder: Path, source: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a program that has imported the example."""
+    head = f"import signal, sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport clean\n"
+    head += "if __name__ == '__main__': signal.alarm(110)\n"  # a test that fails leaves no program behind
+    (folder / "program.py").write_text(head + source)
+    command: list[str | Path] = [PYTHON, folder / "program.py", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_addresses_are_replaced_as_by_datatrove_but_in_linear_time(tmp_path: Path) -> None:
+    """With datatrove's own expression each of the last texts would take minutes or hours."""
+    program = run_with_example(
+        tmp_path,
+        """
+texts = [
+    "a.b-c@d.example.org", "Write to <me+you@mail.example.com>, or (them@x.de).", "8.8.8.8:80, 10.0.0.1 and 1.1.1.1.",
+    "邮箱：me@example.cn。或me@example.cn", "me@[8.8.8.8] you@[1.2.3.4", "a@b a@b. a@-b.c a@b.c- @b.c a..b@c.d é@b.fr",
+    "x@y.z@w.v,u@t.s\\nq@r.s", "'me'@example.com/path?to=you@example.com&x=1", f"{'a' * 250}@{'b' * 60}.com",
+]
+for text in texts:
+    assert clean.AddressFormatter(True).format(text) == clean.PIIFormatter().format(text), text
+for text in ("1." * 200_000, "a@" * 200_000, "aB3+/" * 60_000, "a/" * 200_000, "a-" * 100_000 + "@b"):
+    clean.AddressFormatter(True).format(text)
+print("replaced", clean.AddressFormatter(False).format("me@example.net 8.8.8.8"))
+""",
+    )
+    output, error = program.communicate()
+    assert output == "replaced email@example.com 8.8.8.8\n", error
+
+
+TASKS = """
+import pathlib, re
+class Tasks:
+    def __init__(self): self.logging_dir = self
+    def get_incomplete_ranks(self): return [0]
+    def resolve_paths(self, name): return name
+    def _run_for_rank(self, rank):
+        if sys.argv[1] == "full": raise OSError(28, "No space left on device")
+        if sys.argv[1] == "bad": raise ValueError("bad text")
+        pathlib.Path(sys.argv[1]).touch()
+        re.match("(a+)+$", "a" * 99 + "b")  # holds the interpreter for longer than a test may take
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, clean.stop)
+    with clean.Workers(1) as workers: workers.run("step", Tasks(), [pathlib.Path("0.jsonl")])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_holds_the_interpreter_ends_with_the_program(tmp_path: Path, number: signal.Signals) -> None:
+    begun = tmp_path / "begun"
+    program = run_with_example(tmp_path, TASKS, str(begun))
+    while not begun.exists():
+        assert program.poll() is None
+    process = psutil.Process(program.pid)
+    workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    assert workers
+    try:
+        program.send_signal(number)
+        _, error = program.communicate()
+        psutil.wait_procs(workers)
+    finally:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+    if number == signal.SIGTERM:
+        assert program.returncode == 128 + number
+        assert error == "\nstopped; the same command resumes\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        ("full", "[Errno 28] No space left on device; the log is logs/task_00000.log; when that is repaired, the same"),
+        ("bad", "bad text; the log is logs/task_00000.log; the same texts would fail again: remove what it names"),
+    ],
+)
+def test_a_fault_of_the_texts_is_told_from_one_of_the_machine(tmp_path: Path, fault: str, advice: str) -> None:
+    _, error = run_with_example(tmp_path, TASKS, fault).communicate()
+    assert "error: step: 0.jsonl: " in error
+    assert advice in error
 
 
 @pytest.mark.slow

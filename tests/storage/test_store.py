@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 from streaming_rwkv.location import LocationError
 from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, content, open_store
+from streaming_rwkv.storage.requests import FaultyAnswer
 from tests.fault_proxy import Fault, FaultProxy
 from tools.s3_server import ACCESS_KEY, S3Server
 
@@ -127,11 +129,8 @@ def test_names_are_relative_to_the_prefix_and_stop_at_its_end(store: Store) -> N
     assert store.url("x/1") == f"{store.location}/x/1"
 
 
-def test_long_listings_come_in_pages(store: Store) -> None:
-    original = store._page
-    object.__setattr__(
-        store, "_page", lambda operation, prefix, more: original(operation, prefix, {**more, "MaxKeys": 2})
-    )
+def test_long_listings_come_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streaming_rwkv.storage.store._PAGE_ENTRIES", 2)
     for number in range(5):
         store.put_bytes(b"", str(number))
     assert list(store.list()) == ["0", "1", "2", "3", "4"]
@@ -485,3 +484,47 @@ def test_a_server_that_is_killed_and_started_again_is_waited_for(
         s3_server.start()
         assert upload.result()
     store.get_file("large", tmp_path / "back", most=1 << 30, sha256=large[1])
+
+
+class Listing:
+    """A client that answers each request with the same page."""
+
+    def __init__(self, page: dict[str, Any]) -> None:
+        self.page = page
+
+    def list_objects_v2(self, **_: str) -> dict[str, Any]:
+        return self.page
+
+    list_multipart_uploads = head_object = list_objects_v2
+
+
+ENTRY = {"Key": "a/b", "Size": 5, "LastModified": datetime.now(timezone.utc)}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"Contents": [ENTRY], "IsTruncated": True},
+        {
+            "Contents": [ENTRY],
+            "IsTruncated": True,
+            "NextContinuationToken": "1",
+            "NextKeyMarker": "1",
+        },  # again and again
+        {"Contents": [{**ENTRY, "Key": None}], "Uploads": [{}]},
+        {"Contents": [{**ENTRY, "Size": "many"}], "Uploads": 5},
+        {"Contents": [{**ENTRY, "LastModified": "today"}], "Uploads": [None]},
+        {"Contents": [{}], "Uploads": [{"Key": "a"}]},
+        {"Contents": 5, "Uploads": [5]},
+    ],
+)
+def test_an_answer_that_is_not_s3s_is_the_servers_fault(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(store: Store, verb: str, name: str, call: Any, **_: Any) -> Any:
+        return call(Listing(page), None)
+
+    monkeypatch.setattr(Store, "_ask", ask)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    with contextlib.closing(open_store("s3://bucket/a")) as store:
+        for request in (store.list, store.abort_unfinished, lambda: store.find("b")):
+            with pytest.raises(FaultyAnswer, match=r"its answer is not one of S3|the pages of its listing have no end"):
+                request()

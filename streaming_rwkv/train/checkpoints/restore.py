@@ -28,7 +28,7 @@ from streaming_rwkv.filesystem import fsync, temporary_path
 from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, check_exists
 from streaming_rwkv.model.weights import is_weights_folder
-from streaming_rwkv.outputs import CHECKPOINTS, LOGS
+from streaming_rwkv.outputs import CHECKPOINTS, LOGS, RUN_FOLDERS
 from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, install, newest_checkpoint, replaced_path
@@ -242,11 +242,17 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
 
 
 def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
-    for name in (name for log in logs for name in store.list(log)):
+    names = [name for log in logs for name in store.list(log) if _is_log(PurePosixPath(name), name, logs)]
+    for name in names:
         path = PurePosixPath(name)
-        if path.parts[0] in logs and ".." not in path.parts:
+        if not any(str(parent) in names for parent in path.parents):  # an object, which cannot be a folder here
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, folder / path, most=LARGEST_LOG_BYTES)
+
+
+def _is_log(path: PurePosixPath, name: str, logs: Sequence[str]) -> bool:
+    """Return True for a log; consoles of object storage make objects in place of folders, such as `tokenizer/`."""
+    return path.parts[0] in logs and ".." not in path.parts and str(path) == name and name not in RUN_FOLDERS
 
 
 # Reading

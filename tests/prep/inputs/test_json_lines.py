@@ -283,6 +283,13 @@ def test_a_line_that_is_too_long_takes_bounded_memory(tmp_path, monkeypatch):
     assert most < 8 << 20  # the limit joined and some blocks of 1 MiB, of a line of 100 MiB
 
 
+def test_lines_of_a_large_block_are_divided_in_parts():
+    block = b"\n" * (3 << 20) + b"x"  # as four bytes of zstd may become 128 KiB
+    lengths = [len(lines) for lines in json_lines._lines(iter([block]))]
+    assert sum(lengths) == (3 << 20) + 1
+    assert max(lengths) <= 1 << 20
+
+
 def test_an_array_that_is_too_long_is_an_error_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "_MOST_ARRAY_BYTES", 1 << 20)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * (3 << 20) + b"]"))

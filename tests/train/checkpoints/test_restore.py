@@ -11,7 +11,13 @@ import pytest
 
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, MarkedFile
 from streaming_rwkv.train.checkpoints.record import Checkpoint, Progress, mark_content, parse_mark
-from streaming_rwkv.train.checkpoints.restore import check_same_run, local_checkpoint, mark_at, node_checkpoint
+from streaming_rwkv.train.checkpoints.restore import (
+    _fetch_logs,
+    check_same_run,
+    local_checkpoint,
+    mark_at,
+    node_checkpoint,
+)
 from tests.rights import without_rights
 
 RUN = {"data": "8d1f", "batch_packs": 16, "order": {"seed": 17}}
@@ -122,3 +128,26 @@ def test_a_checkpoint_of_an_earlier_data_format_is_refused_with_the_remedy() -> 
         "read; rebuild it with `streaming-rwkv prepare RECIPE`, and start a run from these weights in another "
         "`save_folder` (`model.init_from: runs/a/checkpoints/step-00000005`)"
     )
+
+
+class Objects:
+    """A store of which every object has its name as content; S3 has objects below objects, file systems have not."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def list(self, prefix: str) -> dict[str, int]:
+        return {name: len(name) for name in self.names if name.startswith(prefix)}
+
+    def get_file(self, name: str, path: Path, *, most: int) -> None:
+        path.write_text(name)
+
+
+def test_objects_that_stand_for_folders_are_no_logs(tmp_path: Path) -> None:
+    store = Objects(
+        "tokenizer", "tokenizer/", "tokenizer/tokenizer.json", "tokenizer/tokenizer.json/x", "tokenizer//y",
+        "tensorboard/", "tensorboard/a/", "tensorboard/../../x", "metrics.jsonl", "metrics.jsonl/x", "metrics.jsonl.b",
+    )  # fmt: skip
+    _fetch_logs(store, tmp_path, ["metrics.jsonl", "tokenizer", "tensorboard"])  # type: ignore[arg-type]
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"metrics.jsonl", "tokenizer/tokenizer.json"}
