@@ -123,6 +123,9 @@ class StepDataset:
             )
         self.start_at(state["step"], name="state: step")
 
+    def __getstate__(self) -> None:
+        raise TypeError("an open dataset cannot be sent to another process; open one there, with this one's `step`")
+
     def close(self) -> None:
         """End the loader's processes, close the shards and remove a temporary cache; nothing can be read afterwards."""
         self._is_open = False

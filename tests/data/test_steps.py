@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -246,6 +247,11 @@ def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str
         open_dataset(**({"location": data} | arguments))  # type: ignore[arg-type]
     assert str(raised.value).startswith(error)
     assert "\n" not in str(raised.value)
+
+
+def test_a_dataset_is_not_sent_to_another_process(dataset: StepDataset) -> None:
+    with pytest.raises(TypeError, match="an open dataset cannot be sent to another process; open one there, with"):
+        pickle.dumps(dataset)
 
 
 def test_a_shard_that_is_no_file_is_named(data: Path, tmp_path: Path) -> None:
