@@ -410,15 +410,18 @@ class Store:
             nonlocal at, of
             last = "" if end is None else end - 1
             part = {"Range": f"bytes={at}-{last}", "IfMatch": f'"{of.etag}"'} if of else {}
-            answer = client.get_object(**self._at(name), **part)
+            with _well_formed():
+                answer = client.get_object(**self._at(name), **part)
+                found = of or _stored(answer)
             with contextlib.closing(answer["Body"]) as body:
                 if of is not None and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
                     raise FaultyAnswer("the whole object came where a part was asked for")
-                found = of or _stored(answer)
                 if most is not None and found.size > most:
                     raise StorageError(f"{self.url(name)}: {found.size:,} bytes; at most {most:,} are expected here")
                 stop = found.size if end is None else end
                 while block := body.read(STEP_BYTES):
+                    if at + len(block) > stop:
+                        raise FaultyAnswer(f"more than the {stop - begin:,} bytes came that were asked for")
                     with moved.lock:
                         if moved.abandoned:  # the next attempt continues in its place
                             raise FaultyAnswer("given up")

@@ -20,7 +20,7 @@ import pytest
 
 from streaming_rwkv.location import LocationError
 from streaming_rwkv.storage import ObjectMissing, StorageError, Store, StoredObject, content, open_store
-from streaming_rwkv.storage.requests import FaultyAnswer
+from streaming_rwkv.storage.requests import FaultyAnswer, Moved
 from tests.fault_proxy import Fault, FaultProxy
 from tools.s3_server import ACCESS_KEY, S3Server
 
@@ -528,3 +528,39 @@ def test_an_answer_that_is_not_s3s_is_the_servers_fault(page: dict[str, Any], mo
         for request in (store.list, store.abort_unfinished, lambda: store.find("b")):
             with pytest.raises(FaultyAnswer, match=r"its answer is not one of S3|the pages of its listing have no end"):
                 request()
+
+
+class Endless:
+    """A client that answers each request for a part with more than was asked for."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def get_object(self, **_: str) -> dict[str, Any]:
+        return {"Body": self, "ResponseMetadata": {"HTTPStatusCode": 206}}
+
+    def read(self, size: int) -> bytes:
+        self.sent += size
+        return b"x" * size
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_more_bytes_than_were_asked_for_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, moved = Endless(), Moved()
+
+    def ask(store: Store, verb: str, name: str, call: Any, **_: Any) -> Any:
+        return call(client, moved)
+
+    monkeypatch.setattr(Store, "_ask", ask)
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    found = StoredObject(size=1 << 40, sha256=None, etag="e", written_ns=0)
+    kept: list[bytes] = []
+    with (
+        contextlib.closing(open_store("s3://bucket/a")) as store,
+        pytest.raises(FaultyAnswer, match="more than the 100,000 bytes came that were asked for"),
+    ):
+        store._fetch("b", kept.append, of=found, begin=5, end=100_005)
+    assert sum(map(len, kept)) <= 100_000
+    assert client.sent < 1 << 22

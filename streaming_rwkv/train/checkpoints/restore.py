@@ -29,7 +29,7 @@ from streaming_rwkv.location import checked_location, is_remote
 from streaming_rwkv.model.marked_files import FORMAT, CheckpointError, check_exists
 from streaming_rwkv.model.weights import is_weights_folder
 from streaming_rwkv.outputs import CHECKPOINTS, LOGS, RUN_FOLDERS
-from streaming_rwkv.shards import TOKENIZER_FOLDER, sha256_of_file
+from streaming_rwkv.shards import LARGEST_FILE_BYTES, TOKENIZER_FOLDER, sha256_of_file
 from streaming_rwkv.storage import Store, open_store
 from streaming_rwkv.train.checkpoints.local import find_problem, install, newest_checkpoint, replaced_path
 from streaming_rwkv.train.checkpoints.record import (
@@ -247,7 +247,8 @@ def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
         path = PurePosixPath(name)
         if not any(str(parent) in names for parent in path.parents):  # an object, which cannot be a folder here
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            store.get_file(name, folder / path, most=LARGEST_LOG_BYTES)
+            most = LARGEST_FILE_BYTES if path.parts[0] == TOKENIZER_FOLDER else LARGEST_LOG_BYTES
+            store.get_file(name, folder / path, most=most)
 
 
 def _is_log(path: PurePosixPath, name: str, logs: Sequence[str]) -> bool:
