@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -234,10 +235,15 @@ def training_batches(plan: Plan) -> tuple[Batches, int]:
 
 
 class _WorkerIterator(_MultiProcessingDataLoaderIter):
-    """torch's iterator, whose destructor raises a second error if a worker could not be started."""
+    """torch's iterator, whose destructor raises errors if a worker could not be started, and in a forked process."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.process = os.getpid()
+        super().__init__(loader)
 
     def __del__(self) -> None:
-        if hasattr(self, "_workers_status"):  # set when all workers have been started
+        # The status is set when all workers have been started.
+        if hasattr(self, "_workers_status") and self.process == os.getpid():
             super().__del__()
 
 
@@ -250,7 +256,7 @@ class PackLoader(DataLoader[Any]):
         self.check_worker_number_rationality()
         return _WorkerIterator(self)
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # callers use no more of torch's iterator class
+    def __iter__(self) -> Generator[Batch, None, None]:  # type: ignore[override]  # callers use no more of torch's iterator class
         dataset = self.dataset
         assert isinstance(dataset, PackDataset)
         names = dataset.names
@@ -284,8 +290,9 @@ class PackLoader(DataLoader[Any]):
                 f"the run more loader `{names.workers}`, or raise `{names.timeout_seconds}`"
             ) from None
         finally:
-            if self.num_workers:  # not left to the garbage collector, where torch waits 5 s for each worker
-                batches._shutdown_workers()  # type: ignore[attr-defined]
+            # Not left to the garbage collector, where torch waits 5 s for each worker.
+            if isinstance(batches, _WorkerIterator) and batches.process == os.getpid():
+                batches._shutdown_workers()
                 kill_workers(workers)
 
 

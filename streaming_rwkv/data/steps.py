@@ -5,7 +5,8 @@ Training by `streaming-rwkv train` reads its packs through the same `StepDataset
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,26 @@ from streaming_rwkv.data.shard_set import ShardSet, check_cache, check_shards, l
 from streaming_rwkv.location import checked_local
 from streaming_rwkv.quantities import ByteCount, LoaderWorkers, PositiveCount, PositiveInt, Seconds
 from streaming_rwkv.shards import Manifest, Split, StreamRecord
+
+
+class _Iteration(Iterator[Batch]):
+    """The batches of a dataset from its step on, until a newer iteration begins or the dataset is closed."""
+
+    def __init__(self, dataset: StepDataset) -> None:
+        self._dataset, self._loaded = dataset, iter(dataset.loader)
+
+    def __next__(self) -> Batch:
+        self._dataset.check_process()
+        if self._dataset.iteration is not self:
+            raise ValueError(
+                "this iteration has ended: a newer one began, the step was set, or the dataset was closed; iterate anew"
+            )
+        batch = next(self._loaded)
+        self._dataset.step += 1
+        return batch
+
+    def end(self) -> None:
+        self._loaded.close()
 
 
 class StepDataset:
@@ -49,8 +70,8 @@ class StepDataset:
         self.loader = pack_loader(packs, workers=workers, timeout_seconds=timeout_seconds)
         self.resources = ExitStack()  # to be closed with this dataset
         self.step = 0
-        self._is_open = True
-        self._batches: Generator[Batch, None, None] | None = None
+        self.iteration: _Iteration | None = None
+        self._is_open, self._process = True, os.getpid()
 
     @property
     def manifest(self) -> Manifest:
@@ -88,23 +109,28 @@ class StepDataset:
         self.step = step
         self.packs.start_at(step)
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        """Yield the batches from `step` on; a new iteration ends the last one.
+    def __iter__(self) -> Iterator[Batch]:
+        """Return the batches from `step` on; a new iteration ends the last one, which then raises a ValueError.
 
         Raises:
             DataError: a shard is missing or damaged, or no batch came in time.
             UserError: loader processes cannot be started.
         """
+        self.check_process()
         if not self._is_open:
             raise ValueError("this dataset is closed; open it again, with its `step` as `start_step`")
         self.start_at(self.step)
-        self._batches = self._read()
-        return self._batches
+        self.iteration = _Iteration(self)
+        return self.iteration
 
-    def _read(self) -> Generator[Batch, None, None]:
-        for batch in self.loader:
-            self.step += 1
-            yield batch
+    def check_process(self) -> None:
+        """Refuse to read in a process that was forked, whose parent has the loader's processes.
+
+        Raises:
+            ValueError: this is another process than the one that opened the dataset.
+        """
+        if os.getpid() != self._process:
+            raise ValueError("this dataset was opened in another process; open one here, with its `step`")
 
     def state_dict(self) -> dict[str, int]:
         """Return the state after the batches that were taken: {"step": step}."""
@@ -127,15 +153,20 @@ class StepDataset:
         raise TypeError("an open dataset cannot be sent to another process; open one there, with this one's `step`")
 
     def close(self) -> None:
-        """End the loader's processes, close the shards and remove a temporary cache; nothing can be read afterwards."""
+        """End the loader's processes, close the shards and remove a temporary cache; nothing can be read afterwards.
+
+        In a process that was forked nothing happens: these are its parent's.
+        """
+        if os.getpid() != self._process:
+            return
         self._is_open = False
         self._stop()
         self.resources.close()
 
     def _stop(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        if self.iteration is not None:
+            self.iteration.end()
+            self.iteration = None
 
     def __enter__(self) -> StepDataset:
         return self

@@ -19,6 +19,7 @@ from streaming_rwkv.processes import STOP_SIGNALS, die_with_parent
 from streaming_rwkv.shards import DataError
 
 _WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_WORKERS.clear)  # they are the parent's
 
 
 def remember_workers(workers: Iterable[BaseProcess]) -> None:

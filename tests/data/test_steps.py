@@ -105,7 +105,8 @@ def test_the_state_is_the_step(dataset: StepDataset, data: Path) -> None:
     taken = [packs_of(next(batches)) for _ in range(4)]
     assert dataset.state_dict() == {"step": 4} == json.loads(json.dumps(dataset.state_dict()))
     rest = [packs_of(batch) for batch in dataset]  # a new iteration continues
-    assert next(batches, None) is None  # and ends the one before
+    with pytest.raises(ValueError, match="this iteration has ended: a newer one began"):  # not as if the data had ended
+        next(batches)
     assert dataset.state_dict() == {"step": 15}
     assert list(dataset) == []
     dataset.load_state_dict({"step": 4})
@@ -171,6 +172,8 @@ def test_closing_ends_workers_and_removes_a_temporary_cache(
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="closed"):
         iter(dataset)
+    with pytest.raises(ValueError, match=r"this iteration has ended: .* the dataset was closed"):
+        next(batches)
 
 
 def test_a_worker_that_cannot_be_started_is_reported_with_the_argument(
@@ -247,6 +250,33 @@ def test_arguments_that_cannot_be_used_are_named(data: Path, arguments: dict[str
         open_dataset(**({"location": data} | arguments))  # type: ignore[arg-type]
     assert str(raised.value).startswith(error)
     assert "\n" not in str(raised.value)
+
+
+def test_a_forked_process_neither_reads_a_dataset_nor_closes_it(data: Path, tmp_path: Path) -> None:
+    with open_dataset(data, batch_packs=4, workers=1) as dataset:
+        batches = iter(dataset)
+        next(batches)
+        there, here = multiprocessing.Pipe()
+
+        def child() -> None:
+            for read in (lambda: next(batches), lambda: iter(dataset)):
+                try:
+                    read()
+                except ValueError as error:
+                    here.send(str(error))
+            dataset.close()
+            batches.end()  # type: ignore[attr-defined]  # as the garbage collector does
+            here.send("closed")
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        answers = [there.recv() for _ in range(3)]
+        process.join()
+        assert answers == ["this dataset was opened in another process; open one here, with its `step`"] * 2 + [
+            "closed"
+        ]
+        assert process.exitcode == 0
+        assert len(list(batches)) == len(dataset) - 1  # with the same loader process
 
 
 def test_a_dataset_is_not_sent_to_another_process(dataset: StepDataset) -> None:
