@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from streaming_rwkv.shards import TokenizerRecord
 from streaming_rwkv.tokenizer import (
@@ -502,6 +502,12 @@ def test_a_tokenizer_of_thousands_of_steps_is_refused(tmp_path):
         load_tokenizer(save(made, tmp_path, eos_token="<|endoftext|>"))
 
 
+def test_more_than_one_table_of_characters_is_refused():
+    step = {"type": "Precompiled", "precompiled_charsmap": ""}
+    with pytest.raises(TokenizerError, match="normalizer: has more than one Precompiled step"):
+        check_steps({"normalizer": {"type": "Sequence", "normalizers": [step, step]}}, where="tokenizer.json")
+
+
 def test_an_added_token_of_megabytes_is_refused(tmp_path):
     folder = save(byte_level(), tmp_path, eos_token="<|endoftext|>")
     file = folder / "tokenizer.json"
@@ -571,6 +577,29 @@ def test_a_call_within_its_time_returns_or_raises_what_it_raises():
     assert time_limit.within_limit(lambda: 5, characters=0) == 5
     with pytest.raises(ZeroDivisionError):
         time_limit.within_limit(lambda: 1 // 0, characters=0)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_search_of_added_tokens_without_an_end_is_given_up(normalized, tmp_path, monkeypatch):
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Replace(Regex("a*a*(?!a|!|$)"), "b")
+    tokenizer.add_tokens([AddedToken("aaa!", normalized=normalized)])
+    folder = save(tokenizer, tmp_path / "t", eos_token="<|endoftext|>")
+    tried = []
+
+    def never(*_, **__):
+        tried.append(1)
+        raise subprocess.TimeoutExpired("python", 120)
+
+    assert load_tokenizer(folder).encode("aaa!").size  # it ends here
+    monkeypatch.setattr(subprocess, "run", never)
+    if normalized:
+        message = r"tokenizer\.json: no end after 120 s of reading it; its regular expressions may search for ever in"
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(folder)
+    else:
+        load_tokenizer(folder)
+    assert bool(tried) == normalized
 
 
 def test_a_definition_that_is_too_deep_to_be_written_is_refused(tmp_path):

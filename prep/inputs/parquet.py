@@ -22,6 +22,8 @@ from streaming_rwkv.config import UserError
 
 _READ_BYTES = 1 << 20
 _READ_EXPANDED_BYTES = 1 << 27  # of strings that rows share in the file, when each has its copy
+_MOST_TEXT_BYTES = 1 << 28  # as for a line of JSON
+TOO_LONG = f"text longer than {_MOST_TEXT_BYTES >> 20} MiB"
 _DICTIONARY_HEADER = re.compile(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", re.DOTALL)
 _HEADER_BYTES = 3 + 5
 _ENCRYPTED_MAGIC = b"PARE"  # ends a file with an encrypted footer, in place of PAR1
@@ -77,7 +79,7 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
                     batch = next(batches, None)
                     if batch is None:
                         break
-                    values = _records(batch) if config.has_hooks else _strings(batch.column(0))
+                    values = _values(batch, has_hooks=config.has_hooks)
                 numbers = np.arange(row, row + batch.num_rows)
                 row += batch.num_rows
                 yield numbers, values, size * batch.num_rows // rows
@@ -88,25 +90,36 @@ def read_parquet(part: Part, config: SourceConfig) -> Iterator[tuple[NDArray[np.
             )
 
 
+def _values(batch: pa.RecordBatch, *, has_hooks: bool) -> list[Any]:
+    """Return the text or the record of each row, or a BrokenRow for one with a text that is too long."""
+    if batch.nbytes <= _MOST_TEXT_BYTES:
+        return _records(batch) if has_hooks else _strings(batch.column(0))
+    rows = (batch.slice(row, 1) for row in range(batch.num_rows))
+    return [
+        BrokenRow(TOO_LONG) if row.nbytes > _MOST_TEXT_BYTES else _values(row, has_hooks=has_hooks)[0] for row in rows
+    ]
+
+
 def _longest_repeated(raw: IO[bytes], row_group: Any) -> int:
     """Return a bound of the bytes of values that take next to none for each row: every one may be that long.
 
-    Those are the values of dictionaries, and the beginnings that a value shares with the one before it. pyarrow does
+    Those are the values of a dictionary, and the beginnings that a value shares with the one before it. pyarrow does
     not tell the size of a dictionary, so the header of the column's first page is read: a struct of Thrift's compact
-    protocol that begins with the page's type and its size, each as a field header and a zigzag varint.
+    protocol that begins with the page's type and its size, each as a field header and a zigzag varint. Where that page
+    is no dictionary, one may come later; the bound is then the column.
     """
     largest = 0
     for number in range(row_group.num_columns):
         column = row_group.column(number)
         if column.physical_type != "BYTE_ARRAY":
             continue
-        if "DELTA_BYTE_ARRAY" in column.encodings:
-            largest = max(largest, column.total_uncompressed_size)
         raw.seek(column.dictionary_page_offset or column.data_page_offset)
         header = _DICTIONARY_HEADER.match(raw.read(_HEADER_BYTES))
-        if header:
-            size = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(header[1]))
-            largest = max(largest, size >> 1)
+        if header and "DELTA_BYTE_ARRAY" not in column.encodings:
+            size = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(header[1])) >> 1
+        else:
+            size = column.total_uncompressed_size
+        largest = max(largest, size)
     return largest
 
 

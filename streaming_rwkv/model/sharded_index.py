@@ -6,6 +6,7 @@ on a list, and every tensor must be stored whole, once, within the files beside 
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from streaming_rwkv.filesystem import is_plain_name
+from streaming_rwkv.model.pickles import Check, check_pickle, small, texts
 
 INDEX_NAME = ".metadata"
 LARGEST_INDEX_BYTES = 1 << 26  # that of a model of 3 billion parameters on 64 GPUs has a few million
@@ -33,16 +35,20 @@ _MOST_SIZE = 1 << 48
 _MOST_DIMENSIONS = 8
 _MOST_CELLS = 1 << 20  # of the grid that the pieces of a tensor make; one for each piece in what torch writes
 
-_GLOBALS = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "torch": {"Size"},  # and dtypes
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-    },
+_OF_METADATA = (
+    "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+    "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_CALLS: dict[str, Check] = {
+    **{f"torch.distributed.checkpoint.metadata.{name}": small for name in _OF_METADATA},
+    **{f"pathlib.{name}": texts for name in ("Path", "PosixPath", "PurePosixPath")},
+    **dict.fromkeys(
+        (
+            "collections.OrderedDict", "torch.Size", "torch.serialization._get_layout",
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+        ),
+        small,
+    ),
 }  # fmt: skip
 
 # Of unpickling what is damaged, and of objects that lack attributes, or have others' values in them.
@@ -51,12 +57,9 @@ _DAMAGED = (
 )  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _GLOBALS.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
-        return super().find_class(module, name)
+def _is_dtype(name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    return module == "torch" and isinstance(getattr(torch, last, None), torch.dtype)
 
 
 def read_index(folder: Path) -> Metadata:
@@ -70,16 +73,18 @@ def read_index(folder: Path) -> Metadata:
     with open(folder / INDEX_NAME, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > LARGEST_INDEX_BYTES:
             raise ValueError(f"{INDEX_NAME}: has {size:,} bytes, expected at most {LARGEST_INDEX_BYTES:,}")
-        try:
-            metadata = _Unpickler(file).load()
-            if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not the index of a checkpoint")
-            if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
-                raise TypeError(f"storage_meta is a {type(metadata.storage_meta).__name__}")
-            _check_places(metadata.storage_data, folder)
-            _check_entries(metadata.state_dict_metadata, metadata.storage_data)
-        except _DAMAGED as error:
-            raise pickle.UnpicklingError(f"damaged ({type(error).__name__}: {error})") from None
+        content = file.read(LARGEST_INDEX_BYTES)
+    try:
+        check_pickle(io.BytesIO(content), _CALLS, names=_is_dtype)
+        metadata = pickle.loads(content)
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not the index of a checkpoint")
+        if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
+            raise TypeError(f"storage_meta is a {type(metadata.storage_meta).__name__}")
+        _check_places(metadata.storage_data, folder)
+        _check_entries(metadata.state_dict_metadata, metadata.storage_data)
+    except _DAMAGED as error:
+        raise pickle.UnpicklingError(f"damaged ({type(error).__name__}: {error})") from None
     return metadata
 
 

@@ -39,7 +39,7 @@ from streaming_rwkv.tokenizers.definition import (
     without_dropout,
 )
 from streaming_rwkv.tokenizers.steps import steps_of
-from streaming_rwkv.tokenizers.time_limit import TimeIsOver, within_limit
+from streaming_rwkv.tokenizers.time_limit import TimeIsOver, check_reading_ends, within_limit
 from streaming_rwkv.version import PROGRAM
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,12 @@ class HuggingFaceTokenizer(Tokenizer):
             "padding": None,
             "added_tokens": with_special(definition.get("added_tokens", []), ids, (bos_token, eos_token)),
         }
-        self._content  # noqa: B018  # raises if the definition cannot be written
+        content = self._content  # raises if the definition cannot be written
+        if _searches_added_tokens(self._definition):
+            try:
+                check_reading_ends(content)
+            except TimeIsOver as error:
+                raise TokenizerError(f"{where}: {error}; choose another tokenizer") from None
 
     @cached_property
     def _content(self) -> bytes:
@@ -149,11 +154,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._fast_is_wrong or self._fast is None:
             return TokenBatch.of(self.encode_reference(texts))
         fast = self._fast
-        with self._text_errors():
+        with self._text_errors(texts):
             ids, offsets = within_limit(
                 lambda: fast.encode_batch_flat(list(texts), False, True), characters=sum(map(len, texts))
             )
-            self._check_bytes(texts)
         return TokenBatch(ids=np.frombuffer(ids, np.uint32), offsets=np.frombuffer(offsets, np.int64))
 
     def encode(self, text: str) -> NDArray[np.uint32]:
@@ -162,12 +166,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_reference(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         reference = self._reference
-        with self._text_errors():
+        with self._text_errors(texts):
             encodings = within_limit(
                 lambda: reference.encode_batch_fast(list(texts), add_special_tokens=False),
                 characters=sum(map(len, texts)),
             )
-            self._check_bytes(texts)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _check_bytes(self, texts: Sequence[str]) -> None:
@@ -184,19 +187,22 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise self._no_ids(f"byte 0x{min(lacking):02x} has no token")
 
     @contextmanager
-    def _text_errors(self) -> Iterator[None]:
-        """Raise what a library raises for a text as TextError; a limit that it reaches is not the text's fault."""
+    def _text_errors(self, texts: Sequence[str]) -> Iterator[None]:
+        """Raise what a library raises for a text as TextError, or a byte of it that has no token.
+
+        A limit that the library reaches is not the text's fault.
+        """
         try:
             with panics_as_errors():
                 yield
-        except TextError:
-            raise
         except TimeIsOver as error:
             raise self._has_no_end(error) from None
         except Exception as error:
             if limit_of(error) is not None:
                 raise
+            self._check_bytes(texts)
             raise self._no_ids(first_line(error)) from None
+        self._check_bytes(texts)
 
     def _has_no_end(self, error: TimeIsOver) -> TokenizerError:
         return TokenizerError(f"tokenizer {self.name}: {error}; choose another tokenizer")
@@ -316,6 +322,12 @@ class HuggingFaceTokenizer(Tokenizer):
         for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
             content = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
             write_atomically(folder / name, content.encode(), durable=False)
+
+
+def _searches_added_tokens(definition: dict[str, Any]) -> bool:
+    """Return whether regular expressions of the normalizer meet added tokens when the definition is read."""
+    has_expressions = any("Regex" in (step.get("pattern") or ()) for step in steps_of(definition, "normalizer"))
+    return has_expressions and any(token.get("normalized", True) for token in definition["added_tokens"])
 
 
 def _is_local(decoder: dict[str, Any]) -> bool:

@@ -40,6 +40,8 @@ def check_steps(definition: dict[str, Any], *, where: str) -> None:
                     f"{where}: {part}: has {len(steps):,} steps, expected at most {MOST_STEPS}; choose another "
                     "tokenizer"
                 )
+            if sum(step["type"] == "Precompiled" for step in steps) > 1:
+                raise TokenizerError(f"{where}: {part}: has more than one Precompiled step; choose another tokenizer")
             inserted = _inserted(steps, where)
             growth *= prod(_PARTS[part].growth[step["type"]](step, inserted) for step in steps)
             if growth > MOST_GROWTH:

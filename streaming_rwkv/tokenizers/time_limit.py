@@ -1,11 +1,14 @@
 """A time limit for calls of tokenizer libraries: a stranger's regular expression may search one text for years.
 
-The libraries cannot be interrupted, but they let other threads run. A call runs in a thread, so that Ctrl-C works while
-it does. After its time it is given up: the thread goes on until the program ends.
+The libraries cannot be interrupted, but they let other threads run while they encode. A call runs in a thread, so that
+Ctrl-C works while it does. After its time it is given up: the thread goes on until the program ends. While they read a
+definition they let no thread run, so that is tried in another process.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -48,3 +51,24 @@ def within_limit(call: Callable[[], T], *, characters: int) -> T:
             f"no end after {seconds:,.0f} s for {characters:,} characters; its regular expressions may search for ever"
         )
     return results[0]
+
+
+_READ = "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.read())"
+
+
+def check_reading_ends(definition: bytes) -> None:
+    """Try in another process whether Hugging Face's library reads a definition; what it says of it does not matter.
+
+    Raises:
+        TimeIsOver: it does not return, or the process is ended by a signal.
+    """
+    command = [sys.executable, "-c", _READ]
+    try:
+        done = subprocess.run(command, input=definition, capture_output=True, timeout=LEAST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise TimeIsOver(
+            f"no end after {LEAST_SECONDS:,.0f} s of reading it; its regular expressions may search for ever in its "
+            "added tokens"
+        ) from None
+    if done.returncode < 0:
+        raise TimeIsOver(f"reading it ends the process with signal {-done.returncode}")

@@ -320,12 +320,15 @@ BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R."  # of 8 
 @pytest.mark.parametrize(
     ("pickled", "error"),
     [
-        (BYTEARRAY, r"damaged or no checkpoint \(it asks for a bytearray, which is in no weights\)"),
+        (BYTEARRAY, r"damaged or no checkpoint \(it asks for builtins.bytearray, which is in no weights\)"),
         (
             pickled_call(np.ndarray, (1 << 40,), "O"),
-            r"damaged or no checkpoint \(an array in it is not made of",
+            r"damaged or no checkpoint \(its pickle calls numpy.ndarray, as no file",
         ),
-        (pickled_call(RECONSTRUCT, np.ndarray, (1 << 40,), b"b"), "holds a _Array, expected a dict of weights"),
+        (
+            pickled_call(RECONSTRUCT, np.ndarray, (1 << 40,), b"b"),
+            r"damaged or no checkpoint \(its pickle has an array that",
+        ),
         (b"\x80\x02}r\0", "damaged or no checkpoint"),  # ends within a number
         (b"\x80\x02cdatetime\ntimedelta\n\x8a\x09\0\0\0\0\0\0\0\0\x01\x85R.", "damaged or no checkpoint"),  # 2**64 days
         (b"\x80\x02NQ.", "damaged or no checkpoint"),  # storage without a description
@@ -358,7 +361,7 @@ def test_a_bytearray_is_refused_in_the_format_without_an_archive(tmp_path: Path)
     for _ in range(3):  # magic number, version, machine
         list(pickletools.genops(stream))
     (tmp_path / "x.pth").write_bytes(content[: stream.tell()] + BYTEARRAY + content[stream.tell() :])
-    with pytest.raises(CheckpointError, match="it asks for a bytearray"):
+    with pytest.raises(CheckpointError, match=r"it asks for builtins\.bytearray"):
         read_model(tmp_path / "x.pth")
 
 

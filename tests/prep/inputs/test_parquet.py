@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pyarrow.parquet import encryption
 
 from prep.config import SourceConfig
 from prep.inputs.faults import InputError
-from prep.inputs.parquet import read_parquet
+from prep.inputs.parquet import _longest_repeated, read_parquet
 from prep.inputs.readers import read_unit
 from prep.inputs.units import plan_units
 from tests.prep.inputs.reading import read, write_parquet
@@ -325,3 +326,27 @@ def test_values_that_share_their_beginnings_are_not_expanded_for_all_rows_at_onc
     values = [values for part in unit.parts for _, values, _ in read_parquet(part, source)]
     assert max(map(len, values)) <= 10
     assert [value for some in values for value in some] == texts
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_text_that_is_too_long_is_rejected(
+    hooked: bool, hooks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.inputs.parquet._MOST_TEXT_BYTES", 1000)
+    path = write_parquet(tmp_path / "a.parquet", pa.array(["a" * 600, "b" * 1001, None, "c" * 600]))
+    chosen = {"filter": f"{hooks}:keep"} if hooked else {}
+    texts, rejections = read(path, **chosen)
+    assert texts == [(0, "a" * 600), (3, "c" * 600)]
+    assert rejections == [(1, "text longer than 256 MiB"), (2, "'text' is null")]
+
+
+def test_a_header_that_is_written_otherwise_is_taken_for_the_largest(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["word " * 100] * 50}), path)
+    content = bytearray(path.read_bytes())
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    start = group.column(0).dictionary_page_offset
+    with open(path, "rb") as file:
+        assert _longest_repeated(file, group) == 4 + 500
+    content[start + 1 : start + 2] = b"\x84\x00"  # the type of a dictionary page, in two bytes
+    assert _longest_repeated(io.BytesIO(bytes(content)), group) == group.column(0).total_uncompressed_size
