@@ -83,6 +83,7 @@ def check_save_folder(folder: str | Path) -> None:
         own = [Path(folder) / name for name in dict.fromkeys((*LOGS, *RUN_FOLDERS, CACHE))]
         check_no_links(own, remedy="replace it by what it points to, or give this run another `save_folder`")
         return
+    check_no_links([Path(folder) / CACHE], remedy="replace it by what it points to, or set `data.cache`")
     if replaced := [name for name in (*LOGS, *RUN_FOLDERS) if os.path.lexists(real / name)]:
         raise UserError(
             f"{folder}: has {', '.join(dict.fromkeys(replaced))}, but not from a run, which would write files of these "

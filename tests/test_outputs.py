@@ -66,3 +66,10 @@ def test_a_run_is_not_saved_in_a_data_cache(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"has a manifest\.json, as a data set or a data cache; give this run another"):
         check_save_folder(tmp_path)
+
+
+def test_a_link_in_place_of_the_cache_is_refused_at_the_first_start(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "cache").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"run/cache: found a symbolic link, .*, or set `data\.cache`"):
+        check_save_folder(tmp_path / "run")

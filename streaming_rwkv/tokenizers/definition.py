@@ -11,6 +11,7 @@ from streaming_rwkv.tokenizers.steps import check_steps, steps_of
 MOST_WORD_CHARACTERS = 1000  # of a word that WordPiece cuts into pieces; BERT's is 100
 MOST_AFFIX_CHARACTERS = 16  # before or after a piece of a word, as in ##ing and </w>
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
+MOST_CHARACTERS = 1 << 23  # of all tokens: those in use have two million, and a library takes 350 bytes for each
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -38,6 +39,7 @@ class _Ids:
     def __init__(self, where: str) -> None:
         self.where = where
         self.tokens: dict[int, str] = {}
+        self.characters = 0
 
     def check_length(self, token: str, field: str) -> None:
         if len(token) > MOST_TOKEN_BYTES or len(token.encode(errors="replace")) > MOST_TOKEN_BYTES:
@@ -46,6 +48,11 @@ class _Ids:
 
     def add(self, token: str, index: Any, field: str) -> None:
         self.check_length(token, field)
+        self.characters += len(token)
+        if self.characters > MOST_CHARACTERS:
+            expected = f"at most {MOST_CHARACTERS:,} characters of all tokens together"
+            part = field.partition("[")[0]  # model.vocab, or added_tokens
+            raise TokenizerError(f"{self.where}: {part}: found more, expected {expected}; choose another tokenizer")
         if type(index) is not int or not 0 <= index < MOST_IDS:
             raise wrong_field(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
         if self.tokens.setdefault(index, token) != token:
