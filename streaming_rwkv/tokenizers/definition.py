@@ -45,14 +45,14 @@ class _Ids:
         if len(token) > MOST_TOKEN_BYTES or len(token.encode(errors="replace")) > MOST_TOKEN_BYTES:
             short = field.replace(token, f"{token[:20]}…")
             raise wrong_field(self.where, short, f"{len(token):,} characters", f"at most {MOST_TOKEN_BYTES:,} bytes")
-
-    def add(self, token: str, index: Any, field: str) -> None:
-        self.check_length(token, field)
         self.characters += len(token)
         if self.characters > MOST_CHARACTERS:
             expected = f"at most {MOST_CHARACTERS:,} characters of all tokens together"
             part = field.partition("[")[0]  # model.vocab, or added_tokens
             raise TokenizerError(f"{self.where}: {part}: found more, expected {expected}; choose another tokenizer")
+
+    def add(self, token: str, index: Any, field: str) -> None:
+        self.check_length(token, field)
         if type(index) is not int or not 0 <= index < MOST_IDS:
             raise wrong_field(self.where, field, index, f"an id from 0 to {MOST_IDS - 1}")
         if self.tokens.setdefault(index, token) != token:

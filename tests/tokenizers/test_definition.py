@@ -92,7 +92,11 @@ def test_the_form_that_malformed_ones_differ_from_is_fine(tmp_path):
 def test_tokens_that_are_too_much_together_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("streaming_rwkv.tokenizers.definition.MOST_CHARACTERS", 8)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    for field, value in (("model.vocab", {"</s>": 0, "a" * 5: 1}), ("added_tokens.0.content", "</s>aaaaa")):
+    for field, value in (
+        ("model.vocab", {"</s>": 0, "a" * 5: 1}),
+        ("model.vocab", [["</s>", 0.0], ["a" * 5, 0.0]]),
+        ("added_tokens.0.content", "</s>aaaaa"),
+    ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, value)))
         with pytest.raises(TokenizerError, match=r": found more, expected at most 8 characters of all tokens together"):
             load_tokenizer(tmp_path)
