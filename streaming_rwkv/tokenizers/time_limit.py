@@ -53,7 +53,11 @@ def within_limit(call: Callable[[], T], *, characters: int) -> T:
     return results[0]
 
 
-_READ = "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.read())"
+# The alarm ends it, whatever it does, if this process is killed before it could do so.
+_READ = (
+    f"import signal; signal.alarm({int(LEAST_SECONDS) + 30}); "
+    "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.read())"
+)
 
 
 def check_reading_ends(definition: bytes) -> None:
