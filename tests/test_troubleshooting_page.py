@@ -23,7 +23,7 @@ MESSAGES = [
     "set data.workers or data.fetch_ahead lower; the same command resumes from the newest checkpoint",
     "not a local folder, and the Hugging Face hub does not provide it",
     "check the name, run huggingface-cli login if it is gated, or give a local folder",
-    "; its regular expressions may search for ever",
+    "; its regular expressions may backtrack indefinitely",
     "no C++ compiler (c++, g++, clang++) on PATH, and the CPU kernel is compiled on first use; install one",
     "which is no program here; set it to a C++ compiler, or unset it",
     "GCC 9 or newer and Clang 12 or newer are known to work; choose one with CXX",

@@ -94,10 +94,16 @@ def _values(batch: pa.RecordBatch, *, has_hooks: bool) -> list[Any]:
     """Return the text or the record of each row, or a BrokenRow for one with a text that is too long."""
     if batch.nbytes <= _MOST_TEXT_BYTES:
         return _records(batch) if has_hooks else _strings(batch.column(0))
-    rows = (batch.slice(row, 1) for row in range(batch.num_rows))
+    rows = (_without_dictionaries(batch.slice(row, 1)) for row in range(batch.num_rows))
     return [
         BrokenRow(TOO_LONG) if row.nbytes > _MOST_TEXT_BYTES else _values(row, has_hooks=has_hooks)[0] for row in rows
     ]
+
+
+def _without_dictionaries(row: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a row with the values of its dictionaries that it has, and not all others."""
+    columns = [x.dictionary_decode() if pa.types.is_dictionary(x.type) else x for x in row.columns]
+    return pa.RecordBatch.from_arrays(columns, names=row.schema.names)
 
 
 def _longest_repeated(raw: IO[bytes], row_group: Any) -> int:

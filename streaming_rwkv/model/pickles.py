@@ -35,16 +35,20 @@ class Named:
 class Value:
     """A value that is no constant: a tuple, of which the members are known, or any other.
 
-    Its weight is the number of constants in it, counted as often as they occur, since values may share members.
+    Its weight is the number of constants in it, counted as often as they occur, since values may share members. It is
+    known when the value becomes a member of another, and nothing may be added afterwards.
     """
 
     def __init__(self, members: Sequence[Any] = (), *, is_tuple: bool = False) -> None:
         self.members = members if is_tuple else None
-        self.weight = 1
+        self.weight, self.is_member = 1, False
         self.add(members)
 
     def add(self, members: Sequence[Any]) -> None:
         self.weight = min(self.weight + sum(map(weight_of, members)), _MOST_WEIGHT)
+        for member in members:
+            if isinstance(member, Value):
+                member.is_member = True
 
 
 def weight_of(value: Any) -> int:
@@ -170,6 +174,8 @@ class _Follower:
         target = self.stack[-1]
         if not isinstance(target, Value) or target.members is not None:
             raise TypeError(f"a {type(target).__name__} takes no members")
+        if target.is_member:
+            raise ValueError("its pickle adds to a value that is in another already")
         target.add(values)
 
     def add_items(self, keys_and_values: list[Any]) -> None:

@@ -11,7 +11,7 @@ from streaming_rwkv.tokenizers.steps import check_steps, steps_of
 MOST_WORD_CHARACTERS = 1000  # of a word that WordPiece cuts into pieces; BERT's is 100
 MOST_AFFIX_CHARACTERS = 16  # before or after a piece of a word, as in ##ing and </w>
 MOST_IDS = 1 << 24  # a hundred times the largest vocabulary in use; tables have a row per id
-MOST_CHARACTERS = 1 << 23  # of all tokens: those in use have two million, and a library takes 350 bytes for each
+MOST_CHARACTERS = 1 << 23  # of all tokens: twenty times RWKV World's; a library takes up to 350 bytes each
 _TOKEN = {"id": int, "content": str}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 

@@ -123,7 +123,11 @@ def _table_of(step: Step, where: str) -> Any:
 
 
 def _growth_by_table(table: Any) -> float:
-    """Measure it on the characters of one and two bytes; those of three cannot grow by much more than Unicode's own."""
+    """Measure it on the characters of one and two bytes.
+
+    Those of three, of which Unicode's own forms make up to 33 bytes, are not counted: there is one table at most, so
+    that their growth, to MOST_INSERTED bytes, is not multiplied with itself.
+    """
     return max(len(table.normalize_str(char).encode()) / len(char.encode()) for char in map(chr, range(1, 0x800)))
 
 

@@ -71,6 +71,12 @@ def test_a_key_of_tuples_that_share_their_members_is_refused() -> None:
         follow(mapping_with_key_of_tuples(40))
 
 
+def test_nothing_is_added_to_a_value_that_is_in_another() -> None:
+    """A key could be small when it is made of an object, and long to hash when more is added to the object."""
+    with pytest.raises(ValueError, match="adds to a value that is in another already"):
+        follow(b"\x80\x02]q\x00h\x00\x85q\x01h\x00K\x01a.")
+
+
 @pytest.mark.parametrize(
     "pickled",
     [b"R.", b"(R.", b"K\x01K\x01R.", b"h\x05.", b"K\x01K\x01a.", b"ctorch\nSize\nK\x01R.", b"t.", b"0.", b"K\x010."],

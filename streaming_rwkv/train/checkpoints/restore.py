@@ -242,8 +242,8 @@ def _fetch(store: Store, remote: RemoteCheckpoint, folder: Path, *, logs: Sequen
 
 
 def _fetch_logs(store: Store, folder: Path, logs: Sequence[str]) -> None:
-    names = [name for log in logs for name in store.list(log) if _is_log(PurePosixPath(name), name, logs)]
-    for name in names:
+    names = {name for log in logs for name in store.list(log) if _is_log(PurePosixPath(name), name, logs)}
+    for name in sorted(names):
         path = PurePosixPath(name)
         if not any(str(parent) in names for parent in path.parents):  # an object, which cannot be a folder here
             (folder / path).parent.mkdir(parents=True, exist_ok=True)

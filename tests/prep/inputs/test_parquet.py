@@ -340,6 +340,21 @@ def test_a_text_that_is_too_long_is_rejected(
     assert rejections == [(1, "text longer than 256 MiB"), (2, "'text' is null")]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_short_texts_of_a_large_dictionary_are_read(
+    hooked: bool, hooks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.inputs.parquet._MOST_TEXT_BYTES", 1000)
+    texts = ["a" * 600, "b" * 1001, "c" * 700]
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0], pa.int32()), texts)
+    path = write_parquet(tmp_path / "a.parquet", column)
+    chosen = {"filter": f"{hooks}:keep"} if hooked else {}
+    assert read(path, **chosen) == (
+        [(0, texts[0]), (2, texts[2]), (3, texts[0])],
+        [(1, "text longer than 256 MiB")],
+    )
+
+
 def test_a_header_that_is_written_otherwise_is_taken_for_the_largest(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["word " * 100] * 50}), path)
